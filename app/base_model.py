@@ -1,0 +1,156 @@
+"""The site's prepared base model: finding it, loading it, and the adapter in and out of it.
+
+``supernode.prepare`` wrote the folder: weights already quantised, tokenizer, and base.json
+with name, bits, fingerprint, linear layers and file sizes. Finding imports no torch, so the
+preflight answers at once; torch and PEFT are imported where they are used.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from app.adapter import Layout, Vector
+from app.config import RunConfig
+from app.partition import SiteError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What base.json says of a prepared model."""
+
+    folder: Path
+    name: str
+    bits: int
+    fingerprint: str
+    linear_layers: dict[str, list[int]]  # name -> [out, in], in the model's order
+
+
+def find(models_dir: Path, name: str, bits: int) -> BaseModel:
+    """The prepared model of this name and number of bits.
+
+    Raises:
+        SiteError: it is not there, or a file is missing or cut short.
+    """
+    seen = []
+    for path in sorted(models_dir.glob("*/base.json")):
+        base = json.loads(path.read_text())
+        if (base["name"], base["bits"]) == (name, bits):
+            for file, size in base["files"].items():
+                there = path.with_name(file)
+                actual = there.stat().st_size if there.is_file() else None
+                if actual != size:
+                    raise SiteError(
+                        f"base model {name}: {file} has {actual} bytes, {size} expected; "
+                        f"delete {path.parent.name} and run supernode.prepare again"
+                    )
+            return BaseModel(path.parent, name, bits, base["fingerprint"], base["linear_layers"])
+        seen.append(f"{base['name']} ({base['bits']} bits)")
+    raise SiteError(
+        f"no base model {name} ({bits} bits) among the prepared ones "
+        f"({', '.join(seen) or 'none'}); run supernode.prepare, or change model.name "
+        "or model.quantization"
+    )
+
+
+def device_and_dtype(device: str) -> "tuple[torch.device, torch.dtype]":
+    """The torch device and the compute dtype: bf16 where CUDA has it, else fp32.
+
+    A CPU without bf16 units is ten times slower in bf16 than in fp32.
+
+    Raises:
+        SiteError: CUDA is asked for and torch sees none.
+    """
+    import torch
+
+    if device == "cpu":
+        return torch.device("cpu"), torch.float32
+    if not torch.cuda.is_available():
+        raise SiteError("DEVICE=cuda, but torch sees no GPU; check the driver or set DEVICE=cpu")
+    return torch.device("cuda", 0), (
+        torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    )
+
+
+def load_with_lora(
+    base: BaseModel, config: RunConfig, device: str, layout: Layout, adapter: Vector
+) -> "tuple[PeftModel, Any]":
+    """The base model with LoRA attached and set to ``adapter``, and the tokenizer.
+
+    Raises:
+        SiteError: the model's LoRA arrays are not those of ``layout``.
+    """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    torch_device, dtype = device_and_dtype(device)
+    settings = AutoConfig.from_pretrained(base.folder)
+    quantised = getattr(settings, "quantization_config", None)
+    if quantised and base.bits == 4:  # stored at preparation, maybe on another kind of device
+        quantised["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+    model = AutoModelForCausalLM.from_pretrained(
+        base.folder,
+        config=settings,
+        dtype=dtype,
+        device_map={"": torch_device},
+        attn_implementation="sdpa",
+    )
+    model.config.use_cache = False
+    if base.bits:
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=config.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.targets,
+    )
+    peft_model = get_peft_model(model, lora)
+    set_adapter(peft_model, layout, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(base.folder)
+    return peft_model, tokenizer
+
+
+def _lora_parameters(model: "PeftModel") -> "dict[str, torch.nn.Parameter]":
+    """Trainable parameters under the names that PEFT saves them with."""
+    return {
+        name.replace(".default.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name
+    }
+
+
+def set_adapter(model: "PeftModel", layout: Layout, adapter: Vector) -> None:
+    """Copy ``adapter`` [layout.size] into the model, by name.
+
+    Raises:
+        SiteError: names or shapes differ.
+    """
+    import torch
+
+    parameters = _lora_parameters(model)
+    shapes = {n: tuple(p.shape) for n, p in parameters.items()}
+    if shapes != dict(zip(layout.names, layout.shapes, strict=True)):
+        raise SiteError("the base model's LoRA arrays are not those of the run's layout")
+    with torch.no_grad():
+        for name, array in layout.split(adapter).items():
+            # A copy: the message's buffer is read-only.
+            parameters[name].copy_(torch.from_numpy(np.array(array)))
+
+
+def get_adapter(model: "PeftModel", layout: Layout) -> Vector:
+    """The model's adapter as float32 [layout.size]."""
+    parameters = _lora_parameters(model)
+    return layout.join({n: p.detach().float().cpu().numpy() for n, p in parameters.items()})

@@ -1,0 +1,132 @@
+"""The results folder: one folder a run, one PEFT folder a round, each complete or invisible.
+
+results/<run-id>/run.json, metrics.jsonl, peft_<round>/{adapter_model.safetensors,
+adapter_config.json, round.json}; results/latest -> the newest run with an adapter
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from app.adapter import Layout, Vector, save_peft
+from app.config import RunConfig
+
+
+class ResultsError(Exception):
+    """The results folder cannot take this run; the message says what to do."""
+
+
+class RunFolder:
+    """The results of one run; the only writer in it."""
+
+    def __init__(self, results: Path, run_id: int) -> None:
+        """Make the folder and try to write into it.
+
+        Raises:
+            ResultsError: it cannot be written.
+        """
+        self.results = results
+        self.path = results / str(run_id)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".probe"
+            probe.write_bytes(b"\0" * 4096)
+            probe.unlink()
+        except OSError as err:
+            raise ResultsError(
+                f"cannot write results to {self.path}: {err.strerror}; "
+                "check RESULTS_DIR, its owner and the disk"
+            ) from None
+
+    def reserve(self, checkpoints: int, adapter_bytes: int) -> None:
+        """Refuse to start a run whose checkpoints do not fit on the disk.
+
+        Raises:
+            ResultsError: too little room.
+        """
+        free, needed = shutil.disk_usage(self.path).free, checkpoints * adapter_bytes
+        if free < needed:
+            raise ResultsError(
+                f"{checkpoints} checkpoints need {needed / 1e6:.0f} MB in {self.path}, "
+                f"{free / 1e6:.0f} MB are free; make room or set RESULTS_DIR to another disk"
+            )
+
+    def write_run(self, facts: dict[str, Any]) -> None:
+        """Replace run.json."""
+        part = self.path / ".run.json"
+        part.write_text(json.dumps(facts, indent=2) + "\n")
+        part.replace(self.path / "run.json")
+
+    def add_metrics(self, line: dict[str, Any]) -> None:
+        """Append one round to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def save_round(
+        self,
+        server_round: int,
+        layout: Layout,
+        vector: Vector,
+        config: RunConfig,
+        facts: dict[str, Any],
+    ) -> Path:
+        """Write peft_<round> and point ``latest`` at this run.
+
+        The folder gets its name only when every byte is on the disk: a reader never sees half
+        a checkpoint, and a full disk leaves the last one as it was.
+
+        Raises:
+            ResultsError: the disk is full or cannot be written.
+        """
+        target = self.path / f"peft_{server_round}"
+        part = self.path / f".peft_{server_round}.part"
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            save_peft(part, layout, vector, config)
+            weights = (part / "adapter_model.safetensors").read_bytes()
+            manifest = {
+                "round": server_round,
+                "layout": layout.hash,
+                "sha256": hashlib.sha256(weights).hexdigest(),
+                **facts,
+            }
+            (part / "round.json").write_text(json.dumps(manifest, indent=2) + "\n")
+            for file in (*part.iterdir(), part):
+                _fsync(file)
+            shutil.rmtree(target, ignore_errors=True)
+            part.replace(target)
+            _fsync(self.path)
+            self._point_latest_here()
+        except OSError as err:
+            shutil.rmtree(part, ignore_errors=True)
+            raise ResultsError(
+                f"round {server_round}: cannot write {target}: {err.strerror}; "
+                "the checkpoints before it are intact"
+            ) from None
+        return target
+
+    def _point_latest_here(self) -> None:
+        link = self.results / f".latest-{self.path.name}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.path.name)  # relative: holds wherever the volume is mounted
+        link.replace(self.results / "latest")
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rounds(run: Path) -> dict[int, Path]:
+    """The complete checkpoints of a run folder, by round, in order."""
+    found = {
+        int(p.parent.name.removeprefix("peft_")): p.parent for p in run.glob("peft_*/round.json")
+    }
+    return dict(sorted(found.items()))

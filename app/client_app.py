@@ -1,0 +1,203 @@
+"""The ClientApp: what a SuperNode does with a message (a new process each time).
+
+The site's settings come from the SuperNode's environment: SITE_DIR (its own folder),
+MODELS_DIR (prepared base models, read-only), DEVICE (cuda or cpu), LOCK_DIR (shared by the
+SuperNodes of one host).
+"""
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from app import partition
+from app.adapter import Layout, Vector
+from app.base_model import BaseModel, find
+from app.config import ConfigError, RunConfig
+from app.partition import SiteError
+
+app = ClientApp()
+logger = logging.getLogger("app")
+logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
+Handler = Callable[[Message, Context], Message]
+
+
+def _no_data_in_errors(handler: Handler) -> Handler:
+    """Let only messages that we worded ourselves reach the log and the server.
+
+    A library's message may quote what it was given: a row of this site. Its type and the
+    places in the code are enough to find the fault.
+    """
+
+    def guarded(message: Message, context: Context) -> Message:
+        try:
+            return handler(message, context)
+        except (SiteError, ConfigError) as err:
+            told = str(err)
+        except Exception as err:
+            frames = "".join(traceback.format_tb(err.__traceback__))
+            logger.error("%s in\n%s", type(err).__name__, frames)
+            told = f"{type(err).__name__} (the site's log says where)"
+            if type(err).__name__ == "OutOfMemoryError":
+                told += "; lower per-device-train-batch-size and raise gradient-accumulation-steps"
+        raise SiteError(told)
+
+    return guarded
+
+
+def _site_dir() -> Path:
+    return Path(os.environ["SITE_DIR"])
+
+
+def _device() -> str:
+    return os.environ.get("DEVICE", "cuda")
+
+
+def _base_model(config: RunConfig) -> BaseModel:
+    return find(Path(os.environ["MODELS_DIR"]), config.model_name, config.quantization)
+
+
+@contextmanager
+def _turn_on_device() -> Iterator[None]:
+    """Wait until no other SuperNode of this host computes on the same device.
+
+    Two nodes sampled on one GPU take turns instead of running out of its memory.
+    """
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0") if _device() == "cuda" else "cpu"
+    folder = Path(os.environ["LOCK_DIR"])
+    with (folder / f"device-{gpu}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel if this process dies
+        yield
+
+
+@app.query()
+def preflight(message: Message, context: Context) -> Message:
+    """What the server must know before a run. Reads data and base.json; imports no torch."""
+    facts: dict[str, int | str] = {
+        "partition-id": int(context.node_config["partition-id"]),
+        "num-partitions": int(context.node_config["num-partitions"]),
+        "device": _device(),
+        "versions": json.dumps(
+            {"python": platform.python_version()}
+            | {p: version(p) for p in ("flwr", "torch", "transformers", "peft", "bitsandbytes")}
+        ),
+    }
+    try:
+        config = RunConfig.from_flat(context.run_config)
+        facts["num-examples"] = len(partition.load(_site_dir(), "train"))
+        facts["num-holdout"] = len(partition.load(_site_dir(), "holdout"))
+        base = _base_model(config)
+        facts["fingerprint"] = base.fingerprint
+        facts["linear-layers"] = json.dumps(base.linear_layers)
+    except (SiteError, ConfigError) as err:
+        facts["error"] = str(err)
+    except Exception as err:
+        facts["error"] = f"{type(err).__name__} in the preflight"
+    return Message(RecordDict({"preflight": ConfigRecord(facts)}), reply_to=message)
+
+
+def _received(
+    message: Message, config: RunConfig
+) -> tuple[BaseModel, Layout, Vector, ConfigRecord]:
+    base = _base_model(config)
+    layout = Layout.of(base.linear_layers, config)
+    job = message.content.config_records["job"]
+    if job["layout"] != layout.hash:
+        raise SiteError(f"the run's adapter layout is {job['layout']}, this site's {layout.hash}")
+    vector = message.content.array_records["adapter"]["flat"].numpy()
+    return base, layout, vector, job
+
+
+@app.train()
+@_no_data_in_errors
+def train(message: Message, context: Context) -> Message:
+    """Fine-tune the received adapter on this site's rows; reply with the new one."""
+    from app import base_model, training
+    from app.examples import encode_all
+
+    config = RunConfig.from_flat(context.run_config)
+    base, layout, vector, job = _received(message, config)
+    server_round = int(job["round"])  # type: ignore[arg-type]
+    partition_id = int(context.node_config["partition-id"])
+    rows = partition.load(_site_dir(), "train")
+    with _turn_on_device():
+        started = time.monotonic()
+        model, tokenizer = base_model.load_with_lora(base, config, _device(), layout, vector)
+        examples = encode_all(rows, tokenizer, config.seq_length)
+        if not examples:
+            raise SiteError(f"no row keeps an answer within {config.seq_length} tokens")
+        load_s = time.monotonic() - started
+        logger.info("round %d: %d rows, loaded in %.1f s", server_round, len(examples), load_s)
+        seed = int(
+            np.random.SeedSequence([config.seed, server_round, partition_id]).generate_state(1)[0]
+        )
+        result = training.train(
+            model,
+            examples,
+            config,
+            float(job["learning-rate"]),
+            seed,  # type: ignore[arg-type]
+        )
+        trained = base_model.get_adapter(model, layout)
+        metrics = MetricRecord(
+            {
+                "partition-id": partition_id,
+                "num-examples": len(examples),
+                "train-loss": result.loss,
+                "steps": result.steps,
+                "examples-seen": result.examples,
+                "tokens-seen": result.tokens,
+                "load-s": load_s,
+                "train-s": result.seconds,
+                "peak-memory-mb": _peak_memory_mb(),
+            }
+        )
+    content = RecordDict({"adapter": ArrayRecord({"flat": Array(trained)}), "metrics": metrics})
+    return Message(content, reply_to=message)
+
+
+@app.evaluate()
+@_no_data_in_errors
+def evaluate(message: Message, context: Context) -> Message:
+    """Score the received adapter on this site's held-out rows."""
+    from app import base_model, training
+    from app.examples import encode_all
+
+    config = RunConfig.from_flat(context.run_config)
+    base, layout, vector, _ = _received(message, config)
+    with _turn_on_device():
+        model, tokenizer = base_model.load_with_lora(base, config, _device(), layout, vector)
+        examples = encode_all(partition.load(_site_dir(), "holdout"), tokenizer, config.seq_length)
+        result = training.evaluate(model, examples, config.batch_size)
+    metrics = MetricRecord(
+        {
+            "partition-id": int(context.node_config["partition-id"]),
+            "num-examples": len(examples),
+            "loss-sum": result.loss_sum,
+            "num-correct": result.num_correct,
+            "num-tokens": result.num_tokens,
+        }
+    )
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+
+def _peak_memory_mb() -> float:
+    """Peak of this process: the GPU's memory where it trains there, else its RSS. In MB (10^6)."""
+    if _device() == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

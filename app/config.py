@@ -1,0 +1,146 @@
+"""The run config: the only place that reads its keys.
+
+Keys keep FlowerTune's names where FlowerTune has them. Flower hands the merged values
+(pyproject.toml, then ``--run-config``) over as a flat dict of int, float, bool and str.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+WHERE = "set it in pyproject.toml [tool.flwr.app.config] or with --run-config"
+
+
+class ConfigError(ValueError):
+    """A run-config key or value that cannot work; the message is one line for the user."""
+
+
+def _key(name: str, allowed: str, check: Callable[[Any], bool]) -> Any:
+    return field(metadata={"key": name, "allowed": allowed, "check": check})
+
+
+def _whole_from(low: int) -> tuple[str, Callable[[Any], bool]]:
+    return f"a whole number, {low} or more", lambda v: v >= low
+
+
+_POSITIVE = ("a number above 0", lambda v: 0 < v < math.inf)
+_NOT_EMPTY = ("a text that is not empty", lambda v: bool(v.strip()))
+_YES_NO = ("true or false", lambda v: True)
+_ARGS = "train.training-arguments."
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One checked run config; every field names its key, what is allowed, and the check."""
+
+    num_server_rounds: int = _key("num-server-rounds", *_whole_from(1))
+    # Seeds the initial adapter, the sampling of sites and the order of each site's rows.
+    seed: int = _key("seed", *_whole_from(0))
+
+    model_name: str = _key("model.name", *_NOT_EMPTY)
+    quantization: int = _key(
+        "model.quantization", "4 or 8 (bits), or 0 for none", lambda v: v in (0, 4, 8)
+    )
+    gradient_checkpointing: bool = _key("model.gradient-checkpointing", *_YES_NO)
+    lora_r: int = _key("model.lora.peft-lora-r", *_whole_from(1))
+    lora_alpha: int = _key("model.lora.peft-lora-alpha", *_whole_from(1))
+    lora_dropout: float = _key(
+        "model.lora.peft-lora-dropout", "a number from 0 to below 1", lambda v: 0 <= v < 1
+    )
+    # Comma-separated endings of module names, or "all-linear", as in PEFT.
+    target_modules: str = _key("model.lora.target-modules", *_NOT_EMPTY)
+
+    lr_max: float = _key("train.learning-rate-max", *_POSITIVE)
+    lr_min: float = _key(
+        "train.learning-rate-min", "a number, 0 or more", lambda v: 0 <= v < math.inf
+    )
+    seq_length: int = _key("train.seq-length", *_whole_from(16))
+    batch_size: int = _key(_ARGS + "per-device-train-batch-size", *_whole_from(1))
+    gradient_accumulation_steps: int = _key(_ARGS + "gradient-accumulation-steps", *_whole_from(1))
+    num_train_epochs: float = _key(_ARGS + "num-train-epochs", *_POSITIVE)
+    # As in Transformers: above 0 it overrides num-train-epochs.
+    max_steps: int = _key(
+        _ARGS + "max-steps", "a whole number above 0, or -1", lambda v: v > 0 or v == -1
+    )
+
+    # Sites in a round: fraction of the usable ones, never fewer than min-train-nodes (as Flower).
+    fraction_train: float = _key(
+        "strategy.fraction-train", "a number above 0, at most 1", lambda v: 0 < v <= 1
+    )
+    min_train_nodes: int = _key("strategy.min-train-nodes", *_whole_from(1))
+    # 0 switches evaluation off; otherwise the same sites are evaluated after every round.
+    fraction_evaluate: float = _key(
+        "strategy.fraction-evaluate", "a number from 0 to 1", lambda v: 0 <= v <= 1
+    )
+    min_evaluate_nodes: int = _key("strategy.min-evaluate-nodes", *_whole_from(1))
+    # The run starts when this many SuperNodes are online.
+    min_nodes: int = _key("strategy.min-nodes", *_whole_from(1))
+    # If false, sites that fail the preflight are left out as long as min-nodes others are fine.
+    require_all_nodes: bool = _key("strategy.require-all-nodes", *_YES_NO)
+    min_replies: int = _key("strategy.min-replies", *_whole_from(1))
+    node_timeout_s: float = _key("strategy.node-timeout-s", *_POSITIVE)
+    round_timeout_s: float = _key("strategy.round-timeout-s", *_POSITIVE)
+
+    dataset_name: str = _key("static.dataset.name", *_NOT_EMPTY)
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, object]) -> "RunConfig":
+        """Check ``values`` and freeze them.
+
+        Raises:
+            ConfigError: a key is unknown or missing, or a value is of the wrong type, out of
+                range, or at odds with another.
+        """
+        known = {f.metadata["key"]: f for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                near = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+                hint = f"did you mean {near[0]}?" if near else "known: " + ", ".join(sorted(known))
+                raise ConfigError(f"run config: unknown key {key}; {hint}")
+        checked: dict[str, Any] = {}
+        for key, f in known.items():
+            if key not in values:
+                raise ConfigError(f"run config: {key} is missing: {f.metadata['allowed']}; {WHERE}")
+            value = values[key]
+            wanted: Any = f.type
+            if wanted is float and type(value) is int:
+                value = float(value)
+            if type(value) is not wanted or not f.metadata["check"](value):
+                allowed = f.metadata["allowed"]
+                raise ConfigError(f"run config: {key} = {value!r} must be {allowed}; {WHERE}")
+            checked[f.name] = value
+        config = cls(**checked)
+        config._check_together()
+        return config
+
+    def _check_together(self) -> None:
+        for low, high in (
+            ("lr_min", "lr_max"),
+            ("min_train_nodes", "min_nodes"),
+            ("min_replies", "min_nodes"),
+        ):
+            if getattr(self, low) > getattr(self, high):
+                names = {f.name: f.metadata["key"] for f in fields(self)}
+                raise ConfigError(
+                    f"run config: {names[low]} = {getattr(self, low)} is above "
+                    f"{names[high]} = {getattr(self, high)}; {WHERE}"
+                )
+
+    @property
+    def targets(self) -> list[str] | str:
+        """target-modules as PEFT takes them: a list of name endings, or "all-linear"."""
+        names = [name.strip() for name in self.target_modules.split(",")]
+        return "all-linear" if names == ["all-linear"] else names
+
+    def flat(self) -> dict[str, object]:
+        """The config as Flower's flat dict; ``from_flat`` of it gives the same config."""
+        return {f.metadata["key"]: getattr(self, f.name) for f in fields(self)}
+
+    def learning_rate(self, server_round: int) -> float:
+        """Learning rate of round 1..num-server-rounds: half a cosine from max down to min.
+
+        Constant within a round; FlowerTune's schedule, which reaches the minimum in the last.
+        """
+        phase = math.pi * server_round / self.num_server_rounds
+        return self.lr_min + 0.5 * (self.lr_max - self.lr_min) * (1 + math.cos(phase))

@@ -1,0 +1,135 @@
+"""The ServerApp: preflight, rounds, checkpoints. It imports neither torch nor transformers.
+
+Results go to RESULTS_DIR of the SuperLink's environment, not to a path from the run config:
+whoever submits a run must not choose where the server writes.
+"""
+
+import logging
+import os
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from app.adapter import Layout, initial_adapter
+from app.checkpoint import ResultsError, RunFolder
+from app.config import ConfigError, RunConfig
+from app.preflight import PreflightError, preflight, site_name
+from app.strategy import RoundError, Strategy
+
+app = ServerApp()
+logger = logging.getLogger("app")
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """One run. Its end, good or bad, stands in run.json; an error of ours is one log line."""
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s", force=True)
+    facts: dict[str, Any] = {
+        "run_id": str(context.run_id),
+        "status": "running",
+        "started": _now(),
+        "versions": {p: version(p) for p in ("flwr", "numpy", "scipy")},
+    }
+    folder = None
+    try:
+        folder = RunFolder(Path(os.environ["RESULTS_DIR"]), context.run_id)
+        run(grid, RunConfig.from_flat(context.run_config), folder, facts)
+        facts["status"] = "completed"
+    except Exception as err:
+        facts |= {"status": "failed", "error": str(err)}
+        if isinstance(err, (ConfigError, PreflightError, RoundError, ResultsError)):
+            logger.error("ERROR: %s", err)
+        raise
+    finally:
+        if folder:
+            folder.write_run(facts | {"finished": _now()})
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any]) -> None:
+    """Preflight, then the rounds, each with a checkpoint; adds what it learns to ``facts``."""
+    started = time.monotonic()
+    facts["config"] = config.flat()
+    folder.write_run(facts)
+
+    sites = preflight(grid, config)
+    try:
+        layout = Layout.of(sites.linear_layers, config)
+    except ValueError as err:
+        raise ConfigError(str(err)) from None
+    adapter = initial_adapter(layout, config.seed)
+    folder.reserve(config.num_server_rounds, adapter.nbytes)
+    logger.info(
+        "[preflight] %d sites ready with %d rows; base model %s, fingerprint %s; "
+        "adapter of %d parameters, %.1f MB",
+        len(sites.node_of),
+        sum(sites.num_examples.values()),
+        config.model_name,
+        sites.fingerprint,
+        layout.size,
+        adapter.nbytes / 1e6,
+    )
+    facts |= {
+        "base_model_fingerprint": sites.fingerprint,
+        "layout": layout.hash,
+        "adapter_parameters": layout.size,
+        "sites": {
+            site_name(p): {
+                "node_id": str(sites.node_of[p]),
+                "num_examples": sites.num_examples[p],
+                "num_holdout": sites.num_holdout[p],
+                "versions": sites.versions[p],
+            }
+            for p in sites.node_of
+        },
+        "left_out": sites.left_out,
+    }
+    folder.write_run(facts)
+
+    strategy = Strategy(grid, config, sites, layout)
+    before = strategy.evaluate(0, adapter)
+    if before:
+        logger.info(
+            "[before] held-out loss %.4f, token accuracy %.4f",
+            before["eval_loss"],
+            before["eval_token_accuracy"],
+        )
+    rounds_started, total = time.monotonic(), config.num_server_rounds
+    for server_round in range(1, total + 1):
+        adapter, line = strategy.train_round(server_round, adapter)
+        manifest = {
+            "base_model_fingerprint": sites.fingerprint,
+            "alphas": line["alphas"],
+            "partitions": line["partitions"],
+        }
+        folder.save_round(server_round, layout, adapter, config, manifest)
+        after = strategy.evaluate(server_round, adapter)
+        if before and after:
+            line["eval_loss_before"] = before["eval_loss"]
+            line["eval_token_accuracy_before"] = before["eval_token_accuracy"]
+        line |= after
+        before = after
+        folder.add_metrics(line)
+        per_round = (time.monotonic() - rounds_started) / server_round
+        left = per_round * (total - server_round)
+        held_out = f", held-out loss {after['eval_loss']:.4f}" if after else ""
+        logger.info(
+            "[round %d/%d] train loss %.4f%s; %.0f s; %s",
+            server_round,
+            total,
+            line["train_loss"],
+            held_out,
+            line["seconds"] + after.get("eval_seconds", 0.0),
+            f"about {left:.0f} s left" if left else "last round",
+        )
+    facts["seconds"] = time.monotonic() - started
+    logger.info("[done] %s", folder.path / f"peft_{total}")

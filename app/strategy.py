@@ -1,0 +1,189 @@
+"""One round: who takes part, what they send back, and the new adapter.
+
+Flower's own strategies sample unseeded, wait for ever, average whatever is left of a round
+and end "completed" even when nothing was; this one does none of that.
+"""
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from app.adapter import Layout, Vector
+from app.config import RunConfig
+from app.fedavgopt import fedavgopt
+from app.preflight import Sites, job, site_name
+
+logger = logging.getLogger(__name__)
+
+
+class RoundError(Exception):
+    """Too few usable replies; the adapter of the round before stands."""
+
+
+@dataclass
+class Gathered:
+    """What came back for one message to each of some sites."""
+
+    replies: dict[int, RecordDict] = field(default_factory=dict)  # partition id -> content
+    failed: dict[int, str] = field(default_factory=dict)  # partition id -> reason
+
+
+@dataclass
+class Strategy:
+    """Samples, sends, collects and aggregates with seeds and deadlines of its own."""
+
+    grid: Grid
+    config: RunConfig
+    sites: Sites
+    layout: Layout
+
+    def sample(self, server_round: int) -> list[int]:
+        """Partition ids that train in this round; a function of seed and round."""
+        ids = sorted(self.sites.node_of)
+        return self._choose(
+            ids, self.config.fraction_train, self.config.min_train_nodes, server_round
+        )
+
+    def evaluation_sites(self) -> list[int]:
+        """Partition ids that are evaluated, the same in every round so that losses compare."""
+        ids = sorted(p for p, n in self.sites.num_holdout.items() if n)
+        if not ids or self.config.fraction_evaluate == 0:
+            return []
+        return self._choose(ids, self.config.fraction_evaluate, self.config.min_evaluate_nodes, 0)
+
+    def _choose(self, ids: list[int], fraction: float, at_least: int, stream: int) -> list[int]:
+        count = min(len(ids), max(int(len(ids) * fraction), at_least))
+        rng = np.random.default_rng([self.config.seed, stream])
+        return sorted(int(i) for i in rng.choice(ids, count, replace=False))
+
+    def train_round(self, server_round: int, adapter: Vector) -> tuple[Vector, dict[str, Any]]:
+        """Train at the sampled sites and aggregate.
+
+        Returns:
+            The new adapter [layout.size] and the round's line for metrics.jsonl.
+
+        Raises:
+            RoundError: fewer than min-replies usable replies within round-timeout-s.
+        """
+        started = time.monotonic()
+        partitions = self.sample(server_round)
+        total = self.config.num_server_rounds
+        names = ", ".join(map(site_name, partitions))
+        logger.info("[round %d/%d] training at %s", server_round, total, names)
+        gathered = self._ask(MessageType.TRAIN, partitions, server_round, adapter)
+        updates, rejected = self._usable(gathered)
+        for partition_id, why in sorted(rejected.items()):
+            logger.warning(
+                "[round %d/%d] without %s: %s", server_round, total, site_name(partition_id), why
+            )
+        if len(updates) < self.config.min_replies:
+            reasons = "; ".join(f"{site_name(p)}: {why}" for p, why in sorted(rejected.items()))
+            raise RoundError(
+                f"round {server_round}: {len(updates)} usable replies, strategy.min-replies = "
+                f"{self.config.min_replies} ({reasons})"
+            )
+        metrics = {p: gathered.replies[p].metric_records["metrics"] for p in updates}
+        num_examples = {p: int(metrics[p]["num-examples"]) for p in updates}  # type: ignore[arg-type]
+        arrays = [list(self.layout.split(vector).values()) for vector in updates.values()]
+        layers, alphas = fedavgopt(arrays, list(num_examples.values()))
+        new = self.layout.join(dict(zip(self.layout.names, layers, strict=True)))
+
+        def column(key: str) -> list[float]:
+            return [round(float(metrics[p][key]), 6) for p in updates]  # type: ignore[arg-type]
+
+        weights = np.array(list(num_examples.values()), float)
+        return new, {
+            "round": server_round,
+            "learning_rate": self.config.learning_rate(server_round),
+            "partitions": list(updates),
+            "train_loss": float(np.average(column("train-loss"), weights=weights)),
+            "num_examples": list(num_examples.values()),
+            "alphas": [float(a) for a in alphas],
+            "adapter_norm": float(np.linalg.norm(new)),
+            "update_norm": float(np.linalg.norm(new - adapter)),
+            "bytes_down": adapter.nbytes * len(partitions),
+            "bytes_up": sum(v.nbytes for v in updates.values()),
+            "examples_seen": column("examples-seen"),
+            "tokens_seen": column("tokens-seen"),
+            "load_s": column("load-s"),
+            "train_s": column("train-s"),
+            "peak_memory_mb": column("peak-memory-mb"),
+            "rejected": {site_name(p): why for p, why in sorted(rejected.items())},
+            "seconds": time.monotonic() - started,
+        }
+
+    def evaluate(self, server_round: int, adapter: Vector) -> dict[str, Any]:
+        """Held-out loss and token accuracy of ``adapter``; empty where evaluation is off.
+
+        A site that does not answer is left out of this figure and named in the log.
+        """
+        partitions = self.evaluation_sites()
+        if not partitions:
+            return {}
+        started = time.monotonic()
+        gathered = self._ask(MessageType.EVALUATE, partitions, server_round, adapter)
+        for partition_id, why in sorted(gathered.failed.items()):
+            logger.warning("[evaluation] without %s: %s", site_name(partition_id), why)
+        sums = [r.metric_records["metrics"] for r in gathered.replies.values()]
+        tokens = sum(int(s["num-tokens"]) for s in sums)  # type: ignore[arg-type]
+        if not tokens:
+            return {}
+        return {
+            "eval_loss": sum(float(s["loss-sum"]) for s in sums) / tokens,  # type: ignore[arg-type]
+            "eval_token_accuracy": sum(int(s["num-correct"]) for s in sums) / tokens,  # type: ignore[arg-type]
+            "eval_tokens": tokens,
+            "eval_partitions": sorted(gathered.replies),
+            "eval_bytes_down": adapter.nbytes * len(partitions),
+            "eval_seconds": time.monotonic() - started,
+        }
+
+    def _ask(
+        self, kind: str, partitions: list[int], server_round: int, adapter: Vector
+    ) -> Gathered:
+        """Send the adapter to these sites and wait for all replies or round-timeout-s."""
+        record = ArrayRecord({"flat": Array(adapter)})
+        messages = []
+        for partition_id in partitions:
+            content = RecordDict(
+                {"adapter": record, "job": job(self.config, max(server_round, 1), self.layout.hash)}
+            )
+            messages.append(
+                Message(content, dst_node_id=self.sites.node_of[partition_id], message_type=kind)
+            )
+        partition_of = {node: p for p, node in self.sites.node_of.items()}
+        gathered = Gathered()
+        replies = self.grid.send_and_receive(messages, timeout=self.config.round_timeout_s)
+        # push_messages gave each message its id. A node that died is answered for by the
+        # SuperLink, so the sender's id alone does not say which site it was.
+        of_message = {m.metadata.message_id: partition_of[m.metadata.dst_node_id] for m in messages}
+        for reply in replies:
+            partition_id = of_message[reply.metadata.reply_to_message_id]
+            if reply.has_error():
+                gathered.failed[partition_id] = reply.error.reason
+            else:
+                gathered.replies[partition_id] = reply.content
+        # Flower reports a late reply neither as a result nor as a failure.
+        for partition_id in set(partitions) - set(gathered.replies) - set(gathered.failed):
+            gathered.failed[partition_id] = (
+                f"no reply within strategy.round-timeout-s = {self.config.round_timeout_s:.0f}"
+            )
+        return gathered
+
+    def _usable(self, gathered: Gathered) -> tuple[dict[int, Vector], dict[int, str]]:
+        """Adapters by partition id (sorted), and why the others take no part."""
+        updates: dict[int, Vector] = {}
+        rejected = dict(gathered.failed)
+        for partition_id, content in sorted(gathered.replies.items()):
+            vector = content.array_records["adapter"]["flat"].numpy()
+            if vector.shape != (self.layout.size,) or vector.dtype != np.float32:
+                rejected[partition_id] = f"adapter of shape {vector.shape}, {vector.dtype}"
+            elif not np.isfinite(vector).all():
+                rejected[partition_id] = "adapter with values that are not finite"
+            else:
+                updates[partition_id] = vector
+        return updates, rejected

@@ -1,0 +1,126 @@
+"""Local training and evaluation of the adapter on one site's rows."""
+
+import logging
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from app.config import RunConfig
+from app.examples import IGNORED, Example, collate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a local training did."""
+
+    loss: float  # mean over steps of the loss per answer token
+    steps: int
+    examples: int  # rows seen, repeats counted
+    tokens: int  # real tokens in them, prompt and answer, without padding
+    seconds: float
+
+
+class _Progress(TrainerCallback):  # type: ignore[misc]
+    """One line a step: number, loss, seconds. The loss is a mean over tokens, no text."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            logger.info(
+                "step %d of %d: loss %.4f", state.global_step, state.max_steps, logs["loss"]
+            )
+
+
+class _CountingCollator:
+    def __init__(self) -> None:
+        self.examples = self.tokens = 0
+
+    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        self.examples += len(examples)
+        self.tokens += sum(len(e.input_ids) for e in examples)
+        return collate(examples)
+
+
+def train(model: Any, examples: list[Example], config: RunConfig, lr: float, seed: int) -> Trained:
+    """Train the model's adapter in place with ``transformers.Trainer`` at a constant ``lr``.
+
+    The loss is summed over answer tokens and divided by their number once per optimiser step
+    (Trainer's ``num_items_in_batch``), so gradient accumulation changes nothing.
+    ``seed`` orders the rows; pass another one each round, or a site picked again would see
+    the same rows.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    on_cpu = model.device.type == "cpu"
+    count = _CountingCollator()
+    with tempfile.TemporaryDirectory() as unused_output:
+        arguments = TrainingArguments(
+            output_dir=unused_output,
+            learning_rate=lr,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            num_train_epochs=config.num_train_epochs,
+            max_steps=config.max_steps,
+            gradient_checkpointing=config.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            bf16=not on_cpu and torch.cuda.is_bf16_supported(),
+            use_cpu=on_cpu,
+            seed=seed,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=not on_cpu,
+        )
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=examples,
+            data_collator=count,
+            callbacks=[_Progress()],
+        )
+        trainer.pop_callback(PrinterCallback)  # ours instead
+        started = time.monotonic()
+        result = trainer.train()
+        seconds = time.monotonic() - started
+    if not torch.isfinite(torch.tensor(result.training_loss)):
+        raise FloatingPointError("the training loss is not finite")
+    return Trained(result.training_loss, result.global_step, count.examples, count.tokens, seconds)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Sums over a holdout's answer tokens, so that the server can add sites up."""
+
+    loss_sum: float
+    num_correct: int
+    num_tokens: int
+
+
+@torch.inference_mode()
+def evaluate(model: Any, examples: list[Example], batch_size: int) -> Evaluated:
+    """Loss and next-token hits over the answers' tokens, EOS included."""
+    model.eval()
+    loss_sum, num_correct, num_tokens = 0.0, 0, 0
+    ordered = sorted(examples, key=lambda e: len(e.input_ids))  # alike lengths: little padding
+    for start in range(0, len(ordered), batch_size):
+        batch = collate(ordered[start : start + batch_size])
+        batch = {k: v.to(model.device) for k, v in batch.items()}
+        labels = batch.pop("labels")[:, 1:]
+        picked = labels != IGNORED
+        logits = model(**batch).logits[:, :-1][picked].float()  # [answer tokens, vocabulary]
+        loss_sum += float(
+            torch.nn.functional.cross_entropy(logits, labels[picked], reduction="sum")
+        )
+        num_correct += int((logits.argmax(-1) == labels[picked]).sum())
+        num_tokens += int(picked.sum())
+    return Evaluated(loss_sum, num_correct, num_tokens)

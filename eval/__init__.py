@@ -1,0 +1,1 @@
+"""The evaluation container: scores an adapter of the results volume."""

@@ -1,0 +1,1 @@
+"""The coordinator's side: certificates and keys, the SuperLink, and submitting runs."""

@@ -1,0 +1,63 @@
+"""Write the SuperLink connection ``deployment`` that ``flwr run . deployment`` uses.
+
+    python -m superlink.connection ADDRESS CA_CERTIFICATE
+
+ADDRESS is the Control API, such as localhost:9093 at the end of an SSH tunnel. Flower keeps
+its connections in $FLWR_HOME/config.toml (default ~/.flwr); they do not belong into
+pyproject.toml, which ``flwr run`` would rewrite.
+"""
+
+import os
+import sys
+import tomllib
+from pathlib import Path
+
+_TEMPLATE = """
+[superlink.deployment]
+address = "{address}"
+root-certificates = "{ca}"
+"""
+
+
+def write_connection(flwr_home: Path, address: str, ca_file: Path) -> Path:
+    """Add or replace ``[superlink.deployment]`` in ``flwr_home``/config.toml.
+
+    Raises:
+        ValueError: the file has such a section with more keys than ours, or is not TOML.
+    """
+    path = flwr_home / "config.toml"
+    text = path.read_text() if path.exists() else '[superlink]\ndefault = "deployment"\n'
+    old = tomllib.loads(text).get("superlink", {}).get("deployment")
+    section = _TEMPLATE.format(address=address, ca=ca_file.resolve())
+    if old is not None:
+        before = _TEMPLATE.format(address=old.get("address"), ca=old.get("root-certificates"))
+        if before not in text:
+            raise ValueError(f"{path} has a [superlink.deployment] of its own; edit it by hand")
+        text = text.replace(before, section)
+    else:
+        text += section
+    flwr_home.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def main() -> int:
+    if len(sys.argv) != 3:
+        print(__doc__, file=sys.stderr)
+        return 2
+    home = Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr"))
+    ca_file = Path(sys.argv[2])
+    if not ca_file.is_file():
+        print(f"connection: no CA certificate at {ca_file}", file=sys.stderr)
+        return 1
+    try:
+        path = write_connection(home, sys.argv[1], ca_file)
+    except ValueError as err:
+        print(f"connection: {err}", file=sys.stderr)
+        return 1
+    print(f"connection: deployment -> {sys.argv[1]} in {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

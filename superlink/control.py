@@ -1,0 +1,115 @@
+"""A small client of the SuperLink's Control API (gRPC, Flower 1.36).
+
+``flwr`` does the same from the command line, at two seconds of start-up a call: too slow to
+register 20 keys or to watch the nodes come online.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest, RegisterNodeRequest
+from flwr.proto.control_pb2_grpc import ControlStub
+from flwr.supercore.grpc import create_channel
+from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+CALL_TIMEOUT_S = 20
+ALREADY_IN_USE = "already in use"  # in the details of Flower's error 23
+
+
+class ControlError(Exception):
+    """The SuperLink cannot be reached or refuses; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """``status``: starting, pending, running or finished:<completed|failed|stopped>."""
+
+    status: str
+    details: str
+
+
+class Control:
+    """One TLS channel to the Control API at ``address`` (host:port)."""
+
+    def __init__(self, address: str, ca_file: Path) -> None:
+        try:
+            ca = ca_file.read_bytes()
+        except OSError as err:
+            raise ControlError(f"CA certificate {ca_file}: {err.strerror}") from None
+        self.address = address
+        self._channel = create_channel(
+            server_address=address,
+            insecure=False,
+            root_certificates=ca,
+            interceptors=[RuntimeVersionClientInterceptor(component_name="flwr CLI")],
+        )
+        self._stub = ControlStub(self._channel)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def wait_until_up(self, timeout_s: float) -> None:
+        """Raises: ControlError: no TLS connection within ``timeout_s``."""
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout=timeout_s)
+        except grpc.FutureTimeoutError:
+            raise ControlError(
+                f"no SuperLink answers at {self.address} with a certificate of this CA "
+                f"({timeout_s:.0f} s); is it running, and is the CA certificate its own?"
+            ) from None
+
+    def register(self, public_key: bytes) -> bool:
+        """Allow the SuperNode with this key to join; False if it is registered already."""
+        try:
+            self._stub.RegisterNode(
+                RegisterNodeRequest(public_key=public_key), timeout=CALL_TIMEOUT_S
+            )
+        except grpc.RpcError as err:
+            if ALREADY_IN_USE in (err.details() or "").lower():
+                return False
+            raise self._error(err) from None
+        return True
+
+    def node_status(self) -> dict[bytes, str]:
+        """Public key -> registered, online, offline or unregistered."""
+        try:
+            reply = self._stub.ListNodes(ListNodesRequest(), timeout=CALL_TIMEOUT_S)
+        except grpc.RpcError as err:
+            raise self._error(err) from None
+        return {bytes(n.public_key): n.status for n in reply.nodes_info}
+
+    def run_status(self, run_id: int) -> RunStatus:
+        """Where this run stands.
+
+        Raises:
+            ControlError: no such run, or no answer.
+        """
+        try:
+            reply = self._stub.ListRuns(ListRunsRequest(run_id=run_id), timeout=CALL_TIMEOUT_S)
+        except grpc.RpcError as err:
+            raise self._error(err) from None
+        if run_id not in reply.run_dict:
+            raise ControlError(f"the SuperLink knows no run {run_id}")
+        status = reply.run_dict[run_id].status
+        return RunStatus(
+            f"{status.status}:{status.sub_status}" if status.sub_status else status.status,
+            status.details,
+        )
+
+    def _error(self, err: grpc.RpcError) -> ControlError:
+        return ControlError(f"SuperLink at {self.address}: {err.code().name}: {err.details()}")
+
+
+def public_keys(folder: Path) -> dict[str, bytes]:
+    """Site name -> public key, from ``site-NN.pub`` (OpenSSH) in ``folder``, by name."""
+    keys = {}
+    for path in sorted(folder.glob("site-*.pub")):
+        key = serialization.load_ssh_public_key(path.read_bytes())
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise ControlError(f"{path}: not an elliptic-curve key")
+        keys[path.stem] = public_key_to_bytes(key)
+    return keys

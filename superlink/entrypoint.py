@@ -1,0 +1,67 @@
+"""Start the SuperLink from its environment: all its ports and flags are here.
+
+| variable       | default         | what                                                |
+|----------------|-----------------|-----------------------------------------------------|
+| SUPERLINK_DIR  | (required)      | ca.crt, server.crt, server.key, from provision      |
+| STATE_DIR      | (required)      | folder of the SQLite database                       |
+| RESULTS_DIR    | (required)      | where the ServerApp writes checkpoints              |
+| FLEET_ADDRESS  | 0.0.0.0:9092    | SuperNodes connect here (gRPC, TLS)                 |
+| CONTROL_ADDRESS| 0.0.0.0:9093    | flwr connects here (gRPC, TLS, no user login)       |
+| RUNTIME_PORT   | 9091            | ServerApp process, on 127.0.0.1 only                |
+| HEALTH_PORT    | 9190            | liveness, on 127.0.0.1 only                         |
+"""
+
+import os
+import sys
+from pathlib import Path
+
+
+def arguments(env: dict[str, str]) -> list[str]:
+    """The command line. TLS and SuperNode authentication are no options.
+
+    Raises:
+        SystemExit: a folder or certificate is missing; the message names it.
+    """
+    folders = {}
+    for name in ("SUPERLINK_DIR", "STATE_DIR", "RESULTS_DIR"):
+        if not env.get(name):
+            raise SystemExit(f"superlink: {name} is not set")
+        folders[name] = Path(env[name])
+    certificates = folders["SUPERLINK_DIR"]
+    for file in ("ca.crt", "server.crt", "server.key"):
+        if not (certificates / file).is_file():
+            raise SystemExit(
+                f"superlink: {certificates / file} is missing; run superlink.provision first"
+            )
+    for name in ("STATE_DIR", "RESULTS_DIR"):
+        folders[name].mkdir(parents=True, exist_ok=True)
+        if not os.access(folders[name], os.W_OK):
+            raise SystemExit(
+                f"superlink: {name}={folders[name]} cannot be written by user {os.getuid()}; "
+                "change its owner or set another folder"
+            )
+    return [
+        "flower-superlink",
+        "--ssl-ca-certfile", str(certificates / "ca.crt"),
+        "--ssl-certfile", str(certificates / "server.crt"),
+        "--ssl-keyfile", str(certificates / "server.key"),
+        "--enable-supernode-auth",
+        "--database", str(folders["STATE_DIR"] / "superlink.db"),
+        "--disable-runtime-dependency-installation",
+        "--fleet-api-address", env.get("FLEET_ADDRESS", "0.0.0.0:9092"),
+        "--control-api-address", env.get("CONTROL_ADDRESS", "0.0.0.0:9093"),
+        # Also serves control routes: never anywhere but on the loopback.
+        "--host", "127.0.0.1", "--port", env.get("RUNTIME_PORT", "9091"),
+        "--health-server-address", f"127.0.0.1:{env.get('HEALTH_PORT', '9190')}",
+    ]  # fmt: skip
+
+
+def main() -> None:
+    command = arguments(dict(os.environ))
+    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    program = Path(sys.executable).with_name(command[0])
+    os.execve(program, command, {**os.environ, **quiet})  # noqa: S606
+
+
+if __name__ == "__main__":
+    main()

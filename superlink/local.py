@@ -1,0 +1,269 @@
+"""The whole federation as processes of this machine: no Docker, no GPU needed.
+
+    python -m superlink.local --sites 4          (what ``make demo`` runs)
+
+The same SuperLink, SuperNodes, ClientApp and ServerApp as in the containers, with TLS and
+SuperNode authentication, on free ports. Everything it starts it also stops.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from app.config import ConfigError
+from superlink.control import Control, ControlError
+from superlink.provision import ProvisionError, provision
+from superlink.register import register
+from superlink.submit import submit
+
+REPOSITORY = Path(__file__).parents[1]
+STOP_AFTER_S = 15
+
+
+class LocalFederation:
+    """SuperLink and SuperNodes as child processes; use as a context manager.
+
+    Folders: ``work``/federation (keys, data), ``work``/superlink (database), ``work``/logs;
+    base models come from ``models``, checkpoints go to ``results``.
+    """
+
+    def __init__(self, work: Path, models: Path, results: Path, sites: int) -> None:
+        self.work, self.models, self.results, self.sites = work, models, results, sites
+        self.federation = work / "federation"
+        self.public = self.federation / "public"
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.fleet_port, self.control_port = free_port(), free_port()
+
+    def __enter__(self) -> "LocalFederation":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def provision(self) -> None:
+        """Keys and certificates; kept from the last time."""
+        provision(self.federation, self.sites, f"localhost:{self.fleet_port}", [])
+
+    def start(self) -> Control:
+        """SuperLink, registration, SuperNodes; returns the connection to the Control API.
+
+        Raises:
+            ControlError: the SuperLink did not come up; its log's end is in the message.
+        """
+        self._spawn(
+            "superlink",
+            SUPERLINK_DIR=str(self.federation / "superlink"),
+            STATE_DIR=str(self.work / "superlink"),
+            RESULTS_DIR=str(self.results),
+            FLEET_ADDRESS=f"127.0.0.1:{self.fleet_port}",
+            CONTROL_ADDRESS=f"127.0.0.1:{self.control_port}",
+            RUNTIME_PORT=str(free_port()),
+            HEALTH_PORT=str(free_port()),
+        )
+        control = Control(f"localhost:{self.control_port}", self.public / "ca.crt")
+        try:
+            register(control, self.public)
+        except ControlError as err:
+            log = (self.work / "logs" / "superlink.log").read_text(errors="replace")
+            raise ControlError(f"{err}\nend of its log:\n{log[-1500:]}") from None
+        for number in range(self.sites):
+            self.start_node(number)
+        return control
+
+    def start_node(self, number: int, **settings: str) -> None:
+        """The SuperNode of one site; ``settings`` override its environment."""
+        name = f"site-{number:02d}"
+        locks = self.work / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        env = {
+            "SITE_DIR": str(self.federation / name),
+            "MODELS_DIR": str(self.models),
+            "LOCK_DIR": str(locks),
+            "DEVICE": os.environ.get("DEVICE", "cpu"),
+            "RUNTIME_PORT": str(free_port()),
+        }
+        self._spawn(name, **env | settings)
+
+    def _spawn(self, name: str, **settings: str) -> None:
+        logs = self.work / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        package = "superlink" if name == "superlink" else "supernode"
+        env = {**os.environ, **settings, "FLWR_HOME": str(self.work / "flwr" / name)}
+        with (logs / f"{name}.log").open("wb") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", f"{package}.entrypoint"],
+                env=env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd=REPOSITORY,
+                start_new_session=True,  # one process group a service: it ends as a whole
+            )
+
+    def stop(self) -> None:
+        """End every process and its children: SIGTERM, then SIGKILL."""
+        for process in self.processes.values():
+            _signal_group(process, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_AFTER_S
+        for process in self.processes.values():
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                pass
+        for process in self.processes.values():
+            _signal_group(process, signal.SIGKILL)
+            process.wait()
+        self.processes.clear()
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def free_port() -> int:
+    """A TCP port of the loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind as Ctrl-C does, so that the processes are stopped."""
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    old = {n: signal.signal(n, interrupt) for n in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def table(run: Path) -> str:
+    """The run's rounds as text: held-out loss and accuracy before and after, bytes, seconds."""
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [("round", "sites", "train loss", "held-out loss", "token accuracy", "MB sent", "s")]
+    for m in lines:
+        sent = m["bytes_down"] + m["bytes_up"] + m.get("eval_bytes_down", 0)
+        loss = acc = "-"
+        if "eval_loss_before" in m:
+            loss = f"{m['eval_loss_before']:.4f} -> {m['eval_loss']:.4f}"
+            acc = f"{m['eval_token_accuracy_before']:.4f} -> {m['eval_token_accuracy']:.4f}"
+        rows.append(
+            (
+                str(m["round"]),
+                " ".join(f"{p:02d}" for p in m["partitions"]),
+                f"{m['train_loss']:.4f}",
+                loss,
+                acc,
+                f"{sent / 1e6:.2f}",
+                f"{m['seconds'] + m.get('eval_seconds', 0):.0f}",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _prepare(args: argparse.Namespace, federation: Path) -> None:
+    command = [
+        sys.executable, "-m", "supernode.prepare", "all", "--name", args.model,
+        "--quantization", args.quantization, "--models", str(args.models),
+        "--federation", str(federation), "--sites", str(args.sites), "--source", args.data,
+    ]  # fmt: skip
+    done = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        check=False,
+        stderr=subprocess.PIPE,
+        text=True,
+        stdout=subprocess.DEVNULL,
+    )
+    if done.returncode:
+        raise ControlError(done.stderr.strip())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="superlink.local", description=__doc__.split("\n")[0])
+    parser.add_argument("--sites", type=int, default=4)
+    parser.add_argument("--data", default="bundled", help="JSON, JSONL or parquet file, or hub id")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--quantization", default="nf4")
+    parser.add_argument(
+        "--run-config",
+        action="append",
+        default=[],
+        metavar="FILE|PAIRS",
+        help="on top of app/profiles/demo.toml",
+    )
+    parser.add_argument("--work", type=Path, default=REPOSITORY / ".demo")
+    parser.add_argument("--models", type=Path, default=REPOSITORY / ".demo" / "models")
+    parser.add_argument(
+        "--results", type=Path, default=os.environ.get("RESULTS_DIR", REPOSITORY / "results")
+    )
+    args = parser.parse_args()
+    try:
+        with _terminated_like_interrupted():
+            return demo(args)
+    except (ControlError, ConfigError, ProvisionError) as err:
+        print(f"demo: ERROR: {err}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("demo: stopped; every process it started has ended", file=sys.stderr)
+        return 130
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Prepare, start, run, show; the exit code of the run."""
+    config = [
+        str(REPOSITORY / "app/profiles/demo.toml"),
+        f"strategy.min-nodes={args.sites}",
+        f"model.name={json.dumps(args.model)}",
+        *args.run_config,
+    ]
+    started = time.monotonic()
+    with LocalFederation(args.work, args.models, args.results, args.sites) as federation:
+        say(f"1/4 keys and certificates of {args.sites} sites")
+        federation.provision()
+        say("2/4 base model and data (the first time: download and conversion, a minute)")
+        _prepare(args, federation.federation)
+        say(f"3/4 SuperLink and {args.sites} SuperNodes; logs in {args.work / 'logs'}")
+        control = federation.start()
+        say("4/4 the run")
+        code = submit(REPOSITORY, config, control, federation.public)
+    if code == 0:
+        run = (args.results / "latest").resolve()
+        print(f"\n{table(run)}\n")
+        say(f"final adapter: {run / max(run.glob('peft_*'), key=_round_of).name}")
+    say(f"{'done' if code == 0 else 'failed'} after {time.monotonic() - started:.0f} s")
+    return code
+
+
+def _round_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("peft_"))
+
+
+def say(text: str) -> None:
+    print(f"demo: {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

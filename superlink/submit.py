@@ -1,0 +1,172 @@
+"""Submit a run and stay with it: wait for the nodes, run, follow, and tell the truth.
+
+    python -m superlink.submit [--run-config FILE.toml | 'key=value ...'] ...
+
+The exit code is 0 exactly if the run finished as completed. (``flwr run --stream`` returns 0
+even when the ServerApp died.) Unlike flwr's own --run-config, files and pairs can be mixed;
+later ones win. CONTROL_ADDRESS and PUBLIC_DIR say where the SuperLink and its keys are.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from app.config import ConfigError, RunConfig
+from superlink.connection import write_connection
+from superlink.control import Control, ControlError, public_keys
+
+_POLL_S = 2
+
+
+def merged_config(app_dir: Path, overrides: list[str]) -> tuple[dict[str, Any], RunConfig]:
+    """The overrides as one flat dict, and the checked config they give with pyproject.toml's.
+
+    Raises:
+        ConfigError: a file cannot be read, or the config cannot work.
+    """
+    flat: dict[str, Any] = {}
+    for text in overrides:
+        try:
+            if text.endswith(".toml"):
+                parsed = tomllib.loads(Path(text).read_text())
+            else:
+                parsed = tomllib.loads("\n".join(_pairs(text)))
+        except (OSError, tomllib.TOMLDecodeError) as err:
+            raise ConfigError(f"run config: {text}: {err}") from None
+        flat |= flatten(parsed)
+    project = tomllib.loads((app_dir / "pyproject.toml").read_text())
+    defaults = flatten(project["tool"]["flwr"]["app"]["config"])
+    return flat, RunConfig.from_flat(defaults | flat)
+
+
+def _pairs(text: str) -> list[str]:
+    """``a=1 b="x y"`` -> ``["a=1", 'b="x y"']``: as flwr reads its --run-config."""
+    import re
+
+    return re.findall(r"\S+?=(?:'[^']*'|\"[^\"]*\"|\S+)", text) or [text]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables to dotted keys, as Flower does."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def wait_for_nodes(control: Control, public: Path, needed: int, timeout_s: float) -> None:
+    """Wait until ``needed`` of the registered sites are online.
+
+    Raises:
+        ControlError: too few after ``timeout_s``; names those that are not online.
+    """
+    sites = public_keys(public)
+    deadline, said = time.monotonic() + timeout_s, -1
+    while True:
+        status = control.node_status()
+        missing = [s for s, key in sites.items() if status.get(key) != "online"]
+        online = len(sites) - len(missing)
+        if online != said:
+            _say(f"{online} of {needed} SuperNodes online")
+            said = online
+        if online >= needed:
+            return
+        if time.monotonic() > deadline:
+            raise ControlError(
+                f"{online} of {needed} SuperNodes online after {timeout_s:.0f} s; "
+                f"not online: {', '.join(missing)} "
+                "(strategy.min-nodes, strategy.node-timeout-s)"
+            )
+        time.sleep(_POLL_S)
+
+
+def submit(app_dir: Path, overrides: list[str], control: Control, public: Path) -> int:
+    """One run from start to end; returns the exit code.
+
+    Raises:
+        ConfigError, ControlError: it could not be started or followed.
+    """
+    flat, config = merged_config(app_dir, overrides)
+    control.wait_until_up(config.node_timeout_s)
+    wait_for_nodes(control, public, config.min_nodes, config.node_timeout_s)
+    with tempfile.TemporaryDirectory() as home:
+        write_connection(Path(home), control.address, public / "ca.crt")
+        env = {
+            **os.environ,
+            "FLWR_HOME": home,
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+        }
+        run_id = _start(app_dir, flat, Path(home), env)
+        _say(f"run {run_id} started")
+        flwr = [_flwr(), "log", str(run_id), "deployment", "--stream"]
+        while subprocess.run(flwr, env=env, check=False).returncode:
+            # The log broke off (a SuperLink restart, say); the run itself may go on.
+            if control.run_status(run_id).status.startswith("finished"):
+                break
+            time.sleep(_POLL_S)
+    return _verdict(control, run_id)
+
+
+def _start(app_dir: Path, flat: dict[str, Any], home: Path, env: dict[str, str]) -> int:
+    command = [_flwr(), "run", str(app_dir), "deployment", "--format", "json"]
+    if flat:
+        file = home / "run-config.toml"
+        file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in flat.items()))
+        command += ["--run-config", str(file)]
+    done = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
+    try:
+        return int(json.loads(done.stdout[done.stdout.index("{") :])["run-id"])
+    except (ValueError, KeyError):
+        output = (done.stdout + done.stderr).strip()
+        raise ControlError(f"flwr run failed (exit code {done.returncode}):\n{output}") from None
+
+
+def _verdict(control: Control, run_id: int) -> int:
+    # The log ends a moment before the run's status is written.
+    for _ in range(45):
+        state = control.run_status(run_id)
+        if state.status.startswith("finished"):
+            break
+        time.sleep(_POLL_S)
+    _say(f"run {run_id} {state.status}{': ' + state.details if state.details else ''}")
+    return 0 if state.status == "finished:completed" else 1
+
+
+def _flwr() -> str:
+    return str(Path(sys.executable).with_name("flwr"))
+
+
+def _say(text: str) -> None:
+    print(f"submit: {text}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="superlink.submit", description=__doc__.split("\n")[0])
+    parser.add_argument("--run-config", action="append", default=[], metavar="FILE|PAIRS")
+    parser.add_argument("--app", type=Path, default=Path.cwd(), help="the app's folder")
+    args = parser.parse_args()
+    public = Path(os.environ.get("PUBLIC_DIR", "federation/public"))
+    address = os.environ.get("CONTROL_ADDRESS", "localhost:9093")
+    try:
+        return submit(args.app, args.run_config, Control(address, public / "ca.crt"), public)
+    except (ConfigError, ControlError) as err:
+        print(f"submit: ERROR: {err}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("submit: left; the run goes on (flwr stop RUN_ID deployment)", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Start this site's SuperNode from its environment: all its flags are here.
+
+| variable     | default          | what                                                     |
+|--------------|------------------|----------------------------------------------------------|
+| SITE_DIR     | (required)       | supernode.key, superlink-ca.crt, site.env, data/, state/ |
+| MODELS_DIR   | (required)       | prepared base models, read-only                          |
+| DEVICE       | cuda             | cuda or cpu                                              |
+| SUPERNODE_GPU| partition mod GPUs | index of the GPU among the visible ones                |
+| LOCK_DIR     | (required)       | shared by the SuperNodes of a host: one computes a GPU   |
+| SUPERLINK, PARTITION_ID, NUM_PARTITIONS | from site.env | set them only to override it   |
+| RUNTIME_PORT | 9094             | ClientApp process, on 127.0.0.1 only                     |
+| HEALTH_PORT  | (none)           | liveness, on 127.0.0.1 only                              |
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+
+# What Flower logs when joining can't work, and what to tell the hospital. Flower itself would
+# go on running without ever working, so that no restart policy could help.
+HOPELESS = {
+    "Failed to activate SuperNode": "the SuperLink does not know this site's key; its operator "
+    "must run superlink.register (with this site's .pub file) before the SuperNode starts",
+    "CERTIFICATE_VERIFY_FAILED": "the SuperLink's certificate was not issued by the CA in "
+    "superlink-ca.crt, or not for this address; get a new site kit",
+}
+
+
+def read_site(env: dict[str, str]) -> dict[str, str]:
+    """The environment completed by the site's own site.env.
+
+    Raises:
+        SystemExit: a setting or file is missing; one line says which.
+    """
+    for name in ("SITE_DIR", "MODELS_DIR", "LOCK_DIR"):
+        if not env.get(name):
+            raise SystemExit(f"supernode: {name} is not set")
+    site = Path(env["SITE_DIR"])
+    for file in ("supernode.key", "superlink-ca.crt", "site.env"):
+        if not (site / file).is_file():
+            raise SystemExit(f"supernode: {site / file} is missing; is this a site's folder?")
+        if not os.access(site / file, os.R_OK):
+            raise SystemExit(f"supernode: {site / file} is not readable by user {os.getuid()}")
+    lines = (site / "site.env").read_text().splitlines()
+    settings = dict(line.split("=", 1) for line in lines if "=" in line)
+    return {**settings, **env}
+
+
+def choose_gpu(env: dict[str, str], visible: int) -> str:
+    """The index of this SuperNode's GPU.
+
+    Raises:
+        SystemExit: there is none, or not that one.
+    """
+    if not visible:
+        raise SystemExit(
+            "supernode: DEVICE=cuda but no NVIDIA GPU is visible here; on a host without GPU use "
+            "docker/compose.cpu.yaml (or DEVICE=cpu), else check nvidia-smi and the NVIDIA "
+            "container toolkit"
+        )
+    if not env.get("SUPERNODE_GPU"):
+        return str(int(env["PARTITION_ID"]) % visible)
+    chosen = env["SUPERNODE_GPU"]
+    if not chosen.isdigit() or int(chosen) >= visible:
+        raise SystemExit(
+            f"supernode: SUPERNODE_GPU={chosen}: this host shows GPUs 0 to {visible - 1}"
+        )
+    return chosen
+
+
+def visible_gpus() -> int:
+    """Number of NVIDIA GPUs, without importing torch (5 s and 300 MB)."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def command(env: dict[str, str]) -> list[str]:
+    """The SuperNode's command line; TLS and authentication are no options."""
+    site = Path(env["SITE_DIR"])
+    partition, partitions = int(env["PARTITION_ID"]), int(env["NUM_PARTITIONS"])
+    health = env.get("HEALTH_PORT")
+    return [
+        str(Path(sys.executable).with_name("flower-supernode")),
+        "--superlink", env["SUPERLINK"],
+        "--root-certificates", str(site / "superlink-ca.crt"),
+        "--auth-supernode-private-key", str(site / "supernode.key"),
+        "--node-config", f"partition-id={partition} num-partitions={partitions}",
+        "--host", "127.0.0.1", "--port", env.get("RUNTIME_PORT", "9094"),
+        *(["--health-server-address", f"127.0.0.1:{health}"] if health else []),
+    ]  # fmt: skip
+
+
+def main() -> int:
+    env = read_site(dict(os.environ))
+    device = env.setdefault("DEVICE", "cuda")
+    if device == "cuda":
+        env["CUDA_VISIBLE_DEVICES"] = choose_gpu(env, visible_gpus())
+    elif device != "cpu":
+        raise SystemExit(f"supernode: DEVICE={device}: cuda or cpu")
+    env |= {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "HF_HUB_OFFLINE": "1",  # the base model is prepared; nothing is fetched during a run
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return watch(command(env), env)
+
+
+def watch(argv: list[str], env: dict[str, str]) -> int:
+    """Run the SuperNode, pass its log on, and end it when it can never join."""
+    node = subprocess.Popen(
+        argv,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        bufsize=1,
+        errors="replace",
+    )
+
+    def stop(_: int, __: FrameType | None) -> None:
+        node.terminate()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    assert node.stdout  # noqa: S101  (PIPE above)
+    for line in node.stdout:
+        print(line, end="", flush=True)
+        for sign, advice in HOPELESS.items():
+            if sign in line:
+                print(f"supernode: ERROR: {advice}", file=sys.stderr, flush=True)
+                node.terminate()
+                try:
+                    node.wait(10)
+                except subprocess.TimeoutExpired:
+                    node.kill()
+                return 1
+    return node.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Split a question/answer data set into the sites' partitions.
+
+Writes ``site-NN/data/train.jsonl`` and ``holdout.jsonl`` and one manifest, ``data.json``,
+with rows and sha256 of every file. Disjoint, complete and a function of the seed.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("instruction", "input", "output")
+BUNDLED = Path(__file__).with_name("flashcards.jsonl")
+LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+class PrepareError(Exception):
+    """Data or model cannot be prepared as asked; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """How to split: source is a hub data set, a file, or a folder with one file a site."""
+
+    source: str
+    sites: int
+    partitioner: str = "iid"  # iid, dirichlet, or files
+    partition_by: str = ""  # dirichlet: the column that holds the class
+    alpha: float = 0.5  # dirichlet: smaller is more skewed
+    seed: int = 2025
+    holdout_fraction: float = 0.1
+    holdout_rows: int = 64  # at most, per site
+
+
+def prepare_data(federation: Path, split: Split) -> list[str]:
+    """Make the partitions unless they are there; returns one line a site.
+
+    Files that the manifest does not know, or that were changed since, are a hospital's own:
+    they are never overwritten.
+
+    Raises:
+        PrepareError: the source cannot be read or split, or a site's own data is in the way.
+    """
+    manifest_file = federation / "data.json"
+    old = json.loads(manifest_file.read_text()) if manifest_file.exists() else {}
+    intact = _check_intact(federation, old.get("files", {}), split.sites)
+    if intact and old["split"] == asdict(split):
+        return [f"{f}: {facts['rows']} rows" for f, facts in old["files"].items()]
+    parts = _own_files(split) if split.partitioner == "files" else _partitions(split)
+    files: dict[str, dict[str, Any]] = {}
+    for number, dataset in enumerate(parts):
+        held_out = min(split.holdout_rows, int(len(dataset) * split.holdout_fraction))
+        order = dataset.shuffle(seed=split.seed)
+        folder = federation / f"site-{number:02d}" / "data"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, rows in (
+            ("holdout", order.select(range(held_out))),
+            ("train", order.select(range(held_out, len(order)))),
+        ):
+            path = folder / f"{name}.jsonl"
+            content = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+            path.write_text(content, encoding="utf-8")
+            digest = hashlib.sha256(content.encode()).hexdigest()
+            files[str(path.relative_to(federation))] = {"rows": len(rows), "sha256": digest}
+    part_file = federation / ".data.json"
+    part_file.write_text(json.dumps({"split": asdict(split), "files": files}, indent=2) + "\n")
+    part_file.replace(manifest_file)
+    return [f"{f}: {facts['rows']} rows" for f, facts in files.items()]
+
+
+def _check_intact(federation: Path, known: dict[str, Any], sites: int) -> bool:
+    """True if all files of the manifest are as written; raises if another one is in the way."""
+    there = {
+        str(p.relative_to(federation)): p
+        for number in range(sites)
+        for p in (federation / f"site-{number:02d}" / "data").glob("*")
+        if p.suffix in LOADERS
+    }
+    for name, path in there.items():
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if known.get(name, {}).get("sha256") != digest:
+            raise PrepareError(
+                f"{federation / name} is not from supernode.prepare or was changed: move it away "
+                "to have the partitions made, or leave this step out to use it"
+            )
+    return bool(known) and set(there) == set(known)
+
+
+def _load(source: str) -> Any:
+    """A datasets.Dataset of the source's rows, all columns."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = Path(source)
+    try:
+        if path.is_file():
+            if path.suffix not in LOADERS:
+                raise PrepareError(f"{source}: one of {', '.join(LOADERS)} is needed")
+            loaded = datasets.load_dataset(
+                LOADERS[path.suffix], data_files=str(path), split="train"
+            )
+        else:
+            loaded = datasets.load_dataset(source, split="train")
+    except PrepareError:
+        raise
+    except Exception as err:  # the hub's and pyarrow's errors have no common class
+        raise PrepareError(
+            f"data set {source}: cannot be read as a file or from the hub "
+            f"({type(err).__name__}); give a JSON, JSONL or parquet file with the columns "
+            f"{', '.join(COLUMNS)}"
+        ) from err
+    missing = [c for c in COLUMNS if c not in loaded.column_names]
+    if missing:
+        raise PrepareError(
+            f"data set {source}: no column {', '.join(missing)}; it has "
+            f"{', '.join(loaded.column_names)}"
+        )
+    return loaded
+
+
+def _partitions(split: Split) -> list[Any]:
+    """The sites' data sets by flwr-datasets' partitioners."""
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
+
+    loaded = _load(split.source)
+    if len(loaded) < 2 * split.sites:
+        raise PrepareError(
+            f"data set {split.source}: {len(loaded)} rows are too few for {split.sites} sites"
+        )
+    if split.partitioner == "iid":
+        partitioner: Any = IidPartitioner(num_partitions=split.sites)
+    elif split.partitioner == "dirichlet":
+        if split.partition_by not in loaded.column_names:
+            raise PrepareError(
+                f"--partition-by {split.partition_by or '(not given)'}: dirichlet needs a column "
+                f"with the class; {split.source} has {', '.join(loaded.column_names)}"
+            )
+        partitioner = DirichletPartitioner(
+            num_partitions=split.sites,
+            partition_by=split.partition_by,
+            alpha=split.alpha,
+            min_partition_size=2,
+            seed=split.seed,
+            shuffle=True,
+        )
+    else:
+        raise PrepareError(f"--partitioner {split.partitioner}: iid, dirichlet or files")
+    partitioner.dataset = loaded.shuffle(seed=split.seed)
+    try:
+        parts = [partitioner.load_partition(n) for n in range(split.sites)]
+    except ValueError as err:
+        raise PrepareError(f"data set {split.source}: {err}") from None
+    return [p.select_columns(list(COLUMNS)) for p in parts]
+
+
+def _own_files(split: Split) -> list[Any]:
+    """Exactly the files of a folder: site-00.jsonl goes to site 00, and so on."""
+    folder, parts = Path(split.source), []
+    for number in range(split.sites):
+        found = [p for s in LOADERS if (p := folder / f"site-{number:02d}{s}").is_file()]
+        if len(found) != 1:
+            raise PrepareError(
+                f"{folder}: exactly one of site-{number:02d}.jsonl, .json, .parquet is needed, "
+                f"{len(found)} found"
+            )
+        parts.append(_load(str(found[0])).select_columns(list(COLUMNS)))
+    return parts
