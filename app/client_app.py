@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -31,7 +32,9 @@ from app.partition import SiteError
 
 app = ClientApp()
 logger = logging.getLogger("app")
-logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
+logger.addHandler(logging.StreamHandler(sys.stderr))
+logger.setLevel(logging.INFO)
+logger.propagate = False
 Handler = Callable[[Message, Context], Message]
 
 
@@ -86,7 +89,7 @@ def _turn_on_device() -> Iterator[None]:
 @app.query()
 def preflight(message: Message, context: Context) -> Message:
     """What the server must know before a run. Reads data and base.json; imports no torch."""
-    facts: dict[str, int | str] = {
+    facts: dict[str, Any] = {
         "partition-id": int(context.node_config["partition-id"]),
         "num-partitions": int(context.node_config["num-partitions"]),
         "device": _device(),
@@ -116,7 +119,9 @@ def _received(
     layout = Layout.of(base.linear_layers, config)
     job = message.content.config_records["job"]
     if job["layout"] != layout.hash:
-        raise SiteError(f"the run's adapter layout is {job['layout']}, this site's {layout.hash}")
+        raise SiteError(
+            f"the run's adapter has layout {job['layout']!r}, this site's {layout.hash!r}"
+        )
     vector = message.content.array_records["adapter"]["flat"].numpy()
     return base, layout, vector, job
 
@@ -130,7 +135,7 @@ def train(message: Message, context: Context) -> Message:
 
     config = RunConfig.from_flat(context.run_config)
     base, layout, vector, job = _received(message, config)
-    server_round = int(job["round"])  # type: ignore[arg-type]
+    server_round = cast(int, job["round"])
     partition_id = int(context.node_config["partition-id"])
     rows = partition.load(_site_dir(), "train")
     with _turn_on_device():
@@ -144,13 +149,8 @@ def train(message: Message, context: Context) -> Message:
         seed = int(
             np.random.SeedSequence([config.seed, server_round, partition_id]).generate_state(1)[0]
         )
-        result = training.train(
-            model,
-            examples,
-            config,
-            float(job["learning-rate"]),
-            seed,  # type: ignore[arg-type]
-        )
+        lr = config.learning_rate(server_round)
+        result = training.train(model, examples, config, lr, seed)
         trained = base_model.get_adapter(model, layout)
         metrics = MetricRecord(
             {

@@ -87,7 +87,8 @@ def objective(coefficients: Floats, gram: Floats) -> float:
     def squares(sign: float) -> Floats:  # [L, K]
         shifted = coefficients + sign * unit
         v = np.hstack([shifted, np.full((len(unit), 1), coefficients.sum() + sign)])
-        return np.maximum(((v @ gram) * v).sum(axis=-1), 0.0)
+        squared: Floats = ((v @ gram) * v).sum(axis=-1)
+        return np.maximum(squared, 0.0)
 
     differences, sums = squares(-1.0), squares(1.0)
     with np.errstate(divide="ignore"):

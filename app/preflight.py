@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from app.config import RunConfig
@@ -59,7 +59,7 @@ def preflight(grid: Grid, config: RunConfig) -> Sites:
     for reply in replies:
         node_id = asked[reply.metadata.reply_to_message_id]
         if reply.has_error():
-            silent[node_id] = reply.error.reason
+            silent[node_id] = reply.error.reason or "error without a reason"
         else:
             answers[node_id] = reply.content.config_records["preflight"]
             del silent[node_id]
@@ -131,15 +131,4 @@ def compare(
         linear_layers=json.loads(first["linear-layers"]),
         versions={p: json.loads(a["versions"]) for p, (_, a) in usable.items()},
         left_out=left_out,
-    )
-
-
-def job(config: RunConfig, server_round: int, layout_hash: str) -> ConfigRecord:
-    """What a site must know of this round beside the run config."""
-    return ConfigRecord(
-        {
-            "round": server_round,
-            "learning-rate": config.learning_rate(server_round),
-            "layout": layout_hash,
-        }
     )

@@ -29,7 +29,7 @@ logger = logging.getLogger("app")
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One run. Its end, good or bad, stands in run.json; an error of ours is one log line."""
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s", force=True)
+    _log_to_stdout()
     facts: dict[str, Any] = {
         "run_id": str(context.run_id),
         "status": "running",
@@ -49,6 +49,15 @@ def main(grid: Grid, context: Context) -> None:
     finally:
         if folder:
             folder.write_run(facts | {"finished": _now()})
+
+
+def _log_to_stdout() -> None:
+    # Not the root logger: httpx would then log each call that sends a log line, and so on.
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _now() -> str:

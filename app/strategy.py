@@ -7,16 +7,16 @@ and end "completed" even when nothing was; this one does none of that.
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from app.adapter import Layout, Vector
 from app.config import RunConfig
 from app.fedavgopt import fedavgopt
-from app.preflight import Sites, job, site_name
+from app.preflight import Sites, site_name
 
 logger = logging.getLogger(__name__)
 
@@ -87,22 +87,20 @@ class Strategy:
                 f"round {server_round}: {len(updates)} usable replies, strategy.min-replies = "
                 f"{self.config.min_replies} ({reasons})"
             )
-        metrics = {p: gathered.replies[p].metric_records["metrics"] for p in updates}
-        num_examples = {p: int(metrics[p]["num-examples"]) for p in updates}  # type: ignore[arg-type]
-        arrays = [list(self.layout.split(vector).values()) for vector in updates.values()]
-        layers, alphas = fedavgopt(arrays, list(num_examples.values()))
-        new = self.layout.join(dict(zip(self.layout.names, layers, strict=True)))
 
         def column(key: str) -> list[float]:
-            return [round(float(metrics[p][key]), 6) for p in updates]  # type: ignore[arg-type]
+            return [round(_number(gathered.replies[p], key), 6) for p in updates]
 
-        weights = np.array(list(num_examples.values()), float)
+        num_examples = [int(n) for n in column("num-examples")]
+        arrays = [list(self.layout.split(vector).values()) for vector in updates.values()]
+        layers, alphas = fedavgopt(arrays, num_examples)
+        new = self.layout.join(dict(zip(self.layout.names, layers, strict=True)))
         return new, {
             "round": server_round,
             "learning_rate": self.config.learning_rate(server_round),
             "partitions": list(updates),
-            "train_loss": float(np.average(column("train-loss"), weights=weights)),
-            "num_examples": list(num_examples.values()),
+            "train_loss": float(np.average(column("train-loss"), weights=num_examples)),
+            "num_examples": num_examples,
             "alphas": [float(a) for a in alphas],
             "adapter_norm": float(np.linalg.norm(new)),
             "update_norm": float(np.linalg.norm(new - adapter)),
@@ -129,14 +127,17 @@ class Strategy:
         gathered = self._ask(MessageType.EVALUATE, partitions, server_round, adapter)
         for partition_id, why in sorted(gathered.failed.items()):
             logger.warning("[evaluation] without %s: %s", site_name(partition_id), why)
-        sums = [r.metric_records["metrics"] for r in gathered.replies.values()]
-        tokens = sum(int(s["num-tokens"]) for s in sums)  # type: ignore[arg-type]
+
+        def total(key: str) -> float:
+            return sum(_number(reply, key) for reply in gathered.replies.values())
+
+        tokens = total("num-tokens")
         if not tokens:
             return {}
         return {
-            "eval_loss": sum(float(s["loss-sum"]) for s in sums) / tokens,  # type: ignore[arg-type]
-            "eval_token_accuracy": sum(int(s["num-correct"]) for s in sums) / tokens,  # type: ignore[arg-type]
-            "eval_tokens": tokens,
+            "eval_loss": total("loss-sum") / tokens,
+            "eval_token_accuracy": total("num-correct") / tokens,
+            "eval_tokens": int(tokens),
             "eval_partitions": sorted(gathered.replies),
             "eval_bytes_down": adapter.nbytes * len(partitions),
             "eval_seconds": time.monotonic() - started,
@@ -147,11 +148,10 @@ class Strategy:
     ) -> Gathered:
         """Send the adapter to these sites and wait for all replies or round-timeout-s."""
         record = ArrayRecord({"flat": Array(adapter)})
+        job = ConfigRecord({"round": server_round, "layout": self.layout.hash})
         messages = []
         for partition_id in partitions:
-            content = RecordDict(
-                {"adapter": record, "job": job(self.config, max(server_round, 1), self.layout.hash)}
-            )
+            content = RecordDict({"adapter": record, "job": job})
             messages.append(
                 Message(content, dst_node_id=self.sites.node_of[partition_id], message_type=kind)
             )
@@ -164,7 +164,7 @@ class Strategy:
         for reply in replies:
             partition_id = of_message[reply.metadata.reply_to_message_id]
             if reply.has_error():
-                gathered.failed[partition_id] = reply.error.reason
+                gathered.failed[partition_id] = reply.error.reason or "error without a reason"
             else:
                 gathered.replies[partition_id] = reply.content
         # Flower reports a late reply neither as a result nor as a failure.
@@ -179,11 +179,22 @@ class Strategy:
         updates: dict[int, Vector] = {}
         rejected = dict(gathered.failed)
         for partition_id, content in sorted(gathered.replies.items()):
-            vector = content.array_records["adapter"]["flat"].numpy()
-            if vector.shape != (self.layout.size,) or vector.dtype != np.float32:
+            try:
+                vector = content.array_records["adapter"]["flat"].numpy()
+                num_examples = _number(content, "num-examples")
+            except (KeyError, ValueError, TypeError) as err:
+                rejected[partition_id] = f"reply without adapter or metrics ({type(err).__name__})"
+                continue
+            if num_examples < 1:
+                rejected[partition_id] = f"num-examples = {num_examples}"
+            elif vector.shape != (self.layout.size,) or vector.dtype != np.float32:
                 rejected[partition_id] = f"adapter of shape {vector.shape}, {vector.dtype}"
             elif not np.isfinite(vector).all():
                 rejected[partition_id] = "adapter with values that are not finite"
             else:
                 updates[partition_id] = vector
         return updates, rejected
+
+
+def _number(reply: RecordDict, key: str) -> float:
+    return float(cast(float, reply.metric_records["metrics"][key]))

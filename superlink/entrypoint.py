@@ -58,9 +58,14 @@ def arguments(env: dict[str, str]) -> list[str]:
 
 def main() -> None:
     command = arguments(dict(os.environ))
-    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-    program = Path(sys.executable).with_name(command[0])
-    os.execve(program, command, {**os.environ, **quiet})  # noqa: S606
+    programs = Path(sys.executable).parent  # Flower starts flower-superexec by its bare name
+    env = {
+        **os.environ,
+        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+    }
+    os.execve(programs / command[0], command, env)  # noqa: S606
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -70,14 +70,23 @@ class LocalFederation:
             HEALTH_PORT=str(free_port()),
         )
         control = Control(f"localhost:{self.control_port}", self.public / "ca.crt")
-        try:
-            register(control, self.public)
-        except ControlError as err:
-            log = (self.work / "logs" / "superlink.log").read_text(errors="replace")
-            raise ControlError(f"{err}\nend of its log:\n{log[-1500:]}") from None
+        self._wait_until_up(control)
+        register(control, self.public)
         for number in range(self.sites):
             self.start_node(number)
         return control
+
+    def _wait_until_up(self, control: Control, timeout_s: float = 90) -> None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return control.wait_until_up(1)
+            except ControlError as err:
+                ended = self.processes["superlink"].poll() is not None
+                if ended or time.monotonic() > deadline:
+                    log = (self.work / "logs" / "superlink.log").read_text(errors="replace")
+                    why = "the SuperLink ended" if ended else str(err)
+                    raise ControlError(f"{why}; end of its log:\n{log[-1500:]}") from None
 
     def start_node(self, number: int, **settings: str) -> None:
         """The SuperNode of one site; ``settings`` override its environment."""
@@ -115,10 +124,8 @@ class LocalFederation:
             _signal_group(process, signal.SIGTERM)
         deadline = time.monotonic() + STOP_AFTER_S
         for process in self.processes.values():
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                pass
         for process in self.processes.values():
             _signal_group(process, signal.SIGKILL)
             process.wait()
@@ -126,10 +133,8 @@ class LocalFederation:
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def free_port() -> int:

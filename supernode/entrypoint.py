@@ -86,7 +86,7 @@ def command(env: dict[str, str]) -> list[str]:
     partition, partitions = int(env["PARTITION_ID"]), int(env["NUM_PARTITIONS"])
     health = env.get("HEALTH_PORT")
     return [
-        str(Path(sys.executable).with_name("flower-supernode")),
+        "flower-supernode",
         "--superlink", env["SUPERLINK"],
         "--root-certificates", str(site / "superlink-ca.crt"),
         "--auth-supernode-private-key", str(site / "supernode.key"),
@@ -103,13 +103,16 @@ def main() -> int:
         env["CUDA_VISIBLE_DEVICES"] = choose_gpu(env, visible_gpus())
     elif device != "cpu":
         raise SystemExit(f"supernode: DEVICE={device}: cuda or cpu")
+    programs = Path(sys.executable).parent  # Flower starts flower-superexec by its bare name
     env |= {
+        "PATH": f"{programs}{os.pathsep}{env.get('PATH', os.defpath)}",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "HF_HUB_OFFLINE": "1",  # the base model is prepared; nothing is fetched during a run
         "TOKENIZERS_PARALLELISM": "false",
     }
-    return watch(command(env), env)
+    argv = command(env)
+    return watch([str(programs / argv[0]), *argv[1:]], env)
 
 
 def watch(argv: list[str], env: dict[str, str]) -> int:
