@@ -4,12 +4,14 @@
 
 The exit code is 0 exactly if the run finished as completed. (``flwr run --stream`` returns 0
 even when the ServerApp died.) Unlike flwr's own --run-config, files and pairs can be mixed;
-later ones win. CONTROL_ADDRESS and PUBLIC_DIR say where the SuperLink and its keys are.
+later ones win, RUN_CONFIG (from the environment) last. CONTROL_ADDRESS and PUBLIC_DIR say where
+the SuperLink and its keys are.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -48,8 +50,6 @@ def merged_config(app_dir: Path, overrides: list[str]) -> tuple[dict[str, Any], 
 
 def _pairs(text: str) -> list[str]:
     """``a=1 b="x y"`` -> ``["a=1", 'b="x y"']``: as flwr reads its --run-config."""
-    import re
-
     return re.findall(r"\S+?=(?:'[^']*'|\"[^\"]*\"|\S+)", text) or [text]
 
 
@@ -158,8 +158,9 @@ def main() -> int:
     args = parser.parse_args()
     public = Path(os.environ.get("PUBLIC_DIR", "federation/public"))
     address = os.environ.get("CONTROL_ADDRESS", "localhost:9093")
+    overrides = [*args.run_config, *filter(None, [os.environ.get("RUN_CONFIG")])]
     try:
-        return submit(args.app, args.run_config, Control(address, public / "ca.crt"), public)
+        return submit(args.app, overrides, Control(address, public / "ca.crt"), public)
     except (ConfigError, ControlError) as err:
         print(f"submit: ERROR: {err}", file=sys.stderr)
         return 1

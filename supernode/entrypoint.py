@@ -24,7 +24,7 @@ from types import FrameType
 HOPELESS = {
     "Failed to activate SuperNode": "the SuperLink does not know this site's key; its operator "
     "must run superlink.register (with this site's .pub file) before the SuperNode starts",
-    "CERTIFICATE_VERIFY_FAILED": "the SuperLink's certificate was not issued by the CA in "
+    "SSL/TLS handshake error": "the SuperLink's certificate was not issued by the CA in "
     "superlink-ca.crt, or not for this address; get a new site kit",
 }
 

@@ -54,6 +54,7 @@ def main() -> int:
     data.add_argument("--alpha", type=float, default=env("DIRICHLET_ALPHA", "0.5"))
     data.add_argument("--seed", type=int, default=env("DATA_SEED", "2025"))
     args = parser.parse_args()
+    _trust_own_ca()
     try:
         if args.what in ("model", "all"):
             folder = prepare_model(args.models, args.cache, args.name, args.quantization, _token())
@@ -69,6 +70,14 @@ def main() -> int:
         print(f"prepare: ERROR: {err}", file=sys.stderr)
         return 1
     return 0
+
+
+def _trust_own_ca() -> None:
+    """Let pip and the hub's client trust the certificates in CA_FILE, if it holds any."""
+    path = os.environ.get("CA_FILE")
+    if path and Path(path).is_file() and Path(path).stat().st_size:
+        for name in ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+            os.environ[name] = path
 
 
 def _token() -> str | None:

@@ -1,0 +1,43 @@
+# Each target is a line that a person could type. `make demo` and `make test` need Python 3.11 only.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PY     := .venv/bin/python
+SITES  ?= 4
+CPU    := -f compose.yaml -f docker/compose.cpu.yaml
+
+.PHONY: install demo test lint test-containers images up down clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; make PYTHON=/path/to/python3.11" % v)'
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[node,eval,dev]'
+	@touch $@
+
+# SuperLink and SuperNodes as processes: a real run in minutes. make demo SITES=20 ARGS='--data FILE'
+demo: install
+	$(PY) -m superlink.local --sites $(SITES) $(ARGS)
+
+test: install
+	$(PY) -m pytest
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+# Needs a Docker engine with compose v2; starts all 20 SuperNodes on the CPU.
+test-containers: install
+	$(PY) -m pytest -m docker tests/containers
+
+images:
+	docker compose --profile eval build
+
+up:
+	docker compose up
+
+down:
+	docker compose $(CPU) --profile eval down
+
+clean:
+	rm -rf .venv .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,46 @@
+"""Fixtures shared by all folders. Nothing here or in a test reaches for the network."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_CACHE = tempfile.mkdtemp(prefix="fedllm-tests-")
+os.environ |= {  # before any test imports a Hugging Face library
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_CACHE": _CACHE,
+    "HF_MODULES_CACHE": _CACHE,
+    "TOKENIZERS_PARALLELISM": "false",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+}
+
+# Only now: both look at the environment when imported.
+from supernode.quantise import prepare_model  # noqa: E402
+from tests.tiny_model import build_tiny_model  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remove_the_cache() -> Iterator[None]:
+    yield
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny base model as a hub would hold it; not to be changed."""
+    folder = tmp_path_factory.mktemp("hub") / "tiny"
+    build_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models_dir(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model prepared as none, nf4 and int8; not to be changed."""
+    models = tmp_path_factory.mktemp("models")
+    for kind in ("none", "nf4", "int8"):
+        prepare_model(models, models / "unused-cache", str(tiny_model), kind, None)
+    return models

@@ -1,0 +1,98 @@
+"""What compose.yaml says, as compose itself understands it."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from tests.containers.conftest import REPOSITORY, compose
+
+CPU = ("compose.yaml", "docker/compose.cpu.yaml")
+NODES = [f"supernode-{n:02d}" for n in range(20)]
+
+
+@pytest.fixture(scope="module")
+def gpu() -> dict[str, Any]:
+    return _config()
+
+
+@pytest.fixture(scope="module")
+def cpu() -> dict[str, Any]:
+    return _config(CPU)
+
+
+def _config(files: tuple[str, ...] = ("compose.yaml",), **env: str) -> dict[str, Any]:
+    done = compose("--profile", "eval", "config", "--format", "json", files=files, **env)
+    assert done.returncode == 0, done.stderr
+    services: dict[str, Any] = json.loads(done.stdout)["services"]
+    return services
+
+
+def test_all_the_services_are_there(gpu: dict[str, Any]) -> None:
+    one_shot = {"provision", "prepare", "register", "submit", "eval"}
+    assert set(gpu) == one_shot | {"superlink"} | set(NODES)
+
+
+def _gpus(service: dict[str, Any]) -> Any:
+    return service.get("deploy", {}).get("resources", {}).get("reservations")
+
+
+def test_every_supernode_reserves_the_gpus(gpu: dict[str, Any]) -> None:
+    for name in NODES:
+        (device,) = _gpus(gpu[name])["devices"]
+        assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+        assert gpu[name]["environment"]["DEVICE"] == "cuda"
+
+
+def test_the_cpu_file_takes_every_reservation_away(cpu: dict[str, Any]) -> None:
+    assert [name for name, service in cpu.items() if _gpus(service)] == []
+    assert {cpu[name]["environment"]["DEVICE"] for name in NODES} == {"cpu"}
+
+
+def test_a_supernode_mounts_its_own_site_and_nothing_else_of_the_federation(
+    gpu: dict[str, Any],
+) -> None:
+    for number, name in enumerate(NODES):
+        mounts = {m["source"]: m for m in gpu[name]["volumes"]}
+        assert set(mounts) == {"models", "locks", "federation"}
+        assert mounts["federation"]["volume"]["subpath"] == f"site-{number:02d}"
+        assert mounts["models"]["read_only"]
+
+
+def test_no_supernode_starts_before_its_key_is_registered_and_its_data_prepared(
+    gpu: dict[str, Any],
+) -> None:
+    for name in NODES:
+        assert {s: d["condition"] for s, d in gpu[name]["depends_on"].items()} == {
+            "register": "service_completed_successfully",
+            "prepare": "service_completed_successfully",
+        }
+
+
+def test_everything_runs_unprivileged(gpu: dict[str, Any]) -> None:
+    for name, service in gpu.items():
+        assert service["user"] == "10001:10001", name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert not service.get("privileged"), name
+
+
+def test_only_the_superlink_publishes_ports_and_only_on_the_loopback(gpu: dict[str, Any]) -> None:
+    published = {name: s["ports"] for name, s in gpu.items() if s.get("ports")}
+    assert set(published) == {"superlink"}
+    assert {p["target"]: p["host_ip"] for p in published["superlink"]} == {
+        9092: "127.0.0.1",
+        9093: "127.0.0.1",
+    }
+
+
+def test_a_health_check_costs_one_bare_python_without_site_packages(gpu: dict[str, Any]) -> None:
+    for name in [*NODES, "superlink"]:
+        assert gpu[name]["healthcheck"]["test"][1:3] == ["python3", "-ISc"]
+
+
+def test_nothing_is_fetched_that_the_dockerfile_does_not_name() -> None:
+    text = (REPOSITORY / "docker/Dockerfile").read_text()
+    assert "# syntax=" not in text.replace('No "# syntax="', "")
+    assert not re.search(r"https?://", text)

@@ -1,0 +1,61 @@
+"""A real, tiny base model for tests: two random Llama layers and a byte-level tokenizer.
+
+Built in code, without any download, as a folder that ``supernode.prepare`` takes by its path.
+"""
+
+from pathlib import Path
+
+from app.prompts import training_prompt
+from tests.samples import ROWS
+
+VOCABULARY = 300  # 256 bytes, BOS, EOS and a few merges
+HIDDEN = 32
+
+
+def build_tiny_model(folder: Path, layers: int = 2) -> None:
+    """Write config, random weights (always the same) and tokenizer to ``folder``."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _tokenizer()
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,  # as many real models pad: EOS must be learned anyway
+        tie_word_embeddings=False,
+        initializer_range=0.2,  # large enough that the layers matter
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(2025)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _tokenizer():  # type: ignore[no-untyped-def]
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [training_prompt(row["input"]) + " " + row["output"] for row in ROWS]
+    tokenizer.train_from_iterator(texts, trainer)
+    # As Llama-3's: BOS in front, nothing behind.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
