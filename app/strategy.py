@@ -106,8 +106,8 @@ class Strategy:
             "update_norm": float(np.linalg.norm(new - adapter)),
             "bytes_down": adapter.nbytes * len(partitions),
             "bytes_up": sum(v.nbytes for v in updates.values()),
-            "examples_seen": column("examples-seen"),
-            "tokens_seen": column("tokens-seen"),
+            "num_tokens": [int(n) for n in column("num-tokens")],
+            "steps": [int(n) for n in column("steps")],
             "load_s": column("load-s"),
             "train_s": column("train-s"),
             "peak_memory_mb": column("peak-memory-mb"),
@@ -133,6 +133,7 @@ class Strategy:
 
         tokens = total("num-tokens")
         if not tokens:
+            logger.warning("[evaluation] no site returned an answer token; no held-out loss")
             return {}
         return {
             "eval_loss": total("loss-sum") / tokens,

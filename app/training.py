@@ -1,6 +1,7 @@
 """Local training and evaluation of the adapter on one site's rows."""
 
 import logging
+import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -22,8 +23,7 @@ class Trained:
 
     loss: float  # mean over steps of the loss per answer token
     steps: int
-    examples: int  # rows seen, repeats counted
-    tokens: int  # real tokens in them, prompt and answer, without padding
+    tokens: int  # prompt and answer, without padding; repeated rows count again
     seconds: float
 
 
@@ -35,16 +35,6 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
             logger.info(
                 "step %d of %d: loss %.4f", state.global_step, state.max_steps, logs["loss"]
             )
-
-
-class _CountingCollator:
-    def __init__(self) -> None:
-        self.examples = self.tokens = 0
-
-    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        self.examples += len(examples)
-        self.tokens += sum(len(e.input_ids) for e in examples)
-        return collate(examples)
 
 
 def train(model: Any, examples: list[Example], config: RunConfig, lr: float, seed: int) -> Trained:
@@ -59,7 +49,6 @@ def train(model: Any, examples: list[Example], config: RunConfig, lr: float, see
         FloatingPointError: the loss is not finite.
     """
     on_cpu = model.device.type == "cpu"
-    count = _CountingCollator()
     with tempfile.TemporaryDirectory() as unused_output:
         arguments = TrainingArguments(
             output_dir=unused_output,
@@ -75,6 +64,7 @@ def train(model: Any, examples: list[Example], config: RunConfig, lr: float, see
             use_cpu=on_cpu,
             seed=seed,
             logging_steps=1,
+            include_num_input_tokens_seen="non_padding",
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -85,16 +75,17 @@ def train(model: Any, examples: list[Example], config: RunConfig, lr: float, see
             model=model,
             args=arguments,
             train_dataset=examples,
-            data_collator=count,
+            data_collator=collate,
             callbacks=[_Progress()],
         )
         trainer.pop_callback(PrinterCallback)  # ours instead
         started = time.monotonic()
         result = trainer.train()
         seconds = time.monotonic() - started
-    if not torch.isfinite(torch.tensor(result.training_loss)):
+    if not math.isfinite(result.training_loss):
         raise FloatingPointError("the training loss is not finite")
-    return Trained(result.training_loss, result.global_step, count.examples, count.tokens, seconds)
+    tokens = int(trainer.state.num_input_tokens_seen)
+    return Trained(result.training_loss, result.global_step, tokens, seconds)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def final_adapter(results: Path) -> Path:
     Raises:
         EvalError: there is none yet, or its weights are not those of its manifest.
     """
-    found = rounds(results / "latest")
+    found = rounds((results / "latest").resolve())
     if not found:
         raise EvalError(f"no complete adapter in {results} yet; has a run finished a round?")
     folder = found[max(found)]
