@@ -61,8 +61,12 @@ def prepare_data(federation: Path, split: Split) -> list[str]:
             path = folder / f"{name}.jsonl"
             content = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
             path.write_text(content, encoding="utf-8")
-            digest = hashlib.sha256(content.encode()).hexdigest()
-            files[str(path.relative_to(federation))] = {"rows": len(rows), "sha256": digest}
+            facts = {"rows": len(rows), "sha256": _sha256(path)}
+            files[str(path.relative_to(federation))] = facts
+    for name in set(old.get("files", {})) - set(files):  # of sites that there are no longer
+        path = federation / name
+        if path.is_file() and _sha256(path) == old["files"][name]["sha256"]:
+            path.unlink()
     part_file = federation / ".data.json"
     part_file.write_text(json.dumps({"split": asdict(split), "files": files}, indent=2) + "\n")
     part_file.replace(manifest_file)
@@ -78,13 +82,16 @@ def _check_intact(federation: Path, known: dict[str, Any], sites: int) -> bool:
         if p.suffix in LOADERS
     }
     for name, path in there.items():
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if known.get(name, {}).get("sha256") != digest:
+        if known.get(name, {}).get("sha256") != _sha256(path):
             raise PrepareError(
                 f"{federation / name} is not from supernode.prepare or was changed: move it away "
                 "to have the partitions made, or leave this step out to use it"
             )
     return bool(known) and set(there) == set(known)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _load(source: str) -> Any:
