@@ -7,6 +7,7 @@ Keys keep FlowerTune's names where FlowerTune has them. Flower hands the merged 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any
 
 WHERE = "set it in pyproject.toml [tool.flwr.app.config] or with --run-config"
@@ -95,20 +96,18 @@ class RunConfig:
         known = {f.metadata["key"]: f for f in fields(cls)}
         for key in values:
             if key not in known:
-                near = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-                hint = f"did you mean {near[0]}?" if near else "known: " + ", ".join(sorted(known))
-                raise ConfigError(f"run config: unknown key {key}; {hint}")
+                near = get_close_matches(key, known, cutoff=0.5) or sorted(known)
+                raise ConfigError(f"run config: unknown key {key}; known: {', '.join(near)}")
         checked: dict[str, Any] = {}
         for key, f in known.items():
             if key not in values:
                 raise ConfigError(f"run config: {key} is missing: {f.metadata['allowed']}; {WHERE}")
-            value = values[key]
-            wanted: Any = f.type
-            if wanted is float and type(value) is int:
-                value = float(value)
-            if type(value) is not wanted or not f.metadata["check"](value):
+            given = values[key]
+            # Flower hands over what the user typed: 1 for a number that may have a fraction.
+            value = float(given) if f.type is float and type(given) is int else given
+            if type(value) is not f.type or not f.metadata["check"](value):
                 allowed = f.metadata["allowed"]
-                raise ConfigError(f"run config: {key} = {value!r} must be {allowed}; {WHERE}")
+                raise ConfigError(f"run config: {key} = {given!r} must be {allowed}; {WHERE}")
             checked[f.name] = value
         config = cls(**checked)
         config._check_together()

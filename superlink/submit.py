@@ -84,7 +84,7 @@ def wait_for_nodes(control: Control, public: Path, needed: int, timeout_s: float
         if time.monotonic() > deadline:
             raise ControlError(
                 f"{online} of {needed} SuperNodes online after {timeout_s:.0f} s; "
-                f"not online: {', '.join(missing)} "
+                f"{len(sites)} sites have keys, not online: {', '.join(missing) or 'none'} "
                 "(strategy.min-nodes, strategy.node-timeout-s)"
             )
         time.sleep(_POLL_S)

@@ -16,8 +16,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from types import FrameType
+
+STOP_AFTER_S = 10
 
 # What Flower logs when joining can't work, and what to tell the hospital. Flower itself would
 # go on running without ever working, so that no restart policy could help.
@@ -118,33 +120,34 @@ def main() -> int:
 def watch(argv: list[str], env: dict[str, str]) -> int:
     """Run the SuperNode, pass its log on, and end it when it can never join."""
     node = subprocess.Popen(
-        argv,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        bufsize=1,
-        errors="replace",
+        argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
+    hopeless: list[str] = []
 
-    def stop(_: int, __: FrameType | None) -> None:
+    def stop(*_: object) -> None:
         node.terminate()
+        late = threading.Timer(STOP_AFTER_S, node.kill)
+        late.daemon = True
+        late.start()
+
+    def forward() -> None:
+        for line in node.stdout or ():
+            print(line, end="", flush=True)
+            for sign, advice in HOPELESS.items():
+                if sign in line and not hopeless:
+                    print(f"supernode: ERROR: {advice}", file=sys.stderr, flush=True)
+                    hopeless.append(sign)
+                    stop()
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    assert node.stdout  # noqa: S101  (PIPE above)
-    for line in node.stdout:
-        print(line, end="", flush=True)
-        for sign, advice in HOPELESS.items():
-            if sign in line:
-                print(f"supernode: ERROR: {advice}", file=sys.stderr, flush=True)
-                node.terminate()
-                try:
-                    node.wait(10)
-                except subprocess.TimeoutExpired:
-                    node.kill()
-                return 1
-    return node.wait()
+    # In a thread: Flower's child processes keep the pipe open until they see that the SuperNode
+    # is gone, and it is gone for them only when it has been waited for.
+    reader = threading.Thread(target=forward, daemon=True)
+    reader.start()
+    code = node.wait()
+    reader.join(timeout=5)
+    return 1 if hopeless else code
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def test_a_refused_run_config_gives_one_line_and_exit_code_1(federation: dict[st
         files=CPU, project=PROJECT,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "strategy.fraction-train = 0.0 must be a number above 0, at most 1" in done.stderr
+    assert "strategy.fraction-train = 0 must be a number above 0, at most 1" in done.stderr
 
 
 def test_up_without_gpu_says_that_the_driver_is_missing(federation: dict[str, Any]) -> None:
