@@ -12,6 +12,7 @@
 """
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -40,6 +41,17 @@ def arguments(env: dict[str, str]) -> list[str]:
                 f"superlink: {name}={folders[name]} cannot be written by user {os.getuid()}; "
                 "change its owner or set another folder"
             )
+    fleet = env.get("FLEET_ADDRESS", "0.0.0.0:9092")
+    control = env.get("CONTROL_ADDRESS", "0.0.0.0:9093")
+    runtime = f"127.0.0.1:{env.get('RUNTIME_PORT', '9091')}"
+    health = f"127.0.0.1:{env.get('HEALTH_PORT', '9190')}"
+    for name, address in (
+        ("FLEET_ADDRESS", fleet),
+        ("CONTROL_ADDRESS", control),
+        ("RUNTIME_PORT", runtime),
+        ("HEALTH_PORT", health),
+    ):
+        _check_free(name, address)
     return [
         "flower-superlink",
         "--ssl-ca-certfile", str(certificates / "ca.crt"),
@@ -48,12 +60,23 @@ def arguments(env: dict[str, str]) -> list[str]:
         "--enable-supernode-auth",
         "--database", str(folders["STATE_DIR"] / "superlink.db"),
         "--disable-runtime-dependency-installation",
-        "--fleet-api-address", env.get("FLEET_ADDRESS", "0.0.0.0:9092"),
-        "--control-api-address", env.get("CONTROL_ADDRESS", "0.0.0.0:9093"),
+        "--fleet-api-address", fleet,
+        "--control-api-address", control,
         # Also serves control routes: never anywhere but on the loopback.
-        "--host", "127.0.0.1", "--port", env.get("RUNTIME_PORT", "9091"),
-        "--health-server-address", f"127.0.0.1:{env.get('HEALTH_PORT', '9190')}",
+        "--host", "127.0.0.1", "--port", runtime.rsplit(":", 1)[1],
+        "--health-server-address", health,
     ]  # fmt: skip
+
+
+def _check_free(name: str, address: str) -> None:
+    host, port = address.rsplit(":", 1)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as after a restart
+        try:
+            probe.bind((host, int(port)))
+        except (OSError, ValueError) as err:
+            why = "in use by another program" if isinstance(err, OSError) else "not host:port"
+            raise SystemExit(f"superlink: {name}: {address} is {why}; set {name}") from None
 
 
 def main() -> None:

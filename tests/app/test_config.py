@@ -54,7 +54,7 @@ def test_a_value_of_the_wrong_type_is_refused_naming_key_and_value(key: str) -> 
     [
         ("model.quantisation", "model.quantization"),
         ("learning-rate-max", "train.learning-rate-max"),
-        ("strategy.max-steps", "train.training-arguments.max-steps"),
+        ("train.training-arguments.max-step", "train.training-arguments.max-steps"),
         ("no-such-thing", "num-server-rounds"),
     ],
 )
@@ -191,7 +191,9 @@ def test_there_are_the_profiles_that_the_design_names() -> None:
 
 def test_the_defaults_are_the_published_recipe() -> None:
     config, profile = run_config(), REPOSITORY / "app" / "profiles" / "reference.toml"
-    assert RunConfig.from_flat(flat_config() | flatten(tomllib.loads(profile.read_text()))) == config
+    assert (
+        RunConfig.from_flat(flat_config() | flatten(tomllib.loads(profile.read_text()))) == config
+    )
     assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (32, 64, 0.075)
     assert (config.lr_max, config.lr_min, config.num_server_rounds) == (5e-5, 1e-6, 10)
     assert (config.batch_size, config.seq_length, config.max_steps) == (16, 512, 10)

@@ -50,7 +50,7 @@ def test_the_same_rows_come_out_of_each_format(tmp_path: Path, suffix: str, part
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.text("ab é\u2028\u2029\x85\x0b\x0c\r\n\"\\\t漢😀", max_size=12), st.text()),
+        st.tuples(st.text('ab é\u2028\u2029\x85\x0b\x0c\r\n"\\\t漢😀', max_size=12), st.text()),
         min_size=1,
         max_size=6,
         unique=True,

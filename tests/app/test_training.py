@@ -1,0 +1,229 @@
+"""Local training with the real Trainer on the tiny model, on the CPU."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from app.adapter import Layout, Vector, initial_adapter
+from app.base_model import find, get_adapter, load_with_lora, set_adapter
+from app.config import RunConfig
+from app.examples import IGNORED, Example, encode_all
+from app.partition import Row
+from app.training import Trained, evaluate, train
+from tests.samples import ROWS, run_config
+
+LR = 1e-2
+BITS = pytest.mark.parametrize("bits", [0, 4], ids=["unquantised", "nf4"])
+
+
+@dataclass(frozen=True)
+class Site:
+    model: Any
+    examples: list[Example]
+    layout: Layout
+    config: RunConfig
+
+    @property
+    def adapter(self) -> Vector:
+        return get_adapter(self.model, self.layout)
+
+    def train(self, lr: float = LR, seed: int = 1) -> Trained:
+        return train(self.model, self.examples, self.config, lr, seed)
+
+
+def site(
+    models_dir: Path, tiny_model: Path, bits: int = 0, rows: int = len(ROWS), **changes: object
+) -> Site:
+    settings: dict[str, object] = {
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "batch_size": 4,
+        "max_steps": 3,
+        "gradient_checkpointing": False,
+    }
+    config = run_config(model_name=str(tiny_model), quantization=bits, **settings | changes)
+    base = find(models_dir, str(tiny_model), bits)
+    layout = Layout.of(base.linear_layers, config)
+    start = initial_adapter(layout, config.seed)
+    model, tokenizer = load_with_lora(base, config, "cpu", layout, start)
+    chosen = [Row(r["input"], r["output"]) for r in ROWS[:rows]]
+    return Site(model, encode_all(chosen, tokenizer, config.seq_length), layout, config)
+
+
+@BITS
+def test_training_lowers_the_loss_on_its_rows(
+    models_dir: Path, tiny_model: Path, bits: int
+) -> None:
+    # A model each, as in a run: bitsandbytes on a CPU cannot train what it has evaluated.
+    learner, judge, judge_after = (
+        site(models_dir, tiny_model, bits, max_steps=15) for _ in range(3)
+    )
+    before = evaluate(judge.model, judge.examples, 8)
+    trained = learner.train()
+    set_adapter(judge_after.model, learner.layout, learner.adapter)
+    after = evaluate(judge_after.model, judge_after.examples, 8)
+    assert after.num_tokens == before.num_tokens
+    assert after.loss_sum < before.loss_sum * 0.95
+    # The mean over the steps lies between where it began and where it ended.
+    assert after.loss_sum / after.num_tokens < trained.loss < before.loss_sum / before.num_tokens
+
+
+@BITS
+def test_only_the_adapter_changes(models_dir: Path, tiny_model: Path, bits: int) -> None:
+    s = site(models_dir, tiny_model, bits)
+    before = {n: t.clone() for n, t in s.model.state_dict().items() if isinstance(t, torch.Tensor)}
+    s.train()
+    changed = {
+        n for n, t in s.model.state_dict().items() if n in before and not torch.equal(t, before[n])
+    }
+    assert {n.replace(".default.", ".") for n in changed} == set(s.layout.names)
+    assert len(before) > len(changed)
+
+
+@BITS
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_seed_decides_the_result_bit_by_bit(
+    models_dir: Path, tiny_model: Path, bits: int, dropout: float
+) -> None:
+    results: list[Vector] = []
+    for seed in (5, 5, 6):
+        s = site(models_dir, tiny_model, bits, lora_dropout=dropout)
+        torch.rand(len(results) + 1)  # what happened before in the process must not matter
+        s.train(seed=seed)
+        results.append(s.adapter)
+    assert results[0].tobytes() == results[1].tobytes()
+    assert results[0].tobytes() != results[2].tobytes()
+
+
+@BITS
+def test_accumulating_two_batches_of_two_equals_one_of_four(
+    models_dir: Path, tiny_model: Path, bits: int
+) -> None:
+    whole = site(models_dir, tiny_model, bits, batch_size=4, gradient_accumulation_steps=1)
+    split = site(models_dir, tiny_model, bits, batch_size=2, gradient_accumulation_steps=2)
+    # Answers of unequal length: a mean of the batches' means would be something else.
+    assert len({e.num_labels for e in whole.examples}) > 5
+    start = whole.adapter
+    losses = [s.train(lr=1e-3).loss for s in (whole, split)]
+    moved = np.linalg.norm(whole.adapter - start)
+    assert moved > 0
+    assert np.linalg.norm(whole.adapter - split.adapter) < 1e-5 * np.linalg.norm(whole.adapter)
+    assert np.linalg.norm(whole.adapter - split.adapter) < 1e-3 * moved
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_memory_not_results(
+    models_dir: Path, tiny_model: Path
+) -> None:
+    results: list[Vector] = []
+    for checkpointing in (False, True):
+        s = site(models_dir, tiny_model, 4, gradient_checkpointing=checkpointing)
+        s.train()
+        results.append(s.adapter)
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "epochs", "accumulation", "steps"),
+    [(2, 5.0, 1, 2), (12, 1.0, 1, 12), (-1, 1.0, 1, 8), (-1, 2.0, 1, 16), (-1, 1.0, 2, 4)],
+)
+def test_max_steps_overrides_the_epochs_unless_it_is_minus_one(
+    models_dir: Path, tiny_model: Path, max_steps: int, epochs: float, accumulation: int, steps: int
+) -> None:
+    s = site(
+        models_dir,
+        tiny_model,
+        max_steps=max_steps,
+        num_train_epochs=epochs,
+        gradient_accumulation_steps=accumulation,
+    )
+    assert len(s.examples) == 30  # 8 batches of up to 4
+    assert s.train().steps == steps
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_tokens_reported_are_those_trained_on_without_padding(
+    models_dir: Path, tiny_model: Path, accumulation: int
+) -> None:
+    batches: dict[str, Any] = {"batch_size": 5, "gradient_accumulation_steps": accumulation}
+    s = site(models_dir, tiny_model, rows=10, max_steps=-1, num_train_epochs=3.0, **batches)
+    assert s.train().tokens == 3 * sum(len(e.input_ids) for e in s.examples)
+
+    # With max-steps the run stops in the middle of the data: only what was trained on counts.
+    s = site(models_dir, tiny_model, max_steps=2, **batches)
+    lengths = sorted(len(e.input_ids) for e in s.examples)
+    rows = 2 * 5 * accumulation
+    assert sum(lengths[:rows]) <= s.train().tokens <= sum(lengths[-rows:])
+
+
+def test_without_a_learning_rate_nothing_moves(models_dir: Path, tiny_model: Path) -> None:
+    s = site(models_dir, tiny_model)
+    start = s.adapter
+    s.train(lr=0.0)
+    assert s.adapter.tobytes() == start.tobytes()
+
+
+def test_the_learning_rate_is_constant_over_the_steps(models_dir: Path, tiny_model: Path) -> None:
+    # While the gradient hardly turns, each step of Adam moves B by the learning rate; a warm-up
+    # or a decay over these steps would move it by about half of that.
+    s = site(models_dir, tiny_model, rows=4, max_steps=4)
+    s.train(lr=1e-4)
+    b = np.concatenate([a.ravel() for n, a in s.layout.split(s.adapter).items() if "_B" in n])
+    assert np.abs(b).max() == pytest.approx(4e-4, rel=0.05)
+
+
+def test_a_loss_that_is_not_finite_is_an_error(models_dir: Path, tiny_model: Path) -> None:
+    s = site(models_dir, tiny_model)
+    with torch.no_grad():
+        for name, parameter in s.model.named_parameters():
+            if ".lora_B" in name:
+                parameter.fill_(math.nan)
+    with pytest.raises(FloatingPointError):
+        s.train()
+
+
+def test_a_training_that_diverges_is_an_error(models_dir: Path, tiny_model: Path) -> None:
+    s = site(models_dir, tiny_model, max_steps=6)
+    with pytest.raises(FloatingPointError):
+        s.train(lr=1e38)
+
+
+@BITS
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_evaluation_adds_up_what_a_loop_by_hand_adds_up(
+    models_dir: Path, tiny_model: Path, bits: int, batch_size: int
+) -> None:
+    s = site(models_dir, tiny_model, bits, rows=12, max_steps=20)
+    s.train()  # so that some tokens are right
+    s.model.eval()
+    loss_sum, correct, tokens = 0.0, 0, 0
+    with torch.inference_mode():
+        for e in s.examples:
+            logits = s.model(input_ids=torch.tensor([e.input_ids])).logits[0].double()
+            for place in range(1, len(e.labels)):
+                if e.labels[place] != IGNORED:
+                    row = logits[place - 1]
+                    loss_sum += float(torch.logsumexp(row, 0) - row[e.labels[place]])
+                    correct += int(row.argmax()) == e.labels[place]
+                    tokens += 1
+    assert correct > 5
+    result = evaluate(s.model, s.examples, batch_size)
+    assert result.num_tokens == tokens == sum(e.num_labels for e in s.examples)
+    # bitsandbytes computes in bf16 on some CPUs, and padding then changes more than last digits.
+    assert result.loss_sum == pytest.approx(loss_sum, rel=1e-3 if bits else 1e-5)
+    assert abs(result.num_correct - correct) <= (2 if bits else 1)
+
+
+def test_evaluation_ignores_dropout_and_changes_nothing(models_dir: Path, tiny_model: Path) -> None:
+    s = site(models_dir, tiny_model, lora_dropout=0.9)
+    s.train()  # leaves the model in training mode
+    before = s.adapter
+    first, second = evaluate(s.model, s.examples, 4), evaluate(s.model, s.examples, 4)
+    assert first == second
+    assert s.adapter.tobytes() == before.tobytes()

@@ -1,0 +1,156 @@
+"""The run config that a submission sends: files and pairs, in order, and no typo unnoticed."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.config import ConfigError
+from superlink.submit import flatten, merged_config
+from tests.samples import REPOSITORY, flat_config, run_config
+
+
+def overrides(*texts: str) -> dict[str, object]:
+    flat, _ = merged_config(REPOSITORY, list(texts))
+    return flat
+
+
+def test_without_overrides_the_config_is_pyproject_tomls() -> None:
+    assert merged_config(REPOSITORY, []) == ({}, run_config())
+
+
+def test_files_and_pairs_mix_and_later_ones_win(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("seed = 1\nnum-server-rounds = 4\n[model.lora]\npeft-lora-r = 8\n")
+    flat, config = merged_config(
+        REPOSITORY, ["seed=7 strategy.min-nodes=5", str(file), "model.lora.peft-lora-r=2"]
+    )
+    assert flat == {
+        "seed": 1,
+        "strategy.min-nodes": 5,
+        "num-server-rounds": 4,
+        "model.lora.peft-lora-r": 2,
+    }
+    assert (config.seed, config.min_nodes, config.num_server_rounds, config.lora_r) == (1, 5, 4, 2)
+    assert config == run_config(seed=1, min_nodes=5, num_server_rounds=4, lora_r=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ('model.name="a/b"', "a/b"),
+        ("model.name='a/b'", "a/b"),
+        ('seed=1 model.name="a b  c" num-server-rounds=2', "a b  c"),
+        ('model.name="a=b c=d"', "a=b c=d"),
+        ("""model.name='say "x y"'""", 'say "x y"'),
+        ('model.name = "with spaces around"', "with spaces around"),
+        ('seed=1\nmodel.name="on two lines"', "on two lines"),
+    ],
+)
+def test_quoted_texts_keep_their_spaces_and_signs(text: str, name: str) -> None:
+    assert overrides(text)["model.name"] == name
+
+
+def test_each_kind_of_value_keeps_its_type() -> None:
+    flat = overrides(
+        "strategy.require-all-nodes=false train.learning-rate-max=1e-3 seed=3 "
+        "train.training-arguments.max-steps=-1"
+    )
+    assert flat == {
+        "strategy.require-all-nodes": False,
+        "train.learning-rate-max": 1e-3,
+        "seed": 3,
+        "train.training-arguments.max-steps": -1,
+    }
+    assert type(flat["seed"]) is int
+    assert type(flat["strategy.require-all-nodes"]) is bool
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(["seed", "num-server-rounds", "strategy.min-nodes", "train.seq-length"]),
+        st.integers(20, 99),
+    ),
+    st.integers(1, 4),
+)
+def test_how_pairs_are_grouped_does_not_matter(pairs: dict[str, int], group: int) -> None:
+    texts = [f"{k}={v}" for k, v in pairs.items()]
+    grouped = [" ".join(texts[i : i + group]) for i in range(0, len(texts), group)]
+    assert overrides(*grouped) == pairs
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model.name=not-quoted",
+        "seed=",
+        "seed",
+        "=3",
+        "seed=1 seed=2",
+        'model.name="open',
+        "seed=1 oops",
+        "oops seed=1",
+        "seed=1, num-server-rounds=2",
+        'seed=1 "num-server-rounds"',
+    ],
+)
+def test_what_is_not_a_list_of_pairs_is_refused_and_nothing_is_dropped(text: str) -> None:
+    with pytest.raises(ConfigError):
+        merged_config(REPOSITORY, [text])
+
+
+def test_spaces_around_the_sign_lose_no_pair() -> None:
+    try:
+        flat = overrides("seed = 7 num-server-rounds=2")
+    except ConfigError:
+        return  # as good: the user is told
+    assert flat == {"seed": 7, "num-server-rounds": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("broken.toml", b"seed = \n"),
+        ("latin.toml", 'model.name = "Bücher"'.encode("latin-1")),
+        ("missing.toml", None),
+        ("folder.toml", b""),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(
+    tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    if name == "folder.toml":
+        (tmp_path / name).mkdir()
+    elif content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=name):
+        merged_config(REPOSITORY, [str(tmp_path / name)])
+
+
+def test_a_folder_without_the_app_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"pyproject\.toml"):
+        merged_config(tmp_path, [])
+
+
+@pytest.mark.parametrize("text", ["sed=1", "model.lora.peft-lora-rank=4", "lora.peft-lora-r=4"])
+def test_an_unknown_key_is_an_error_before_anything_starts(text: str) -> None:
+    with pytest.raises(ConfigError, match=text.split("=")[0]):
+        merged_config(REPOSITORY, [text])
+
+
+def test_an_impossible_value_is_an_error_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text('[model]\nquantization = "4"\n')
+    with pytest.raises(ConfigError, match=r"model\.quantization"):
+        merged_config(REPOSITORY, [str(tmp_path / "x.toml")])
+
+
+def test_flattening_joins_the_names_of_nested_tables() -> None:
+    assert flatten({"a": 1, "b": {"c": 2, "d": {"e": 3}, "f.g": 4}}) == {
+        "a": 1,
+        "b.c": 2,
+        "b.d.e": 3,
+        "b.f.g": 4,
+    }
+    assert all(not isinstance(v, dict) for v in flat_config().values())

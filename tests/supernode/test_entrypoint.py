@@ -1,0 +1,249 @@
+"""Starting a SuperNode: its settings, its GPU, its flags, and when to give up."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from superlink.provision import provision
+from supernode.entrypoint import HOPELESS, choose_gpu, command, main, read_site, watch
+from tests.samples import REPOSITORY
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    """A provisioned site, as its SuperNode's environment names it."""
+    provision(tmp_path / "federation", 3, "superlink:9092", [])
+    return {
+        "SITE_DIR": str(tmp_path / "federation" / "site-02"),
+        "MODELS_DIR": str(tmp_path / "models"),
+        "LOCK_DIR": str(tmp_path / "locks"),
+    }
+
+
+def flag(argv: list[str], name: str) -> str:
+    assert argv.count(name) == 1
+    return argv[argv.index(name) + 1]
+
+
+def test_the_sites_own_settings_complete_the_environment(env: dict[str, str]) -> None:
+    site = read_site(env)
+    assert (site["SUPERLINK"], site["PARTITION_ID"], site["NUM_PARTITIONS"]) == (
+        "superlink:9092",
+        "2",
+        "3",
+    )
+    assert env.items() <= site.items()
+
+
+def test_settings_from_the_environment_win(env: dict[str, str]) -> None:
+    site = read_site(env | {"SUPERLINK": "tunnel:19092", "PARTITION_ID": "0"})
+    assert (site["SUPERLINK"], site["PARTITION_ID"], site["NUM_PARTITIONS"]) == (
+        "tunnel:19092",
+        "0",
+        "3",
+    )
+
+
+@pytest.mark.parametrize("name", ["SITE_DIR", "MODELS_DIR", "LOCK_DIR"])
+@pytest.mark.parametrize("how", ["absent", "empty"])
+def test_a_missing_variable_is_named(env: dict[str, str], name: str, how: str) -> None:
+    del env[name]
+    if how == "empty":
+        env[name] = ""
+    with pytest.raises(SystemExit, match=name):
+        read_site(env)
+
+
+@pytest.mark.parametrize("file", ["supernode.key", "superlink-ca.crt", "site.env"])
+def test_a_missing_file_of_the_kit_is_named(env: dict[str, str], file: str) -> None:
+    (Path(env["SITE_DIR"]) / file).unlink()
+    with pytest.raises(SystemExit, match=file):
+        read_site(env)
+
+
+@pytest.mark.parametrize("name", ["SUPERLINK", "PARTITION_ID", "NUM_PARTITIONS"])
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_setting_that_nobody_gives_is_named_in_one_line(
+    env: dict[str, str], name: str, value: str | None
+) -> None:
+    file = Path(env["SITE_DIR"]) / "site.env"
+    lines = [x for x in file.read_text().splitlines() if not x.startswith(f"{name}=")]
+    file.write_text("\n".join([*lines, *([f"{name}={value}"] if value is not None else [])]))
+    with pytest.raises(SystemExit, match=name):
+        command(read_site(env))
+
+
+def test_a_setting_that_is_no_number_is_named_in_one_line(env: dict[str, str]) -> None:
+    with pytest.raises(SystemExit, match="PARTITION_ID"):
+        command(read_site(env | {"PARTITION_ID": "site-02"}))
+
+
+def test_comments_and_windows_line_ends_in_the_settings_do_no_harm(env: dict[str, str]) -> None:
+    file = Path(env["SITE_DIR"]) / "site.env"
+    file.write_bytes(b"# our site\r\n\r\n" + file.read_bytes().replace(b"\n", b"\r\n"))
+    argv = command(read_site(env))
+    assert flag(argv, "--superlink") == "superlink:9092"
+    assert flag(argv, "--node-config") == "partition-id=2 num-partitions=3"
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"HEALTH_PORT": "9999"}, {"RUNTIME_PORT": "1"}, {"INSECURE": "1"}]
+)
+def test_tls_and_the_sites_key_are_always_among_the_flags(
+    env: dict[str, str], extra: dict[str, str]
+) -> None:
+    argv = command(read_site(env | extra))
+    assert argv[0] == "flower-supernode"
+    assert "--insecure" not in argv
+    site = Path(env["SITE_DIR"])
+    assert flag(argv, "--root-certificates") == str(site / "superlink-ca.crt")
+    assert flag(argv, "--auth-supernode-private-key") == str(site / "supernode.key")
+    assert flag(argv, "--node-config") == "partition-id=2 num-partitions=3"
+
+
+def test_nothing_listens_beyond_the_loopback(env: dict[str, str]) -> None:
+    argv = command(read_site(env | {"HEALTH_PORT": "9999", "RUNTIME_PORT": "1234"}))
+    assert flag(argv, "--host") == "127.0.0.1"
+    assert flag(argv, "--port") == "1234"
+    assert flag(argv, "--health-server-address") == "127.0.0.1:9999"
+    assert "--health-server-address" not in command(read_site(env))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 16), st.integers(1, 99))
+def test_the_gpus_of_a_host_are_shared_out_evenly(gpus: int, nodes: int) -> None:
+    chosen = [int(choose_gpu({"PARTITION_ID": str(n)}, gpus)) for n in range(nodes)]
+    counts = [chosen.count(gpu) for gpu in range(gpus)]
+    assert sum(counts) == nodes  # none beyond those that are visible
+    assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("empty", [{}, {"SUPERNODE_GPU": ""}])
+def test_a_chosen_gpu_is_taken_and_an_empty_choice_is_none(empty: dict[str, str]) -> None:
+    assert choose_gpu({"PARTITION_ID": "0", "SUPERNODE_GPU": "3"}, 4) == "3"
+    assert choose_gpu({"PARTITION_ID": "5", **empty}, 4) == "1"
+
+
+@pytest.mark.parametrize("gpu", ["4", "-1", "cuda:0", "1.0", "all"])
+def test_a_gpu_that_is_not_there_is_named(gpu: str) -> None:
+    with pytest.raises(SystemExit, match="SUPERNODE_GPU"):
+        choose_gpu({"PARTITION_ID": "0", "SUPERNODE_GPU": gpu}, 4)
+
+
+def test_no_gpu_at_all_points_to_the_cpu() -> None:
+    with pytest.raises(SystemExit, match="DEVICE=cpu"):
+        choose_gpu({"PARTITION_ID": "0"}, 0)
+
+
+def test_a_device_that_does_not_exist_is_refused(
+    env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (env | {"DEVICE": "tpu"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="DEVICE=tpu"):
+        main()
+
+
+# --- watching a real child process --------------------------------------------------------------
+
+
+@pytest.fixture
+def _own_signal_handlers() -> Iterator[None]:
+    """``watch`` takes the process's handlers; give them back."""
+    old = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+def child(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.usefixtures("_own_signal_handlers")
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_nodes_log_and_exit_code_are_passed_on(
+    code: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = f"import sys; print('one'); print('two', file=sys.stderr); sys.exit({code})"
+    assert watch(child(script), dict(os.environ)) == code
+    assert sorted(capfd.readouterr().out.splitlines()) == ["one", "two"]
+
+
+@pytest.mark.usefixtures("_own_signal_handlers")
+def test_a_log_of_strange_bytes_does_not_end_the_node(capfd: pytest.CaptureFixture[str]) -> None:
+    script = r"import os; os.write(1, b'caf\xe9\nlast\n')"
+    assert watch(child(script), dict(os.environ)) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == "last"
+
+
+@pytest.mark.usefixtures("_own_signal_handlers")
+@pytest.mark.parametrize("sign", HOPELESS)
+def test_a_node_that_can_never_join_is_ended_with_code_1_and_advice(
+    sign: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = (
+        "import os, time; print(os.getpid(), flush=True); "
+        f"print('ERROR : x {sign} y', flush=True); time.sleep(60)"
+    )
+    started = time.monotonic()
+    assert watch(child(script), dict(os.environ)) == 1
+    assert time.monotonic() - started < 20
+    out, err = capfd.readouterr()
+    assert not alive(int(out.splitlines()[0]))
+    assert HOPELESS[sign] in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_stopped_container_stops_the_node_too() -> None:
+    script = (
+        "import os, sys; from supernode.entrypoint import watch; "
+        "code = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'; "
+        "sys.exit(watch([sys.executable, '-c', code], dict(os.environ)))"
+    )
+    with subprocess.Popen(child(script), stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as node:
+        assert node.stdout
+        pid = int(node.stdout.readline())
+        assert alive(pid)
+        node.send_signal(signal.SIGTERM)
+        node.wait(20)
+    assert not alive(pid)
+
+
+def test_a_child_that_waits_for_the_nodes_end_does_not_keep_it_from_ending() -> None:
+    # Flower's own children hold the log open until their parent's process is gone for good.
+    grandchild = (
+        "import os, sys, time\n"
+        "while os.path.exists('/proc/' + sys.argv[1]): time.sleep(0.05)\n"
+        "print('the child ended too', flush=True)"
+    )
+    node = (
+        "import os, subprocess, sys\n"
+        f"subprocess.Popen([sys.executable, '-c', {grandchild!r}, str(os.getpid())])\n"
+        "sys.exit(4)"
+    )
+    script = (
+        "import os, sys; from supernode.entrypoint import watch; "
+        f"sys.exit(watch([sys.executable, '-c', {node!r}], dict(os.environ)))"
+    )
+    done = subprocess.run(
+        child(script), cwd=REPOSITORY, timeout=30, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 4
+    assert "the child ended too" in done.stdout

@@ -1,0 +1,298 @@
+"""The sites' data: disjoint, complete, seeded, and never written over what is somebody's own."""
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from app import partition
+from supernode.partitions import BUNDLED, PrepareError, Split, prepare_data
+from tests.samples import ROWS, write_jsonl
+
+
+def numbered(count: int) -> list[dict[str, str]]:
+    """Rows that are all different, with a class and a text that is hard on formats."""
+    topics = ["heart", "lung", "kidney"]
+    return [
+        {
+            "instruction": "Answer",
+            "input": f"Question {n}: a\u2028b — “é”?",
+            "output": f"Answer {n}\nof two lines.",
+            "topic": topics[n % 3],
+        }
+        for n in range(count)
+    ]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    return str(write_jsonl(tmp_path / "source.jsonl", numbered(100)))
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Path:
+    return tmp_path / "federation"
+
+
+def rows_of(federation: Path, site: int, part: str) -> list[dict[str, str]]:
+    text = (federation / f"site-{site:02d}" / "data" / f"{part}.jsonl").read_text("utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def inputs(federation: Path, sites: int) -> list[str]:
+    return [
+        row["input"]
+        for site in range(sites)
+        for part in ("train", "holdout")
+        for row in rows_of(federation, site, part)
+    ]
+
+
+def files(federation: Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(federation).as_posix(): p.read_bytes()
+        for p in federation.rglob("*")
+        if p.is_file()
+    }
+
+
+@pytest.mark.parametrize("partitioner", ["iid", "dirichlet"])
+@pytest.mark.parametrize("sites", [1, 3, 7])
+def test_the_partitions_are_disjoint_and_complete(
+    source: str, federation: Path, partitioner: str, sites: int
+) -> None:
+    prepare_data(federation, Split(source, sites, partitioner, partition_by="topic", alpha=5.0))
+    assert Counter(inputs(federation, sites)) == Counter(r["input"] for r in numbered(100))
+    sizes = []
+    for site in range(sites):
+        train, holdout = (rows_of(federation, site, part) for part in ("train", "holdout"))
+        sizes.append(len(train) + len(holdout))
+        assert len(holdout) == sizes[-1] // 10
+        assert all(set(row) == {"instruction", "input", "output"} for row in train)
+    assert min(sizes) >= 2
+    if partitioner == "iid":
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_what_prepare_writes_is_what_the_app_reads(source: str, federation: Path) -> None:
+    prepare_data(federation, Split(source, 4))
+    read = {
+        (row.question, row.answer)
+        for site in range(4)
+        for part in ("train", "holdout")
+        for row in partition.load(federation / f"site-{site:02d}", part)
+    }
+    assert read == {(r["input"], r["output"]) for r in numbered(100)}
+
+
+def test_the_holdout_is_a_tenth_and_at_most_its_limit(source: str, federation: Path) -> None:
+    prepare_data(federation, Split(source, 2, holdout_fraction=0.5, holdout_rows=8))
+    assert [len(rows_of(federation, s, "holdout")) for s in (0, 1)] == [8, 8]
+    assert [len(rows_of(federation, s, "train")) for s in (0, 1)] == [42, 42]
+
+
+@pytest.mark.parametrize("partitioner", ["iid", "dirichlet"])
+def test_the_seed_decides_who_gets_what(tmp_path: Path, source: str, partitioner: str) -> None:
+    results = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        split = Split(source, 3, partitioner, partition_by="topic", seed=seed)
+        prepare_data(tmp_path / name, split)
+        results.append({n: c for n, c in files(tmp_path / name).items() if n != "data.json"})
+    assert results[0] == results[1]
+    assert results[0] != results[2]
+    assert [r["input"] for r in rows_of(tmp_path / "a", 0, "train")] != [
+        r["input"] for r in numbered(100)[: len(rows_of(tmp_path / "a", 0, "train"))]
+    ], "the rows were not shuffled"
+
+
+def test_a_small_alpha_gives_each_site_classes_of_its_own(source: str, federation: Path) -> None:
+    topic = {r["input"]: r["topic"] for r in numbered(100)}
+
+    def largest_share(alpha: float, name: str) -> float:
+        folder = federation / name
+        prepare_data(folder, Split(source, 3, "dirichlet", "topic", alpha=alpha))
+        shares = []
+        for site in range(3):
+            rows = [r for part in ("train", "holdout") for r in rows_of(folder, site, part)]
+            counts = Counter(topic[r["input"]] for r in rows)
+            shares.append(max(counts.values()) / len(rows))
+        return sum(shares) / 3
+
+    assert largest_share(0.1, "skewed") > largest_share(1000.0, "even") + 0.2
+
+
+def test_the_manifest_holds_rows_and_sha256_of_every_file(source: str, federation: Path) -> None:
+    lines = prepare_data(federation, Split(source, 3))
+    manifest = json.loads((federation / "data.json").read_text())
+    written = {n: c for n, c in files(federation).items() if n != "data.json"}
+    assert set(manifest["files"]) == set(written)
+    assert len(written) == 6
+    for name, content in written.items():
+        facts = manifest["files"][name]
+        assert facts["sha256"] == hashlib.sha256(content).hexdigest()
+        assert facts["rows"] == content.count(b"\n")
+        assert any(name in line and str(facts["rows"]) in line for line in lines)
+
+
+def test_a_second_call_changes_no_file(source: str, federation: Path) -> None:
+    first = prepare_data(federation, Split(source, 3))
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in federation.rglob("*")}
+    assert prepare_data(federation, Split(source, 3)) == first
+    assert {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in federation.rglob("*")} == before
+
+
+def test_another_split_replaces_partitions_that_nobody_touched(
+    source: str, federation: Path
+) -> None:
+    prepare_data(federation, Split(source, 3))
+    prepare_data(federation, Split(source, 3, seed=9))
+    assert Counter(inputs(federation, 3)) == Counter(r["input"] for r in numbered(100))
+    prepare_data(federation, Split(source, 5))
+    assert Counter(inputs(federation, 5)) == Counter(r["input"] for r in numbered(100))
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "holdout.jsonl"])
+@pytest.mark.parametrize("seed", [2025, 9])
+def test_a_file_that_was_changed_is_never_overwritten(
+    source: str, federation: Path, name: str, seed: int
+) -> None:
+    prepare_data(federation, Split(source, 3))
+    mine = federation / "site-01" / "data" / name
+    mine.write_text(mine.read_text("utf-8") + json.dumps(ROWS[0]) + "\n", encoding="utf-8")
+    before = files(federation)
+    with pytest.raises(PrepareError, match=f"site-01/data/{name}"):
+        prepare_data(federation, Split(source, 3, seed=seed))
+    assert files(federation) == before
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.parquet", "holdout.jsonl"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_hospitals_own_file_is_never_overwritten(
+    source: str, federation: Path, name: str, prepared: bool
+) -> None:
+    if prepared:
+        prepare_data(federation, Split(source, 3))
+    mine = federation / "site-02" / "data" / name
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text("my own")
+    before = files(federation)
+    with pytest.raises(PrepareError, match=f"site-02/data/{name}"):
+        prepare_data(federation, Split(source, 3))
+    assert files(federation) == before
+
+
+def test_after_fewer_sites_as_many_as_before_can_be_prepared_again(
+    source: str, federation: Path
+) -> None:
+    for sites in (4, 2, 4):
+        prepare_data(federation, Split(source, sites))
+        assert Counter(inputs(federation, sites)) == Counter(r["input"] for r in numbered(100))
+        # No row stays behind at a site that takes no part: it may come back one day.
+        assert len(list(federation.rglob("*.jsonl"))) == 2 * sites
+
+
+def test_after_an_interruption_the_next_call_completes_the_partitions(
+    source: str, federation: Path
+) -> None:
+    in_the_way = federation / "site-02" / "data"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()  # as a full disk or a killed container: some sites written, others not
+    with pytest.raises((OSError, PrepareError)):
+        prepare_data(federation, Split(source, 3))
+    in_the_way.unlink()
+    prepare_data(federation, Split(source, 3))
+    assert Counter(inputs(federation, 3)) == Counter(r["input"] for r in numbered(100))
+
+
+def test_own_files_go_to_their_sites_in_every_format(tmp_path: Path, federation: Path) -> None:
+    folder = tmp_path / "own"
+    write_jsonl(folder / "site-00.jsonl", numbered(20)[:10])
+    (folder / "site-01.json").write_text(json.dumps(numbered(20)[10:15]))
+    pq.write_table(pa.Table.from_pylist(numbered(20)[15:]), folder / "site-02.parquet")
+    prepare_data(federation, Split(str(folder), 3, "files"))
+    for site, (start, end) in enumerate([(0, 10), (10, 15), (15, 20)]):
+        rows = rows_of(federation, site, "train") + rows_of(federation, site, "holdout")
+        assert {r["input"] for r in rows} == {r["input"] for r in numbered(20)[start:end]}
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_own_files_must_be_exactly_one_a_site(
+    tmp_path: Path, federation: Path, twice: bool
+) -> None:
+    folder = tmp_path / "own"
+    write_jsonl(folder / "site-00.jsonl", numbered(10))
+    if twice:
+        write_jsonl(folder / "site-01.jsonl", numbered(10))
+        write_jsonl(folder / "site-01.json", numbered(10))
+    with pytest.raises(PrepareError, match="site-01"):
+        prepare_data(federation, Split(str(folder), 2, "files"))
+    assert not list(federation.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize("missing", ["instruction", "input", "output"])
+def test_a_source_without_a_column_is_refused_naming_it(
+    tmp_path: Path, federation: Path, missing: str
+) -> None:
+    rows = [{k: v for k, v in row.items() if k != missing} for row in numbered(20)]
+    source = write_jsonl(tmp_path / "source.jsonl", rows)
+    with pytest.raises(PrepareError, match=f"no column {missing};"):
+        prepare_data(federation, Split(str(source), 2))
+
+
+def _write_source(path: Path, content: Any) -> str:
+    path.write_bytes(content) if isinstance(content, bytes) else write_jsonl(path, content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "changes", "words"),
+    [
+        ("few.jsonl", numbered(5), {}, "5 rows are too few for 3 sites"),
+        ("x.jsonl", numbered(20), {"partitioner": "random"}, "random"),
+        ("x.jsonl", numbered(20), {"partitioner": "dirichlet"}, "--partition-by"),
+        (
+            "x.jsonl",
+            numbered(20),
+            {"partitioner": "dirichlet", "partition_by": "specialty"},
+            "specialty.*topic",
+        ),
+        ("rows.csv", b"instruction,input,output\n", {}, r"\.jsonl"),
+        ("bad.parquet", b"not parquet", {}, "bad.parquet"),
+        ("bad.json", b"{", {}, "bad.json"),
+    ],
+)
+def test_a_split_that_cannot_be_made_is_one_line_and_writes_nothing(
+    tmp_path: Path,
+    federation: Path,
+    name: str,
+    content: Any,
+    changes: dict[str, Any],
+    words: str,
+) -> None:
+    source = _write_source(tmp_path / name, content)
+    with pytest.raises(PrepareError, match=words) as caught:
+        prepare_data(federation, Split(source, 3, **changes))
+    assert "\n" not in str(caught.value)
+    assert not list(federation.rglob("*.json*"))
+
+
+def test_a_data_set_that_is_neither_here_nor_on_the_hub_is_named(federation: Path) -> None:
+    with pytest.raises(PrepareError, match="nobody/no-such-data"):
+        prepare_data(federation, Split("nobody/no-such-data", 2))
+
+
+def test_the_bundled_flashcards_are_enough_small_and_all_different(federation: Path) -> None:
+    assert BUNDLED.stat().st_size < 300_000
+    rows = [json.loads(x) for x in BUNDLED.read_text("utf-8").split("\n") if x]
+    assert len(rows) >= 400
+    assert all(set(row) == {"instruction", "input", "output"} for row in rows)
+    assert all(row["input"].strip() and row["output"].strip() for row in rows)
+    assert len({row["input"].strip().casefold() for row in rows}) == len(rows)
+    prepare_data(federation, Split(str(BUNDLED), 20))
+    trains = [partition.load(federation / f"site-{s:02d}", "train") for s in range(20)]
+    assert min(map(len, trains)) >= 16  # a batch of the recipe

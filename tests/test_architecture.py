@@ -1,0 +1,103 @@
+"""Who may import whom, read from the source itself."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.samples import REPOSITORY
+
+OURS = ("app", "superlink", "supernode", "eval")
+HEAVY = {"torch", "transformers", "peft"}
+HEAVY_FILES = {"app/examples.py", "app/base_model.py", "app/training.py", "supernode/quantise.py"}
+# An import costs seconds in every process: in these only where it is used.
+LAZY_FILES = {"app/base_model.py", "supernode/quantise.py", "eval/__main__.py"}
+SOURCES = sorted(
+    p.relative_to(REPOSITORY).as_posix()
+    for package in OURS
+    for p in (REPOSITORY / package).rglob("*.py")
+)
+
+
+def parsed(file: str) -> ast.Module:
+    return ast.parse((REPOSITORY / file).read_text(encoding="utf-8"), file)
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
+    """Every import statement under ``tree`` and the dotted name it imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield node, name.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write imports from the root"
+            for name in node.names:
+                yield node, f"{node.module}.{name.name}"
+
+
+def within(name: str, modules: tuple[str, ...]) -> bool:
+    return any(name == m or name.startswith(f"{m}.") for m in modules)
+
+
+def lazy_imports(tree: ast.AST) -> set[ast.stmt]:
+    """The import statements inside functions, or for the type checker only."""
+    places = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
+    return {statement for place in places for statement, _ in imports(place)}
+
+
+def test_there_is_something_to_check() -> None:
+    assert {Path(s).parts[0] for s in SOURCES} == set(OURS)
+    assert set(SOURCES) >= HEAVY_FILES | LAZY_FILES
+
+
+@pytest.mark.parametrize("file", SOURCES)
+def test_each_package_imports_only_what_it_may(file: str) -> None:
+    package = Path(file).parts[0]
+    allowed = {
+        "app": ("app",),
+        "superlink": ("superlink", "app.config"),
+        "supernode": ("supernode",),
+        "eval": ("eval", "app"),
+    }[package]
+    wrong = [
+        f"{file}:{statement.lineno} imports {name}"
+        for statement, name in imports(parsed(file))
+        if within(name, (*OURS, "tests")) and not within(name, allowed)
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("file", SOURCES)
+def test_torch_is_imported_only_where_a_model_is_computed(file: str) -> None:
+    tree = parsed(file)
+    lazy = lazy_imports(tree)
+    heavy = [(s, name) for s, name in imports(tree) if name.split(".")[0] in HEAVY]
+    if file not in HEAVY_FILES and not file.startswith("eval/"):
+        assert not [f"{file}:{s.lineno} imports {name}" for s, name in heavy]
+    elif file in LAZY_FILES:
+        assert not [f"{file}:{s.lineno} imports {name}" for s, name in heavy if s not in lazy]
+
+
+def test_docker_is_a_folder_of_files_not_a_package() -> None:
+    # A docker/__init__.py, or a module, would hide the Docker SDK.
+    assert not list((REPOSITORY / "docker").rglob("*.py"))
+
+
+@pytest.mark.parametrize("module", ["app.server_app", "app.client_app", "app.preflight"])
+def test_neither_server_nor_preflight_pays_for_torch(module: str) -> None:
+    code = (
+        f"import sys, {module}; heavy = {sorted(HEAVY)!r} + ['datasets', 'bitsandbytes']; "
+        "print(*[m for m in heavy if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
