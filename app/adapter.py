@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from app.config import RunConfig
 
@@ -104,7 +104,9 @@ def initial_adapter(layout: Layout, seed: int) -> Vector:
 
 def save_peft(folder: Path, layout: Layout, vector: Vector, config: RunConfig) -> None:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT does."""
-    save_file(layout.split(vector), folder / "adapter_model.safetensors", {"format": "pt"})
+    # Not save_file: a full disk would be its own SafetensorError, no OSError.
+    content = save(layout.split(vector), {"format": "pt"})
+    (folder / "adapter_model.safetensors").write_bytes(content)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

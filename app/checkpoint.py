@@ -126,7 +126,5 @@ def _fsync(path: Path) -> None:
 
 def rounds(run: Path) -> dict[int, Path]:
     """The complete checkpoints of a run folder, by round, in order."""
-    found = {
-        int(p.parent.name.removeprefix("peft_")): p.parent for p in run.glob("peft_*/round.json")
-    }
-    return dict(sorted(found.items()))
+    names = {p.parent.name.removeprefix("peft_"): p.parent for p in run.glob("peft_*/round.json")}
+    return dict(sorted((int(n), folder) for n, folder in names.items() if n.isdecimal()))

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import platform
-import resource
 import sys
 import time
 import traceback
@@ -161,7 +160,7 @@ def train(message: Message, context: Context) -> Message:
                 "num-tokens": result.tokens,
                 "load-s": load_s,
                 "train-s": result.seconds,
-                "peak-memory-mb": _peak_memory_mb(),
+                "peak-memory-mb": training.peak_memory_mb(_device()),
             }
         )
     content = RecordDict({"adapter": ArrayRecord({"flat": Array(trained)}), "metrics": metrics})
@@ -191,12 +190,3 @@ def evaluate(message: Message, context: Context) -> Message:
         }
     )
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
-
-
-def _peak_memory_mb() -> float:
-    """Peak of this process: the GPU's memory where it trains there, else its RSS. In MB (10^6)."""
-    if _device() == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

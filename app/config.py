@@ -126,6 +126,13 @@ class RunConfig:
                     f"{names[high]} = {getattr(self, high)}; {WHERE}"
                 )
 
+        sampled = max(int(self.min_nodes * self.fraction_train), self.min_train_nodes)
+        if self.min_replies > sampled:
+            raise ConfigError(
+                f"run config: strategy.min-replies = {self.min_replies} can never come from the "
+                f"{sampled} sites of a round (strategy.fraction-train, min-train-nodes); {WHERE}"
+            )
+
     @property
     def targets(self) -> list[str] | str:
         """target-modules as PEFT takes them: a list of name endings, or "all-linear"."""

@@ -83,7 +83,9 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         yield from ((f"row {i}", r) for i, r in enumerate(records, 1))
         return
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as err:
+        raise SiteError(f"data/{path.name}: cannot be read ({err.strerror})") from None
     except UnicodeDecodeError as err:
         raise SiteError(f"data/{path.name}: not UTF-8 (byte {err.start})") from None
     if path.suffix == ".json":
@@ -100,5 +102,5 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):  # also a number too long, nesting too deep
                 raise SiteError(f"data/{path.name}, line {number}: not valid JSON") from None

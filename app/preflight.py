@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 from app.config import RunConfig
 
 logger = logging.getLogger(__name__)
+QUERY_TIMEOUT_S = 120.0  # a site answers in seconds; then it is asked again
 
 
 class PreflightError(Exception):
@@ -47,13 +48,34 @@ def preflight(grid: Grid, config: RunConfig) -> Sites:
     Raises:
         PreflightError: too few nodes within node-timeout-s, or a site's answer forbids the run.
     """
-    node_ids = _wait_for_nodes(grid, config)
+    deadline = time.monotonic() + config.node_timeout_s
+    answers: dict[int, Mapping[str, Any]] = {}
+    silent: dict[int, str] = {}
+    while True:
+        online = _wait_for_nodes(grid, config, deadline)
+        silent = {n: why for n, why in silent.items() if n not in online}
+        _ask(grid, [n for n in online if n not in answers], deadline, answers, silent)
+        if not silent or time.monotonic() > deadline:
+            return compare(answers, silent, config)
+        # A busy host loses a message now and then: ask those nodes again, there is time.
+        logger.info("[preflight] %d of %d nodes answered", len(answers), len(online))
+        time.sleep(1)
+
+
+def _ask(
+    grid: Grid,
+    node_ids: list[int],
+    deadline: float,
+    answers: dict[int, Mapping[str, Any]],
+    silent: dict[int, str],
+) -> None:
+    """Ask these nodes; adds to ``answers``, or to ``silent`` why there is none."""
     questions = [
         Message(RecordDict(), dst_node_id=n, message_type=MessageType.QUERY) for n in node_ids
     ]
-    answers: dict[int, Mapping[str, Any]] = {}
-    silent = dict.fromkeys(node_ids, "no answer to the preflight")
-    replies = grid.send_and_receive(questions, timeout=config.node_timeout_s)
+    silent |= dict.fromkeys(node_ids, "no answer to the preflight")
+    timeout_s = max(1.0, min(QUERY_TIMEOUT_S, deadline - time.monotonic()))
+    replies = grid.send_and_receive(questions, timeout=timeout_s)
     # A node that died is answered for by the SuperLink: go by the question, not by the sender.
     asked = {q.metadata.message_id: q.metadata.dst_node_id for q in questions}
     for reply in replies:
@@ -63,11 +85,9 @@ def preflight(grid: Grid, config: RunConfig) -> Sites:
         else:
             answers[node_id] = reply.content.config_records["preflight"]
             del silent[node_id]
-    return compare(answers, silent, config)
 
 
-def _wait_for_nodes(grid: Grid, config: RunConfig) -> list[int]:
-    deadline = time.monotonic() + config.node_timeout_s
+def _wait_for_nodes(grid: Grid, config: RunConfig, deadline: float) -> list[int]:
     said = -1
     while len(node_ids := list(grid.get_node_ids())) < config.min_nodes:
         if time.monotonic() > deadline:
@@ -96,13 +116,15 @@ def compare(
     """
     left_out = {f"node {node_id}": why for node_id, why in silent.items()}
     usable: dict[int, tuple[int, Mapping[str, Any]]] = {}
+    node_of: dict[int, int] = {}
     for node_id, answer in answers.items():
         partition_id = answer["partition-id"]
-        if partition_id in usable:
+        if partition_id in node_of:
             raise PreflightError(
-                f"nodes {usable[partition_id][0]} and {node_id} both say they are "
+                f"nodes {node_of[partition_id]} and {node_id} both say they are "
                 f"{site_name(partition_id)}; give each its own partition-id"
             )
+        node_of[partition_id] = node_id
         if "error" in answer:
             left_out[site_name(partition_id)] = answer["error"]
         else:

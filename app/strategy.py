@@ -5,6 +5,7 @@ and end "completed" even when nothing was; this one does none of that.
 """
 
 import logging
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -19,6 +20,12 @@ from app.fedavgopt import fedavgopt
 from app.preflight import Sites, site_name
 
 logger = logging.getLogger(__name__)
+
+# What a reply must hold, beside the adapter.
+TRAIN_METRICS = (
+    "num-examples", "train-loss", "num-tokens", "steps", "load-s", "train-s", "peak-memory-mb",
+)  # fmt: skip
+EVAL_METRICS = ("num-tokens", "loss-sum", "num-correct")
 
 
 class RoundError(Exception):
@@ -125,6 +132,10 @@ class Strategy:
             return {}
         started = time.monotonic()
         gathered = self._ask(MessageType.EVALUATE, partitions, server_round, adapter)
+        for partition_id, content in list(gathered.replies.items()):
+            if not np.isfinite([_number(content, key) for key in EVAL_METRICS]).all():
+                gathered.failed[partition_id] = "a metric is missing or not finite"
+                del gathered.replies[partition_id]
         for partition_id, why in sorted(gathered.failed.items()):
             logger.warning("[evaluation] without %s: %s", site_name(partition_id), why)
 
@@ -180,14 +191,14 @@ class Strategy:
         updates: dict[int, Vector] = {}
         rejected = dict(gathered.failed)
         for partition_id, content in sorted(gathered.replies.items()):
+            numbers = {key: _number(content, key) for key in TRAIN_METRICS}
             try:
                 vector = content.array_records["adapter"]["flat"].numpy()
-                num_examples = _number(content, "num-examples")
             except (KeyError, ValueError, TypeError) as err:
-                rejected[partition_id] = f"reply without adapter or metrics ({type(err).__name__})"
+                rejected[partition_id] = f"reply without a readable adapter ({type(err).__name__})"
                 continue
-            if num_examples < 1:
-                rejected[partition_id] = f"num-examples = {num_examples}"
+            if not np.isfinite(list(numbers.values())).all() or numbers["num-examples"] < 1:
+                rejected[partition_id] = f"metrics {numbers}"
             elif vector.shape != (self.layout.size,) or vector.dtype != np.float32:
                 rejected[partition_id] = f"adapter of shape {vector.shape}, {vector.dtype}"
             elif not np.isfinite(vector).all():
@@ -198,4 +209,8 @@ class Strategy:
 
 
 def _number(reply: RecordDict, key: str) -> float:
-    return float(cast(float, reply.metric_records["metrics"][key]))
+    """The metric as a float; NaN where the reply does not hold it as a number."""
+    try:
+        return float(cast(float, reply.metric_records["metrics"][key]))
+    except (KeyError, ValueError, TypeError, OverflowError):
+        return math.nan

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import resource
 import tempfile
 import time
 from dataclasses import dataclass
@@ -58,12 +59,13 @@ def train(model: Any, examples: list[Example], config: RunConfig, lr: float, see
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             num_train_epochs=config.num_train_epochs,
             max_steps=config.max_steps,
-            gradient_checkpointing=config.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
+            activation_checkpointing=config.gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False},
             bf16=not on_cpu and torch.cuda.is_bf16_supported(),
             use_cpu=on_cpu,
             seed=seed,
             logging_steps=1,
+            logging_nan_inf_filter=False,  # or Trainer hides what the check below looks for
             include_num_input_tokens_seen="non_padding",
             save_strategy="no",
             report_to="none",
@@ -115,3 +117,10 @@ def evaluate(model: Any, examples: list[Example], batch_size: int) -> Evaluated:
         num_correct += int((logits.argmax(-1) == labels[picked]).sum())
         num_tokens += int(picked.sum())
     return Evaluated(loss_sum, num_correct, num_tokens)
+
+
+def peak_memory_mb(device: str) -> float:
+    """Peak of this process: the GPU's memory where it trains there, else its RSS. In MB (10^6)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

@@ -31,7 +31,7 @@ def write_connection(flwr_home: Path, address: str, ca_file: Path) -> Path:
     section = _TEMPLATE.format(address=address, ca=ca_file.resolve())
     if old is not None:
         before = _TEMPLATE.format(address=old.get("address"), ca=old.get("root-certificates"))
-        if before not in text:
+        if before not in text or set(old) != {"address", "root-certificates"}:
             raise ValueError(f"{path} has a [superlink.deployment] of its own; edit it by hand")
         text = text.replace(before, section)
     else:

@@ -16,6 +16,8 @@ import socket
 import sys
 from pathlib import Path
 
+DATABASE_LOCK_TIMEOUT_MS = 120_000
+
 
 def arguments(env: dict[str, str]) -> list[str]:
     """The command line. TLS and SuperNode authentication are no options.
@@ -80,15 +82,24 @@ def _check_free(name: str, address: str) -> None:
 
 
 def main() -> None:
-    command = arguments(dict(os.environ))
+    sys.argv = arguments(dict(os.environ))
     programs = Path(sys.executable).parent  # Flower starts flower-superexec by its bare name
-    env = {
-        **os.environ,
+    os.environ |= {
         "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
     }
-    os.execve(programs / command[0], command, env)  # noqa: S606
+    from flwr.supercore import sql_mixin
+    from flwr.supercore.constant import SQLITE_PRAGMAS
+    from flwr.superlink.cli import flower_superlink
+
+    # Flower 1.36 gives up a database lock after 5 s, and no flag changes that. With 20 busy
+    # SuperNodes on one host it then answers "Internal server error", after which a SuperNode,
+    # or the process that starts ServerApps, is gone for good.
+    others = [p for p in SQLITE_PRAGMAS if p[0] != "busy_timeout"]
+    patched = (("busy_timeout", str(DATABASE_LOCK_TIMEOUT_MS)), *others)
+    sql_mixin.SQLITE_PRAGMAS = patched  # type: ignore[attr-defined, assignment]
+    flower_superlink()
 
 
 if __name__ == "__main__":

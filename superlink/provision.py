@@ -20,6 +20,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -47,7 +48,7 @@ def provision(federation: Path, sites: int, address: str, names: list[str]) -> l
     made: list[str] = []
     try:
         ca_key, ca_cert = _authority(federation, made)
-        host = address.rsplit(":", 1)[0]
+        host = address.rsplit(":", 1)[0].strip("[]")  # [::1]:9092
         wanted = list(dict.fromkeys([host, *names, "localhost", "127.0.0.1"]))
         _server(federation / "superlink", ca_key, ca_cert, wanted, made)
         for number in range(sites):
@@ -73,6 +74,7 @@ def _authority(federation: Path, made: list[str]) -> tuple[Key, x509.Certificate
         _certificate(name, name, key.public_key(), CA_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
     _write_key(key_file, key)
@@ -92,7 +94,8 @@ def _server(
         old = x509.load_pem_x509_certificate(cert_file.read_bytes())
         has = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         lasts = old.not_valid_after_utc - datetime.now(UTC) > RENEW_BEFORE
-        if lasts and set(has) >= set(alternatives) and old.issuer == ca_cert.subject:
+        of_key = old.public_key() == _load_key(key_file).public_key()
+        if lasts and of_key and set(has) >= set(alternatives) and _issued_by(old, ca_cert):
             return
     key = _load_key(key_file) if key_file.exists() else ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
@@ -102,11 +105,22 @@ def _server(
         .add_extension(_usage(digital_signature=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(alternatives, critical=False)
+        .add_extension(  # RFC 5280; Python 3.13 refuses a certificate without it
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False
+        )
         .sign(ca_key, hashes.SHA256())
     )
     _write_key(key_file, key)
     _write(cert_file, cert.public_bytes(serialization.Encoding.PEM))
     made.append(f"server certificate for {', '.join(names)}")
+
+
+def _issued_by(certificate: x509.Certificate, ca_cert: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(ca_cert)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def _site(

@@ -40,17 +40,22 @@ def merged_config(app_dir: Path, overrides: list[str]) -> tuple[dict[str, Any], 
                 parsed = tomllib.loads(Path(text).read_text())
             else:
                 parsed = tomllib.loads("\n".join(_pairs(text)))
-        except (OSError, tomllib.TOMLDecodeError) as err:
+        except (OSError, ValueError) as err:
             raise ConfigError(f"run config: {text}: {err}") from None
         flat |= flatten(parsed)
-    project = tomllib.loads((app_dir / "pyproject.toml").read_text())
+    try:
+        project = tomllib.loads((app_dir / "pyproject.toml").read_text())
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"run config: {app_dir / 'pyproject.toml'}: {err}") from None
     defaults = flatten(project["tool"]["flwr"]["app"]["config"])
     return flat, RunConfig.from_flat(defaults | flat)
 
 
 def _pairs(text: str) -> list[str]:
     """``a=1 b="x y"`` -> ``["a=1", 'b="x y"']``: as flwr reads its --run-config."""
-    return re.findall(r"\S+?=(?:'[^']*'|\"[^\"]*\"|\S+)", text) or [text]
+    pair = r"\S+?\s*=\s*(?:'[^']*'|\"[^\"]*\"|\S+)"
+    whole = re.fullmatch(rf"\s*(?:{pair}\s+)*{pair}\s*", text)
+    return re.findall(pair, text) if whole else [text]  # TOML's own error for anything else
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -122,7 +127,9 @@ def _start(app_dir: Path, flat: dict[str, Any], home: Path, env: dict[str, str])
     command = [_flwr(), "run", str(app_dir), "deployment", "--format", "json"]
     if flat:
         file = home / "run-config.toml"
-        file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in flat.items()))
+        file.write_text(
+            "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in flat.items())
+        )
         command += ["--run-config", str(file)]
     done = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
     try:

@@ -48,7 +48,12 @@ def read_site(env: dict[str, str]) -> dict[str, str]:
             raise SystemExit(f"supernode: {site / file} is not readable by user {os.getuid()}")
     lines = (site / "site.env").read_text().splitlines()
     settings = dict(line.split("=", 1) for line in lines if "=" in line)
-    return {**settings, **env}
+    complete = {**settings, **env}
+    for name in ("SUPERLINK", "PARTITION_ID", "NUM_PARTITIONS"):
+        value = complete.get(name, "")
+        if not (value if name == "SUPERLINK" else value.isdecimal()):
+            raise SystemExit(f"supernode: {name}={value!r} cannot work; see site.env")
+    return complete
 
 
 def choose_gpu(env: dict[str, str], visible: int) -> str:

@@ -49,6 +49,7 @@ def prepare_data(federation: Path, split: Split) -> list[str]:
         return [f"{f}: {facts['rows']} rows" for f, facts in old["files"].items()]
     parts = _own_files(split) if split.partitioner == "files" else _partitions(split)
     files: dict[str, dict[str, Any]] = {}
+    written: dict[Path, str] = {}
     for number, dataset in enumerate(parts):
         held_out = min(split.holdout_rows, int(len(dataset) * split.holdout_fraction))
         order = dataset.shuffle(seed=split.seed)
@@ -60,17 +61,32 @@ def prepare_data(federation: Path, split: Split) -> list[str]:
         ):
             path = folder / f"{name}.jsonl"
             content = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
-            path.write_text(content, encoding="utf-8")
-            facts = {"rows": len(rows), "sha256": _sha256(path)}
-            files[str(path.relative_to(federation))] = facts
+            digest = hashlib.sha256(content.encode()).hexdigest()
+            files[str(path.relative_to(federation))] = {"rows": len(rows), "sha256": digest}
+            written[path] = content
+    # Known before they are there, so that what an interruption leaves is no stranger next time.
+    known = old.get("files", {})
+    planned = {
+        name: {**facts, "before": known.get(name, {}).get("sha256", "")}
+        for name, facts in files.items()
+    }
+    _write_manifest(manifest_file, {"split": None, "files": {**known, **planned}})
+    for path, content in written.items():
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(content, encoding="utf-8")
+        part.replace(path)
     for name in set(old.get("files", {})) - set(files):  # of sites that there are no longer
         path = federation / name
         if path.is_file() and _sha256(path) == old["files"][name]["sha256"]:
             path.unlink()
-    part_file = federation / ".data.json"
-    part_file.write_text(json.dumps({"split": asdict(split), "files": files}, indent=2) + "\n")
-    part_file.replace(manifest_file)
+    _write_manifest(manifest_file, {"split": asdict(split), "files": files})
     return [f"{f}: {facts['rows']} rows" for f, facts in files.items()]
+
+
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    part = path.with_name(f".{path.name}")
+    part.write_text(json.dumps(manifest, indent=2) + "\n")
+    part.replace(path)
 
 
 def _check_intact(federation: Path, known: dict[str, Any], sites: int) -> bool:
@@ -82,7 +98,8 @@ def _check_intact(federation: Path, known: dict[str, Any], sites: int) -> bool:
         if p.suffix in LOADERS
     }
     for name, path in there.items():
-        if known.get(name, {}).get("sha256") != _sha256(path):
+        facts = known.get(name, {})
+        if _sha256(path) not in (facts.get("sha256"), facts.get("before")):
             raise PrepareError(
                 f"{federation / name} is not from supernode.prepare or was changed: move it away "
                 "to have the partitions made, or leave this step out to use it"

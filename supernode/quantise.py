@@ -98,7 +98,7 @@ def _convert(source: Path, target: Path, name: str, kind: str) -> None:
 def fingerprint(source: Path, kind: str) -> str:
     """16 hex digits of the source's weights, config and tokenizer, and of the quantisation."""
     digest = hashlib.sha256(kind.encode())
-    settings = ("config.json", "tokenizer.json")
+    settings = ("config.json", "tokenizer.json", "tokenizer.model")
     for path in sorted(source.iterdir()):
         if path.suffix != ".safetensors" and path.name not in settings:
             continue

@@ -37,11 +37,11 @@ class StandInGrid(Grid):
         return iter(replies[::-1] if self.reverse else replies)
 
     def set_run(self, run: Run) -> None:
-        raise NotImplementedError
+        raise AssertionError("our code does not call this")
 
     @property
     def run(self) -> Run:
-        raise NotImplementedError
+        raise AssertionError("our code does not call this")
 
     def create_message(
         self,
@@ -51,10 +51,10 @@ class StandInGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        raise NotImplementedError
+        raise AssertionError("our code does not call this")
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise NotImplementedError
+        raise AssertionError("our code does not call this")
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise NotImplementedError
+        raise AssertionError("our code does not call this")
