@@ -10,8 +10,9 @@ install: .venv/.installed
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; make PYTHON=/path/to/python3.11" % v)'
-	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[node,eval,dev]'
+	@echo "installing into .venv: 2 GB, a minute or more; once"
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[node,eval,dev]'
 	@touch $@
 
 # SuperLink and SuperNodes as processes: a real run in minutes. make demo SITES=20 ARGS='--data FILE'

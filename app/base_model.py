@@ -74,7 +74,7 @@ def device_and_dtype(device: str) -> "tuple[torch.device, torch.dtype]":
     if not torch.cuda.is_available():
         raise SiteError("DEVICE=cuda, but torch sees no GPU; check the driver or set DEVICE=cpu")
     return torch.device("cuda", 0), (
-        torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from app.base_model import device_and_dtype
 from app.config import RunConfig
 from app.examples import IGNORED, Example, collate
 
@@ -50,6 +51,7 @@ def train(model: Any, examples: list[Example], config: RunConfig, lr: float, see
         FloatingPointError: the loss is not finite.
     """
     on_cpu = model.device.type == "cpu"
+    _, compute_dtype = device_and_dtype(model.device.type)
     with tempfile.TemporaryDirectory() as unused_output:
         arguments = TrainingArguments(
             output_dir=unused_output,
@@ -61,7 +63,7 @@ def train(model: Any, examples: list[Example], config: RunConfig, lr: float, see
             max_steps=config.max_steps,
             activation_checkpointing=config.gradient_checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False},
-            bf16=not on_cpu and torch.cuda.is_bf16_supported(),
+            bf16=compute_dtype == torch.bfloat16,
             use_cpu=on_cpu,
             seed=seed,
             logging_steps=1,
