@@ -4,7 +4,7 @@ PY     := .venv/bin/python
 SITES  ?= 4
 CPU    := -f compose.yaml -f docker/compose.cpu.yaml
 
-.PHONY: install demo test lint test-containers images up down clean
+.PHONY: install demo test lint test-gpu test-containers images up down clean
 
 install: .venv/.installed
 
@@ -26,6 +26,10 @@ lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# Needs an NVIDIA GPU.
+test-gpu: install
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(PY) -m pytest -m gpu
 
 # Needs a Docker engine with compose v2; starts all 20 SuperNodes on the CPU.
 test-containers: install

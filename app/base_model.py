@@ -36,9 +36,9 @@ def find(models_dir: Path, name: str, bits: int) -> BaseModel:
     """The prepared model of this name and number of bits.
 
     Raises:
-        SiteError: it is not there, or a file is missing or cut short.
+        SiteError: it is not there, or there twice (nf4 and fp4), or a file is cut short.
     """
-    seen = []
+    matches, seen = [], []
     for path in sorted(models_dir.glob("*/base.json")):
         base = json.loads(path.read_text())
         if (base["name"], base["bits"]) == (name, bits):
@@ -50,8 +50,15 @@ def find(models_dir: Path, name: str, bits: int) -> BaseModel:
                         f"base model {name}: {file} has {actual} bytes, {size} expected; "
                         f"delete {path.parent.name} and run supernode.prepare again"
                     )
-            return BaseModel(path.parent, name, bits, base["fingerprint"], base["linear_layers"])
+            matches.append(
+                BaseModel(path.parent, name, bits, base["fingerprint"], base["linear_layers"])
+            )
         seen.append(f"{base['name']} ({base['bits']} bits)")
+    if len(matches) > 1:
+        folders = " and ".join(m.folder.name for m in matches)
+        raise SiteError(f"{folders} are both {name} in {bits} bits; delete one")
+    if matches:
+        return matches[0]
     raise SiteError(
         f"no base model {name} ({bits} bits) among the prepared ones "
         f"({', '.join(seen) or 'none'}); run supernode.prepare, or change model.name "

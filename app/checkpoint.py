@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,16 @@ from app.config import RunConfig
 
 class ResultsError(Exception):
     """The results folder cannot take this run; the message says what to do."""
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        raise ResultsError(
+            f"cannot write {path}: {err.strerror}; the checkpoints before it are intact"
+        ) from None
 
 
 class RunFolder:
@@ -55,14 +67,16 @@ class RunFolder:
             )
 
     def write_run(self, facts: dict[str, Any]) -> None:
-        """Replace run.json."""
-        part = self.path / ".run.json"
-        part.write_text(json.dumps(facts, indent=2) + "\n")
-        part.replace(self.path / "run.json")
+        """Replace run.json. Raises ResultsError if it cannot be written."""
+        with _writing(self.path / "run.json"):
+            part = self.path / ".run.json"
+            part.write_text(json.dumps(facts, indent=2) + "\n")
+            part.replace(self.path / "run.json")
 
     def add_metrics(self, line: dict[str, Any]) -> None:
-        """Append one round to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+        """Append one round to metrics.jsonl. Raises ResultsError if it cannot be written."""
+        path = self.path / "metrics.jsonl"
+        with _writing(path), path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def save_round(

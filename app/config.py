@@ -17,6 +17,17 @@ class ConfigError(ValueError):
     """A run-config key or value that cannot work; the message is one line for the user."""
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested TOML tables to dotted keys, as Flower does."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
 def _key(name: str, allowed: str, check: Callable[[Any], bool]) -> Any:
     return field(metadata={"key": name, "allowed": allowed, "check": check})
 

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from app.config import RunConfig
 
 logger = logging.getLogger(__name__)
-QUERY_TIMEOUT_S = 120.0  # a site answers in seconds; then it is asked again
+QUERY_TIMEOUT_S, ATTEMPTS = 120.0, 3  # a site answers in seconds
 
 
 class PreflightError(Exception):
@@ -51,15 +51,16 @@ def preflight(grid: Grid, config: RunConfig) -> Sites:
     deadline = time.monotonic() + config.node_timeout_s
     answers: dict[int, Mapping[str, Any]] = {}
     silent: dict[int, str] = {}
-    while True:
+    for attempt in range(1, ATTEMPTS + 1):
         online = _wait_for_nodes(grid, config, deadline)
-        silent = {n: why for n, why in silent.items() if n not in online}
         _ask(grid, [n for n in online if n not in answers], deadline, answers, silent)
         if not silent or time.monotonic() > deadline:
-            return compare(answers, silent, config)
-        # A busy host loses a message now and then: ask those nodes again, there is time.
-        logger.info("[preflight] %d of %d nodes answered", len(answers), len(online))
-        time.sleep(1)
+            break
+        # A busy host loses a message now and then: ask those nodes again.
+        for node_id, why in silent.items():
+            logger.info("[preflight] try %d of %d: node %d: %s", attempt, ATTEMPTS, node_id, why)
+        time.sleep(3)
+    return compare(answers, silent, config)
 
 
 def _ask(
@@ -142,7 +143,7 @@ def compare(
         groups = "".join(f"\n  {f}: {', '.join(s)}" for f, s in by_fingerprint.items())
         raise PreflightError(
             f"the sites hold different weights of {config.model_name} (fingerprint: sites); "
-            f"prepare the same revision everywhere:{groups}"
+            f"prepare the same weights everywhere:{groups}"
         )
     first = next(iter(usable.values()))[1]
     return Sites(

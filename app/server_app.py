@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -41,14 +42,15 @@ def main(grid: Grid, context: Context) -> None:
         folder = RunFolder(Path(os.environ["RESULTS_DIR"]), context.run_id)
         run(grid, RunConfig.from_flat(context.run_config), folder, facts)
         facts["status"] = "completed"
-    except Exception as err:
-        facts |= {"status": "failed", "error": str(err)}
+    except BaseException as err:  # flwr stop and SIGTERM end in SystemExit
+        facts |= {"status": "failed", "error": str(err) or type(err).__name__}
         if isinstance(err, (ConfigError, PreflightError, RoundError, ResultsError)):
             logger.error("ERROR: %s", err)
         raise
     finally:
         if folder:
-            folder.write_run(facts | {"finished": _now()})
+            with suppress(ResultsError):  # the disk may be what ended the run
+                folder.write_run(facts | {"finished": _now()})
 
 
 def _log_to_stdout() -> None:
@@ -122,7 +124,7 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
         }
         folder.save_round(server_round, layout, adapter, config, manifest)
         after = strategy.evaluate(server_round, adapter)
-        if before and after:
+        if before and before.get("eval_partitions") == after.get("eval_partitions"):
             line["eval_loss_before"] = before["eval_loss"]
             line["eval_token_accuracy_before"] = before["eval_token_accuracy"]
         line |= after

@@ -193,8 +193,8 @@ class Strategy:
         for partition_id, content in sorted(gathered.replies.items()):
             numbers = {key: _number(content, key) for key in TRAIN_METRICS}
             try:
-                vector = content.array_records["adapter"]["flat"].numpy()
-            except (KeyError, ValueError, TypeError) as err:
+                vector = np.asarray(content.array_records["adapter"]["flat"].numpy())
+            except Exception as err:  # whatever a site may have sent: numpy's errors are many
                 rejected[partition_id] = f"reply without a readable adapter ({type(err).__name__})"
                 continue
             if not np.isfinite(list(numbers.values())).all() or numbers["num-examples"] < 1:

@@ -16,7 +16,7 @@ from flwr.supercore.grpc import create_channel
 from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-CALL_TIMEOUT_S = 20
+CALL_TIMEOUT_S = 150  # above the time that the SuperLink may wait for its database
 ALREADY_IN_USE = "already in use"  # in the details of Flower's error 23
 
 

@@ -14,18 +14,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 from app.config import ConfigError
 from superlink.control import Control, ControlError
 from superlink.provision import ProvisionError, provision
 from superlink.register import register
-from superlink.submit import submit
+from superlink.submit import merged_config, submit
 
 REPOSITORY = Path(__file__).parents[1]
+_given_ports: set[int] = set()
 STOP_AFTER_S = 15
 
 
@@ -119,17 +118,27 @@ class LocalFederation:
             )
 
     def stop(self) -> None:
-        """End every process and its children: SIGTERM, then SIGKILL."""
-        for process in self.processes.values():
-            _signal_group(process, signal.SIGTERM)
-        deadline = time.monotonic() + STOP_AFTER_S
-        for process in self.processes.values():
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.1, deadline - time.monotonic()))
-        for process in self.processes.values():
-            _signal_group(process, signal.SIGKILL)
-            process.wait()
+        """End every process and its children: SIGTERM, then SIGKILL.
+
+        The SuperNodes first: one that cannot sign off counts as online for another minute, and
+        the SuperLink refuses its successor until then.
+        """
+        impatience = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        old = {n: signal.signal(n, signal.SIG_IGN) for n in impatience}  # leave nothing behind
+        superlink = self.processes.pop("superlink", None)
+        for group in (list(self.processes.values()), [superlink] if superlink else []):
+            for process in group:
+                _signal_group(process, signal.SIGTERM)
+            deadline = time.monotonic() + STOP_AFTER_S
+            for process in group:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.1, deadline - time.monotonic()))
+            for process in group:
+                _signal_group(process, signal.SIGKILL)
+                process.wait()
         self.processes.clear()
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
@@ -138,26 +147,14 @@ def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> N
 
 
 def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind as Ctrl-C does, so that the processes are stopped."""
-
-    def interrupt(_: int, __: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    old = {n: signal.signal(n, interrupt) for n in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    """A TCP port of the loopback that nobody listens on now; never the same one twice."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _given_ports:
+            _given_ports.add(port)
+            return port
 
 
 def table(run: Path) -> str:
@@ -167,6 +164,8 @@ def table(run: Path) -> str:
     for m in lines:
         sent = m["bytes_down"] + m["bytes_up"] + m.get("eval_bytes_down", 0)
         loss = acc = "-"
+        if "eval_loss" in m:
+            loss, acc = f"{m['eval_loss']:.4f}", f"{m['eval_token_accuracy']:.4f}"
         if "eval_loss_before" in m:
             loss = f"{m['eval_loss_before']:.4f} -> {m['eval_loss']:.4f}"
             acc = f"{m['eval_token_accuracy_before']:.4f} -> {m['eval_token_accuracy']:.4f}"
@@ -226,8 +225,9 @@ def main() -> int:
     )
     args = parser.parse_args()
     try:
-        with _terminated_like_interrupted():
-            return demo(args)
+        for number in (signal.SIGTERM, signal.SIGHUP):  # unwind as on Ctrl-C
+            signal.signal(number, signal.default_int_handler)
+        return demo(args)
     except (ControlError, ConfigError, ProvisionError) as err:
         print(f"demo: ERROR: {err}", file=sys.stderr)
         return 1
@@ -244,6 +244,7 @@ def demo(args: argparse.Namespace) -> int:
         f"model.name={json.dumps(args.model)}",
         *args.run_config,
     ]
+    merged_config(REPOSITORY, config)  # before minutes of preparation
     started = time.monotonic()
     with LocalFederation(args.work, args.models, args.results, args.sites) as federation:
         say(f"1/4 keys and certificates of {args.sites} sites")

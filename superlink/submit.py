@@ -20,7 +20,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from app.config import ConfigError, RunConfig
+from app.config import ConfigError, RunConfig, flatten
 from superlink.connection import write_connection
 from superlink.control import Control, ControlError, public_keys
 
@@ -56,17 +56,6 @@ def _pairs(text: str) -> list[str]:
     pair = r"\S+?\s*=\s*(?:'[^']*'|\"[^\"]*\"|\S+)"
     whole = re.fullmatch(rf"\s*(?:{pair}\s+)*{pair}\s*", text)
     return re.findall(pair, text) if whole else [text]  # TOML's own error for anything else
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables to dotted keys, as Flower does."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def wait_for_nodes(control: Control, public: Path, needed: int, timeout_s: float) -> None:
@@ -117,6 +106,7 @@ def submit(app_dir: Path, overrides: list[str], control: Control, public: Path) 
         flwr = [_flwr(), "log", str(run_id), "deployment", "--stream"]
         while subprocess.run(flwr, env=env, check=False).returncode:
             # The log broke off (a SuperLink restart, say); the run itself may go on.
+            control.wait_until_up(config.node_timeout_s)
             if control.run_status(run_id).status.startswith("finished"):
                 break
             time.sleep(_POLL_S)

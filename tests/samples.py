@@ -5,8 +5,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-from app.config import RunConfig
-from superlink.submit import flatten
+from app.config import RunConfig, flatten
 
 REPOSITORY = Path(__file__).parents[1]
 

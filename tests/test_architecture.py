@@ -101,3 +101,19 @@ def test_neither_server_nor_preflight_pays_for_torch(module: str) -> None:
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+def test_git_ignores_no_source_file_or_test() -> None:
+    """An ignore pattern for results at the top must not hide a folder of tests."""
+    sources = [
+        str(p)
+        for f in ("app", "superlink", "supernode", "eval", "tests")
+        for p in (REPOSITORY / f).rglob("*.py")
+    ]
+    done = subprocess.run(
+        ["git", "check-ignore", *sources], cwd=REPOSITORY, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    if done.returncode == 128:
+        pytest.skip("not a git checkout")
+    assert done.stdout == ""

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.config import ConfigError, RunConfig
-from superlink.submit import flatten
+from app.config import ConfigError, RunConfig, flatten
 from tests.samples import REPOSITORY, flat_config, run_config
 
 KEYS = {f.metadata["key"]: f.type for f in fields(RunConfig)}

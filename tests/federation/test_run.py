@@ -1,0 +1,164 @@
+"""A whole federation as real processes: TLS, authentication, gRPC, two rounds of QLoRA.
+
+One SuperLink and three SuperNodes on free ports; the base model is tiny and random, all else
+is what a hospital would run.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from app.adapter import Layout
+from app.base_model import find
+from app.checkpoint import rounds
+from app.config import RunConfig
+from superlink.local import LocalFederation
+from superlink.submit import merged_config, submit
+from supernode.partitions import Split, prepare_data
+from tests.samples import REPOSITORY, ROWS
+
+SITES = 3
+MARKER = "patient Wilhelmina Zwetschge of ward 13"
+
+
+@dataclass
+class Done:
+    """A completed run, a run that had to fail, and what they left behind."""
+
+    work: Path
+    models: Path
+    config: RunConfig
+    exit_code: int
+    failed_exit_code: int
+    processes: list[int]
+
+    @property
+    def run(self) -> Path:
+        return (self.work / "results" / "latest").resolve()
+
+    @property
+    def failed_run(self) -> Path:
+        (other,) = (
+            p for p in (self.work / "results").iterdir() if p.is_dir() and p.resolve() != self.run
+        )
+        return other
+
+
+@pytest.fixture(scope="module")
+def done(models_dir: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    work = tmp_path_factory.mktemp("federation")
+    rows = [r | {"output": f"{r['output']} As {MARKER} knows."} for r in ROWS]
+    source = work / "rows.json"
+    source.write_text(json.dumps(rows))
+    overrides = [
+        str(REPOSITORY / "app/profiles/demo.toml"),
+        f"model.name={json.dumps(str(tiny_model))} model.lora.peft-lora-r=4 train.seq-length=512",
+        f"num-server-rounds=2 strategy.min-nodes={SITES} strategy.node-timeout-s=120",
+        "train.learning-rate-max=0.01 train.learning-rate-min=0.001",
+    ]
+    with LocalFederation(work, models_dir, work / "results", SITES) as federation:
+        federation.provision()
+        prepare_data(federation.federation, Split(str(source), SITES))
+        control = federation.start()
+        exit_code = submit(REPOSITORY, overrides, control, federation.public)
+        bad = federation.federation / "site-01" / "data" / "train.jsonl"
+        bad.write_text(bad.read_text() + json.dumps({"instruction": "", "input": MARKER}) + "\n")
+        failed_exit_code = submit(REPOSITORY, overrides, control, federation.public)
+        processes = [p.pid for p in federation.processes.values()]
+    _, config = merged_config(REPOSITORY, overrides)
+    return Done(work, models_dir, config, exit_code, failed_exit_code, processes)
+
+
+def metrics(done: Done) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (done.run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_run_completes_and_submit_says_so(done: Done) -> None:
+    assert done.exit_code == 0
+    facts = json.loads((done.run / "run.json").read_text())
+    assert facts["status"] == "completed"
+    assert sorted(facts["sites"]) == ["site-00", "site-01", "site-02"]
+
+
+def test_every_round_has_its_checkpoint_and_its_line(done: Done) -> None:
+    assert list(rounds(done.run)) == [1, 2]
+    assert [m["round"] for m in metrics(done)] == [1, 2]
+
+
+def test_the_held_out_loss_falls(done: Done) -> None:
+    lines = metrics(done)
+    losses = [lines[0]["eval_loss_before"], *(m["eval_loss"] for m in lines)]
+    assert losses[-1] < losses[0], losses  # type: ignore[operator]
+
+
+def test_the_bytes_counted_are_those_of_the_adapter(done: Done, tiny_model: Path) -> None:
+    base = find(done.models, str(tiny_model), 4)
+    size = Layout.of(base.linear_layers, done.config).size * 4
+    for line in metrics(done):
+        assert line["bytes_down"] == line["bytes_up"] == 2 * size  # two sites a round
+
+
+def test_peft_loads_every_checkpoint_name_for_name(done: Done, tiny_model: Path) -> None:
+    from peft import PeftModel, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    for folder in rounds(done.run).values():
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        loaded = get_peft_model_state_dict(PeftModel.from_pretrained(model, str(folder)))
+        stored = load_file(folder / "adapter_model.safetensors")
+        assert set(loaded) == set(stored)
+        for name, array in stored.items():
+            np.testing.assert_array_equal(loaded[name].numpy(), array)
+
+
+def test_training_moved_the_adapter_in_every_round(done: Done) -> None:
+    first, second = (load_file(f / "adapter_model.safetensors") for f in rounds(done.run).values())
+    b_sides = [n for n in first if "lora_B" in n]
+    assert all(np.abs(first[n]).max() > 0 for n in b_sides)  # B starts at zero
+    assert any(not np.array_equal(first[n], second[n]) for n in first)
+
+
+def test_a_bad_row_at_one_site_stops_the_run_by_site_and_line_number(done: Done) -> None:
+    assert done.failed_exit_code == 1
+    facts = json.loads((done.failed_run / "run.json").read_text())
+    assert facts["status"] == "failed"
+    lines = (done.work / "federation/site-01/data/train.jsonl").read_text().count("\n")
+    assert f"site-01: data/train.jsonl, line {lines}: no text in column 'output'" in facts["error"]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and "data" not in path.parts:
+            yield path
+
+
+def test_no_text_of_a_site_leaves_its_data_folder(done: Done) -> None:
+    """Neither in a log, nor in the SuperLink's database, nor in the results."""
+    seen = [p for p in _files(done.work) if p != done.work / "rows.json"]
+    assert any(p.suffix == ".db" for p in seen)
+    assert any(p.name == "site-01.log" for p in seen)
+    leaks = [p for p in seen if MARKER.encode() in p.read_bytes()]
+    assert leaks == []
+
+
+def test_every_process_is_gone_afterwards(done: Done) -> None:
+    """The SuperLink's and SuperNodes' own children included: none has our folder in its words."""
+    words = str(done.work).encode()
+    left = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                command = (entry / "cmdline").read_bytes()
+                environment = (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if words in command or words in environment:
+                left.append(command)
+    assert left == []
+    assert not [p for p in done.processes if Path(f"/proc/{p}").exists()]
