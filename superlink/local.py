@@ -17,6 +17,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 from app.config import ConfigError
 from superlink.control import Control, ControlError
 from superlink.provision import ProvisionError, provision
@@ -125,6 +127,7 @@ class LocalFederation:
         """
         impatience = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         old = {n: signal.signal(n, signal.SIG_IGN) for n in impatience}  # leave nothing behind
+        children = [c for p in self.processes.values() for c in _children(p.pid)]
         superlink = self.processes.pop("superlink", None)
         for group in (list(self.processes.values()), [superlink] if superlink else []):
             for process in group:
@@ -137,8 +140,20 @@ class LocalFederation:
                 _signal_group(process, signal.SIGKILL)
                 process.wait()
         self.processes.clear()
+        # ServerApps and ClientApps run in sessions of their own and look for their parent now
+        # and then; a new federation must not meet them.
+        for child in psutil.wait_procs(children, timeout=3)[1]:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return list(psutil.Process(pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -6,6 +6,9 @@ is what a hospital would run.
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,10 +150,9 @@ def test_no_text_of_a_site_leaves_its_data_folder(done: Done) -> None:
     assert leaks == []
 
 
-def test_every_process_is_gone_afterwards(done: Done) -> None:
-    """The SuperLink's and SuperNodes' own children included: none has our folder in its words."""
-    words = str(done.work).encode()
-    left = []
+def _processes_of(folder: Path) -> list[bytes]:
+    """Command lines of all processes that name ``folder`` in their words or environment."""
+    words, found = str(folder).encode(), []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
@@ -159,6 +161,31 @@ def test_every_process_is_gone_afterwards(done: Done) -> None:
             except OSError:
                 continue
             if words in command or words in environment:
-                left.append(command)
-    assert left == []
+                found.append(command)
+    return found
+
+
+def test_every_process_is_gone_afterwards(done: Done) -> None:
+    """The SuperLink's and SuperNodes' own children included."""
+    assert _processes_of(done.work) == []
     assert not [p for p in done.processes if Path(f"/proc/{p}").exists()]
+
+
+def test_ctrl_c_in_the_middle_of_a_run_leaves_no_process_behind(
+    models_dir: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable, "-m", "superlink.local", "--sites", "2", "--model", str(tiny_model),
+        "--models", str(models_dir), "--work", str(tmp_path / "work"),
+        "--results", str(tmp_path / "results"), "--run-config", "num-server-rounds=99",
+    ]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as demo:
+        assert demo.stdout
+        for line in demo.stdout:
+            if "[round 1/99] training at" in line:
+                break
+        assert demo.poll() is None, "the demo ended before its first round"
+        assert len(_processes_of(tmp_path)) >= 5  # itself, SuperLink, SuperNodes, ServerApp
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(timeout=60) == 130
+    assert _processes_of(tmp_path) == []
