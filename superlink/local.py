@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -127,7 +128,10 @@ class LocalFederation:
         """
         impatience = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         old = {n: signal.signal(n, signal.SIG_IGN) for n in impatience}  # leave nothing behind
+        # ServerApp and ClientApps run in sessions of their own. They go first, while there is a
+        # SuperLink to tell, so that run.json does not say "running" for ever.
         children = [c for p in self.processes.values() for c in _children(p.pid)]
+        _end(children, psutil.Process.terminate)
         superlink = self.processes.pop("superlink", None)
         for group in (list(self.processes.values()), [superlink] if superlink else []):
             for process in group:
@@ -140,11 +144,7 @@ class LocalFederation:
                 _signal_group(process, signal.SIGKILL)
                 process.wait()
         self.processes.clear()
-        # ServerApps and ClientApps run in sessions of their own and look for their parent now
-        # and then; a new federation must not meet them.
-        for child in psutil.wait_procs(children, timeout=3)[1]:
-            with suppress(psutil.NoSuchProcess):
-                child.kill()
+        _end(children, psutil.Process.kill)
         for number, handler in old.items():
             signal.signal(number, handler)
 
@@ -154,6 +154,13 @@ def _children(pid: int) -> list[psutil.Process]:
         return list(psutil.Process(pid).children(recursive=True))
     except psutil.NoSuchProcess:
         return []
+
+
+def _end(processes: list[psutil.Process], how: Callable[[psutil.Process], None]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            how(process)
+    psutil.wait_procs(processes, timeout=5)
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
@@ -217,7 +224,7 @@ def _prepare(args: argparse.Namespace, federation: Path) -> None:
         stdout=subprocess.DEVNULL,
     )
     if done.returncode:
-        raise ControlError(done.stderr.strip())
+        raise ControlError(done.stderr.strip().rsplit("\n", 1)[-1])  # the libraries talk before it
 
 
 def main() -> int:

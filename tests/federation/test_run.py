@@ -189,3 +189,5 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_no_process_behind(
         demo.send_signal(signal.SIGINT)
         assert demo.wait(timeout=60) == 130
     assert _processes_of(tmp_path) == []
+    (run,) = (tmp_path / "results").glob("*/run.json")
+    assert json.loads(run.read_text())["status"] == "failed"  # not "running" for ever
