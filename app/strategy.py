@@ -167,23 +167,20 @@ class Strategy:
             messages.append(
                 Message(content, dst_node_id=self.sites.node_of[partition_id], message_type=kind)
             )
-        partition_of = {node: p for p, node in self.sites.node_of.items()}
-        gathered = Gathered()
+        # Flower reports a late reply neither as a result nor as a failure.
+        late = f"no reply within strategy.round-timeout-s = {self.config.round_timeout_s:.0f}"
+        gathered = Gathered(failed=dict.fromkeys(partitions, late))
         replies = self.grid.send_and_receive(messages, timeout=self.config.round_timeout_s)
-        # push_messages gave each message its id. A node that died is answered for by the
-        # SuperLink, so the sender's id alone does not say which site it was.
-        of_message = {m.metadata.message_id: partition_of[m.metadata.dst_node_id] for m in messages}
+        # Sending gave each message its id. A node that died is answered for by the SuperLink,
+        # so the sender's id alone does not say which site it was.
+        asked = {m.metadata.message_id: p for m, p in zip(messages, partitions, strict=True)}
         for reply in replies:
-            partition_id = of_message[reply.metadata.reply_to_message_id]
+            partition_id = asked[reply.metadata.reply_to_message_id]
             if reply.has_error():
                 gathered.failed[partition_id] = reply.error.reason or "error without a reason"
             else:
                 gathered.replies[partition_id] = reply.content
-        # Flower reports a late reply neither as a result nor as a failure.
-        for partition_id in set(partitions) - set(gathered.replies) - set(gathered.failed):
-            gathered.failed[partition_id] = (
-                f"no reply within strategy.round-timeout-s = {self.config.round_timeout_s:.0f}"
-            )
+                del gathered.failed[partition_id]
         return gathered
 
     def _usable(self, gathered: Gathered) -> tuple[dict[int, Vector], dict[int, str]]:
