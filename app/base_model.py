@@ -27,9 +27,33 @@ class BaseModel:
 
     folder: Path
     name: str
+    kind: str  # nf4, fp4, int8 or none
     bits: int
     fingerprint: str
     linear_layers: dict[str, list[int]]  # name -> [out, in], in the model's order
+    files: dict[str, int]  # name -> bytes
+
+
+def prepared(models_dir: Path) -> list[BaseModel]:
+    """Every model that ``supernode.prepare`` put into the folder."""
+    found = []
+    for path in sorted(models_dir.glob("*/base.json")):
+        base = json.loads(path.read_text())
+        facts = (base[k] for k in ("name", "kind", "bits", "fingerprint", "linear_layers", "files"))
+        found.append(BaseModel(path.parent, *facts))
+    return found
+
+
+def check_files(base: BaseModel) -> None:
+    """Raises SiteError if a file of the prepared model is missing or cut short."""
+    for file, size in base.files.items():
+        there = base.folder / file
+        actual = there.stat().st_size if there.is_file() else None
+        if actual != size:
+            raise SiteError(
+                f"base model {base.name}: {file} has {actual} bytes, {size} expected; "
+                f"delete {base.folder.name} and run supernode.prepare again"
+            )
 
 
 def find(models_dir: Path, name: str, bits: int) -> BaseModel:
@@ -38,32 +62,20 @@ def find(models_dir: Path, name: str, bits: int) -> BaseModel:
     Raises:
         SiteError: it is not there, or there twice (nf4 and fp4), or a file is cut short.
     """
-    matches, seen = [], []
-    for path in sorted(models_dir.glob("*/base.json")):
-        base = json.loads(path.read_text())
-        if (base["name"], base["bits"]) == (name, bits):
-            for file, size in base["files"].items():
-                there = path.with_name(file)
-                actual = there.stat().st_size if there.is_file() else None
-                if actual != size:
-                    raise SiteError(
-                        f"base model {name}: {file} has {actual} bytes, {size} expected; "
-                        f"delete {path.parent.name} and run supernode.prepare again"
-                    )
-            matches.append(
-                BaseModel(path.parent, name, bits, base["fingerprint"], base["linear_layers"])
-            )
-        seen.append(f"{base['name']} ({base['bits']} bits)")
+    models = prepared(models_dir)
+    matches = [base for base in models if (base.name, base.bits) == (name, bits)]
+    if not matches:
+        seen = ", ".join(f"{base.name} ({base.bits} bits)" for base in models)
+        raise SiteError(
+            f"no base model {name} ({bits} bits) among the prepared ones ({seen or 'none'}); "
+            "run supernode.prepare, or change model.name or model.quantization"
+        )
+    for base in matches:
+        check_files(base)
     if len(matches) > 1:
         folders = " and ".join(m.folder.name for m in matches)
         raise SiteError(f"{folders} are both {name} in {bits} bits; delete one")
-    if matches:
-        return matches[0]
-    raise SiteError(
-        f"no base model {name} ({bits} bits) among the prepared ones "
-        f"({', '.join(seen) or 'none'}); run supernode.prepare, or change model.name "
-        "or model.quantization"
-    )
+    return matches[0]
 
 
 def device_and_dtype(device: str) -> "tuple[torch.device, torch.dtype]":

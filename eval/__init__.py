@@ -1,1 +1,5 @@
-"""The evaluation container: scores an adapter of the results volume."""
+"""Score adapters on PubMedQA, MedMCQA, MedQA and CareQA as the FlowerTune leaderboard does."""
+
+
+class EvalError(Exception):
+    """The evaluation cannot start or go on; the message is one line for the user."""

@@ -1,88 +1,340 @@
-"""Load the final adapter of the newest run onto its base model, and say what it is.
+"""Score adapters, and the base model beside them.
 
-    python -m eval            RESULTS_DIR, MODELS_DIR and DEVICE say where and on what
+    python -m eval                            the newest run's final adapter
+    python -m eval --all-rounds               every checkpoint of it; marks the best
+    python -m eval --base-model-name-path M --peft-path P --datasets medqa --run-name fl
+    python -m eval score FILE...              re-score generation files
+    python -m eval fetch                      benchmark data into the cache, for hosts without hub
 
-This checks that the results volume holds a whole adapter that PEFT accepts, name for name, on
-the base model that the run was trained on.
+From the environment: RESULTS_DIR, MODELS_DIR, MODEL_CACHE, DEVICE (cuda or cpu),
+EVAL_DATASETS.
 """
 
-import hashlib
-import json
+import argparse
 import os
 import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from app.base_model import device_and_dtype, find
-from app.checkpoint import rounds
 from app.partition import SiteError
+from eval import EvalError
+from eval.benchmarks import BENCHMARKS, LEADERBOARD, Question, benchmark, fetch, load
+from eval.scoring import compare, right, score, score_file
+
+if TYPE_CHECKING:
+    from eval.model import Adapter, Base
+
+# In percent, as the board had them in 2026 (flower.ai/benchmarks/llm-leaderboard/medical).
+_BOARD = "https://flower.ai/benchmarks/llm-leaderboard/medical"
+PUBLISHED = [
+    {
+        "name": "reference (AI4EOSC)", "pubmedqa": 70.80, "medmcqa": 58.04, "medqa": 62.84,
+        "careqa": 52.87, "communication_mb": 2080.62,
+        "source": "https://github.com/judithspd/ai4os-fedllm-medical",
+    },
+    {
+        "name": "best of the board with this base model (FL-finetune-JB-DC)", "pubmedqa": 70.40,
+        "medmcqa": 60.93, "medqa": 65.82, "careqa": 55.36, "communication_mb": 1600.0,
+        "source": _BOARD,
+    },
+    {
+        "name": "best of the board (ZeroOne.AI, another base model)", "pubmedqa": 74.80,
+        "medmcqa": 55.39, "medqa": 59.31, "careqa": 64.79, "communication_mb": 2080.93,
+        "source": _BOARD,
+    },
+]  # fmt: skip
 
 
-class EvalError(Exception):
-    """Nothing to evaluate, or the adapter does not fit; the message is one line."""
-
-
-def final_adapter(results: Path) -> Path:
-    """The last complete checkpoint of the newest run.
-
-    Raises:
-        EvalError: there is none yet, or its weights are not those of its manifest.
-    """
-    found = rounds((results / "latest").resolve())
-    if not found:
-        raise EvalError(f"no complete adapter in {results} yet; has a run finished a round?")
-    folder = found[max(found)]
-    manifest = json.loads((folder / "round.json").read_text())
-    weights = (folder / "adapter_model.safetensors").read_bytes()
-    if hashlib.sha256(weights).hexdigest() != manifest["sha256"]:
-        raise EvalError(f"{folder}: adapter_model.safetensors is not what the run wrote")
-    return folder
-
-
-def load(folder: Path, models: Path, device: str) -> int:
-    """Put the adapter on its base model with PEFT; returns the number of adapter arrays.
-
-    Raises:
-        EvalError: an array of the file is not in the model, or the other way round.
-        SiteError: the base model is not prepared here, or is another one.
-    """
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
-    from transformers import AutoModelForCausalLM
-
-    config = json.loads((folder.parent / "run.json").read_text())["config"]
-    base = find(models, config["model.name"], config["model.quantization"])
-    manifest = json.loads((folder / "round.json").read_text())
-    if base.fingerprint != manifest["base_model_fingerprint"]:
-        raise SiteError(
-            f"{base.folder.name} has fingerprint {base.fingerprint}, the run's base model "
-            f"{manifest['base_model_fingerprint']}"
-        )
-    torch_device, dtype = device_and_dtype(device)
-    model = AutoModelForCausalLM.from_pretrained(
-        base.folder, dtype=dtype, device_map={"": torch_device}
-    )
-    peft_model = PeftModel.from_pretrained(model, str(folder))
-    with safe_open(folder / "adapter_model.safetensors", "np") as file:
-        stored = set(file.keys())
-    loaded = set(get_peft_model_state_dict(peft_model))
-    if stored != loaded:
-        raise EvalError(f"{folder}: arrays that do not fit: {sorted(stored ^ loaded)[:4]}")
-    return len(stored)
-
-
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"score": _score, "fetch": _fetch}
+    command = commands[given.pop(0)] if given and given[0] in commands else _evaluate
     try:
-        folder = final_adapter(Path(os.environ.get("RESULTS_DIR", "results")))
-        arrays = load(
-            folder,
-            Path(os.environ.get("MODELS_DIR", "models")),
-            os.environ.get("DEVICE", "cuda"),
-        )
+        return command(given)
     except (EvalError, SiteError) as err:
         print(f"eval: ERROR: {err}", file=sys.stderr)
-        return 1
-    print(f"eval: run {folder.parent.name}, {folder.name}: {arrays} arrays on the base model")
+    except KeyboardInterrupt:
+        print("eval: stopped; run it again to go on", file=sys.stderr)
+        return 130
+    return 1
+
+
+def _score(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval score", description="Re-score files.")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    for path in parser.parse_args(arguments).files:
+        name, result = score_file(path)
+        print(name, result["accuracy"], result["n"], result["unparsed"])
     return 0
+
+
+def _fetch(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval fetch", description="Fetch questions.")
+    _datasets_and_cache(parser)
+    args = parser.parse_args(arguments)
+    _trust_own_ca()
+    for name in args.datasets.split(","):
+        if benchmark(name).repository:
+            print(f"eval: {name}: {fetch(name, args.cache)}", flush=True)
+    return 0
+
+
+def _trust_own_ca() -> None:
+    """Let the hub's client trust the certificates in CA_FILE, if it holds any."""
+    path = os.environ.get("CA_FILE")
+    if path and Path(path).is_file() and Path(path).stat().st_size:
+        os.environ["SSL_CERT_FILE"] = path
+
+
+def _datasets_and_cache(parser: argparse.ArgumentParser) -> None:
+    env = os.environ.get
+    parser.add_argument(
+        "--datasets",
+        default=env("EVAL_DATASETS") or ",".join(LEADERBOARD),
+        help=f"comma-separated, of {', '.join(BENCHMARKS)}; default: %(default)s",
+    )
+    home_cache = Path(env("XDG_CACHE_HOME") or Path.home() / ".cache")
+    parser.add_argument(
+        "--cache", type=Path, default=env("MODEL_CACHE", home_cache / "fedllm-medical")
+    )
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    env = os.environ.get
+    parser = argparse.ArgumentParser(
+        prog="python -m eval",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    which = parser.add_argument_group("what is scored")
+    which.add_argument("--results", type=Path, default=env("RESULTS_DIR", "results"))
+    which.add_argument("--run", help="a run of the results folder; default: the newest")
+    which.add_argument("--round", type=int, help="default: the run's last")
+    which.add_argument("--all-rounds", action="store_true")
+    which.add_argument("--wait", type=float, default=0, metavar="MINUTES")
+    which.add_argument("--peft-path", help="any PEFT folder, or 'none' for the base model alone")
+    which.add_argument("--base-model-name-path", help="default: what the adapter was trained on")
+    _datasets_and_cache(parser)
+    parser.add_argument("--data-dir", type=Path, help="files of questions, instead of the hub's")
+    parser.add_argument("--limit", type=int, help="only the first N questions of each set")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument(
+        "--quantization", default="4", help="4 (the leaderboard's), 8, 0, or nf4-bf16 (fast)"
+    )
+    parser.add_argument("--models", type=Path, default=env("MODELS_DIR", "models"))
+    parser.add_argument("--run-name", help="in the file names; default: fl, or peft_<round>")
+    parser.add_argument("--out", type=Path, help="default: the run's eval folder, or benchmarks")
+    args = parser.parse_args(arguments)
+    if args.limit is not None and args.limit < 1:
+        raise EvalError(f"--limit {args.limit}: must be 1 or more; leave it out for all questions")
+    if args.batch_size < 1:
+        raise EvalError(f"--batch-size {args.batch_size}: must be 1 or more")
+    if args.quantization not in ("4", "8", "0", "nf4-bf16"):
+        raise EvalError(f"--quantization {args.quantization}: one of 4, 8, 0, nf4-bf16")
+    if args.peft_path and (args.run or args.round is not None or args.all_rounds):
+        raise EvalError("--peft-path names the adapter; leave out --run, --round, --all-rounds")
+    if args.all_rounds and args.round is not None:
+        raise EvalError("--all-rounds and --round exclude each other")
+    if args.run_name and not args.run_name.replace("-", "").replace("_", "").isalnum():
+        raise EvalError(f"--run-name {args.run_name}: letters, digits, - and _ only")
+    return args
+
+
+def _evaluate(arguments: list[str]) -> int:
+    args = _parse(arguments)
+    # Everything that can be wrong with the questions, before seconds of imports and of loading.
+    sets = {
+        name: load(name, args.data_dir, args.cache, args.limit)
+        for name in dict.fromkeys(args.datasets.split(","))
+    }
+    _quiet()
+    from eval.model import base_model_name, load_base
+    from eval.report import text_table, write_report
+    from eval.results import metrics
+
+    run, adapters = _adapters(args)
+    name = args.base_model_name_path or (base_model_name(adapters[0]) if adapters else None)
+    if not name:
+        raise EvalError("--base-model-name-path: which base model?")
+    out = args.out or (run / "eval" if run else Path("benchmarks"))
+    _writable(out)
+    print(f"eval: base model {name}, --quantization {args.quantization}", flush=True)
+    base = load_base(name, args.quantization, _device(), args.models, args.cache)
+    subjects = _subjects(args, base, adapters, sets, out)
+    report = {
+        "run": run.name if run else None,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": base.facts,
+        "settings": {
+            "batch_size": args.batch_size,
+            "limit": args.limit,
+            "data": str(args.data_dir or "bundled, or the hub's at pinned revisions"),
+        },
+        "versions": {
+            p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "scipy")
+        },
+        "datasets": {
+            name: {
+                "title": benchmark(name).title,
+                "questions": len(questions),
+                "source": origin,
+            }
+            for name, (questions, origin) in sets.items()
+        },
+        "published": PUBLISHED,
+        "subjects": subjects,
+        "best": max(subjects[1:], key=lambda s: s["average"])["name"] if adapters[1:] else None,
+        "rounds": metrics(run) if run else [],
+    }
+    try:
+        page = write_report(out, report)
+    except OSError as err:
+        raise EvalError(f"cannot write the report to {out}: {err.strerror}") from None
+    print(f"\n{text_table(report)}\n\neval: report: {page}", flush=True)
+    return 0
+
+
+def _quiet() -> None:
+    """Between progress bars only what concerns the user."""
+    import logging
+    import warnings
+
+    for library in ("transformers", "httpx", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="(transformers|peft|bitsandbytes)[.]")
+
+
+def _device() -> str:
+    device = os.environ.get("DEVICE")
+    if device is None:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cuda", "cpu"):
+        raise EvalError(f"DEVICE={device}: must be cuda or cpu")
+    return device
+
+
+def _adapters(args: argparse.Namespace) -> "tuple[Path | None, list[Adapter]]":
+    """The run they are from, if any, and the adapters to be scored."""
+    from dataclasses import replace
+
+    from eval.model import Adapter
+    from eval.results import adapters, choose_run
+
+    if args.peft_path:
+        if args.peft_path == "none":
+            return None, []
+        return None, [Adapter(Path(args.peft_path), args.run_name or "fl")]
+    run = choose_run(args.results, args.run, args.wait * 60)
+    found = adapters(run, args.round, args.all_rounds)
+    if args.run_name:
+        suffix = len(found) > 1
+        found = [
+            replace(a, name=f"{args.run_name}_{a.round}" if suffix else args.run_name)
+            for a in found
+        ]
+    return run, found
+
+
+def _writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_bytes(b"\0" * 4096)
+        probe.unlink()
+    except OSError as err:
+        raise EvalError(f"cannot write to {folder}: {err.strerror}; give --out") from None
+
+
+def _subjects(
+    args: argparse.Namespace,
+    base: "Base",
+    adapters: "list[Adapter]",
+    sets: dict[str, tuple[list[Question], str]],
+    out: Path,
+) -> list[dict[str, Any]]:
+    """Base model and adapters, each with its scores: the ``subjects`` of the report."""
+    from eval.inference import Inference
+    from eval.model import attached, check
+
+    for candidate in adapters:
+        check(candidate, base)  # all of them, before hours of answering
+    base_name = "base" if adapters else args.run_name or "base"
+    subjects: list[dict[str, Any]] = []
+    base_right: dict[str, list[bool]] = {}
+    for adapter in (None, *adapters):
+        name = adapter.name if adapter else base_name
+        sha256 = adapter.sha256() if adapter else None
+        facts = {**base.facts, "adapter": sha256, "batch_size": args.batch_size}
+        subject: dict[str, Any] = {
+            "name": name,
+            "adapter": str(adapter.folder) if adapter else None,
+            "sha256": sha256,
+            "round": adapter.round if adapter else None,
+            "scores": {},
+        }
+        with attached(adapter, base) if adapter else nullcontext(base.model) as model:
+            inference = Inference(model, base.tokenizer, args.batch_size)
+            for dataset, (questions, _) in sets.items():
+                result, correct = _answer(inference, facts, dataset, questions, name, out)
+                subject["scores"][dataset] = result
+                if adapter is None:
+                    base_right[dataset] = correct
+                else:
+                    against = compare(base_right[dataset], correct)
+                    subject.setdefault("against_base", {})[dataset] = against
+        accuracies = [s["accuracy"] for s in subject["scores"].values()]
+        subject["average"] = sum(accuracies) / len(accuracies)
+        subjects.append(subject)
+    return subjects
+
+
+def _answer(
+    inference: Any,
+    facts: dict[str, Any],
+    dataset: str,
+    questions: list[Question],
+    name: str,
+    out: Path,
+) -> tuple[dict[str, Any], list[bool]]:
+    """One model, one set: answers, files, the score, and which questions it has right."""
+    from tqdm import tqdm
+
+    from eval.answers import Journal, write_results
+
+    labels = benchmark(dataset).labels
+    journal = Journal(out / f".answers_{dataset}_{name}.jsonl", facts, questions)
+    kept, tokens, repeated = len(journal.answers), inference.tokens, inference.repeated
+    started = time.monotonic()
+    with tqdm(
+        total=len(questions), initial=kept, desc=f"{name}, {dataset}", unit="question",
+        mininterval=1, dynamic_ncols=True,
+    ) as bar:  # fmt: skip
+        try:
+            for index, answer in inference.answers(questions, labels, journal.answers):
+                journal.add(index, answer)
+                bar.update()
+        finally:
+            journal.close()
+    answers = [journal.answers[i] for i in range(len(questions))]
+    outputs, golds = [a.output for a in answers], [q.gold for q in questions]
+    result = score(outputs, golds, labels, [a.pick for a in answers])
+    if len(questions) > kept:  # else nothing was measured
+        result |= {
+            "seconds": time.monotonic() - started,
+            "answered_now": len(questions) - kept,
+            "tokens_computed": inference.tokens - tokens,
+            "near_tie": inference.near_tie,
+            "repeated_alone": inference.repeated - repeated,
+        }
+    write_results(out, dataset, name, questions, outputs, result["accuracy"])
+    return result, right(outputs, golds, "yes" in labels)
 
 
 if __name__ == "__main__":

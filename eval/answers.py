@@ -1,0 +1,95 @@
+"""Answers on the disk: as they come, so that an interrupted evaluation goes on, and at the end
+in the leaderboard's two files."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eval import EvalError
+from eval.benchmarks import Question
+from eval.inference import Answer
+
+
+class Journal:
+    """The answers of one model to one set, a line each, in the order in which they came.
+
+    Its first line says what they are answers to; a journal of anything else starts anew.
+    """
+
+    def __init__(self, path: Path, facts: dict[str, Any], questions: Sequence[Question]) -> None:
+        """Open for appending.
+
+        Raises:
+            EvalError: the folder cannot be written.
+        """
+        content = json.dumps([facts, questions], sort_keys=True)
+        identity = hashlib.sha256(content.encode()).hexdigest()
+        self.path = path
+        self.answers: dict[int, Answer] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = path.read_text().split("\n") if path.exists() else []
+            if lines and lines[0] == identity:
+                # The last piece is empty, or a line that a killed process left unfinished.
+                for line in lines[1:-1]:
+                    index, output, pick = json.loads(line)
+                    self.answers[index] = Answer(output, pick)
+                kept = [identity, *lines[1:-1]]
+            else:
+                kept = [identity]
+            self._file = path.open("w")
+            self._file.write("\n".join(kept) + "\n")
+            self._file.flush()
+        except OSError as err:
+            raise self._failed(err) from None
+
+    def add(self, index: int, answer: Answer) -> None:
+        """Keep one answer. Raises EvalError if the disk does not take it."""
+        self.answers[index] = answer
+        try:
+            self._file.write(json.dumps([index, *answer]) + "\n")
+            self._file.flush()
+        except OSError as err:
+            raise self._failed(err) from None
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _failed(self, err: OSError) -> EvalError:
+        return EvalError(
+            f"cannot write {self.path}: {err.strerror}; make room or give --out, and run it "
+            "again: what is answered is kept"
+        )
+
+
+def write_results(
+    folder: Path,
+    dataset: str,
+    name: str,
+    questions: Sequence[Question],
+    outputs: Sequence[str],
+    accuracy: float,
+) -> None:
+    """acc_<dataset>_<name>.txt and generation_<dataset>_<name>.jsonl, byte for byte in the
+    leaderboard's format (its .jsonl is one JSON array, as pandas writes it).
+
+    Raises:
+        EvalError: the folder cannot be written.
+    """
+    rows = [
+        {"prompt": q.prompt, "gold": q.gold, "output": o}
+        for q, o in zip(questions, outputs, strict=True)
+    ]
+    generation = json.dumps(rows, separators=(",", ":")).replace("/", "\\/")
+    for file, text in (
+        (f"acc_{dataset}_{name}.txt", f"Accuracy: {accuracy}. "),
+        (f"generation_{dataset}_{name}.jsonl", generation),
+    ):
+        part = folder / f".{file}"
+        try:
+            part.write_text(text)
+            part.replace(folder / file)
+        except OSError as err:
+            raise EvalError(f"cannot write {folder / file}: {err.strerror}") from None

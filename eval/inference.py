@@ -1,0 +1,219 @@
+"""Answers of a model, as the leaderboard's loop would give them, in a fraction of the time.
+
+Where every gold is one token the leaderboard generates one token, greedily: the arg-max behind
+the prompt. So one forward pass a batch is enough, and the instruction that all prompts of a set
+begin with is computed once. Batching moves logits a little: what is near a tie is asked again,
+alone and whole, as the leaderboard asks.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers import DynamicCache
+
+from eval import EvalError
+from eval.benchmarks import Question, wrap
+
+CPU_TOKENS = 512  # of one forward pass: more is slower, one question fills the cores
+CALIBRATION = 8  # questions asked both ways to see how far batching moves a logit
+# Settings of generation_config.json that change what greedy generation gives.
+_NOT_GREEDY = (
+    "num_beams", "repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty",
+    "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
+    "forced_eos_token_id", "min_length", "min_new_tokens", "sequence_bias", "guidance_scale",
+)  # fmt: skip
+_NEUTRAL: tuple[object, ...] = (None, 0, 1, [], {}, ())
+
+
+class Answer(NamedTuple):
+    """What the model says, and the likeliest of the set's labels (None if not known)."""
+
+    output: str
+    pick: str | None
+
+
+class Inference:
+    """One model that answers one set of questions after another.
+
+    Attributes:
+        tokens: tokens computed so far, padding included.
+        repeated: questions asked again because of a near tie.
+        near_tie: gap of the two best logits below which the last set's questions were repeated.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.tokens = self.repeated = 0
+        self.near_tie = 0.0
+
+    def answers(
+        self, questions: Sequence[Question], labels: Sequence[str], done: Mapping[int, object]
+    ) -> Iterator[tuple[int, Answer]]:
+        """Index and answer of every question that is not in ``done``, in an order of its own.
+
+        Raises:
+            EvalError: the GPU is too small for a single question.
+        """
+        prompts: list[list[int]] = [self.tokenizer.encode(wrap(q.prompt)) for q in questions]
+        todo = [i for i in range(len(questions)) if i not in done]
+        if not todo:
+            return
+        if not (self._greedy() and all(len(self._ids(q.gold)) == 1 for q in questions)):
+            yield from self._generated(questions, prompts, set(todo))
+            return
+        label_ids = [self._ids(label) for label in labels]
+        single = [ids[0] for ids in label_ids if len(ids) == 1]
+
+        def answer(logits: torch.Tensor) -> Answer:
+            pick = None
+            if len(single) == len(labels):
+                pick = labels[int(logits[single].argmax())]
+            return Answer(self._text([int(logits.argmax())]), pick)
+
+        prefix = self._prefix(prompts)
+        # The longest first: a GPU that is too small says so at once.
+        todo.sort(key=lambda i: len(prompts[i]), reverse=True)
+        step = max(1, len(todo) // CALIBRATION)
+        sample = todo[::step][:CALIBRATION]
+        alone = {i: self._logits([prompts[i]], None)[0] for i in sample}
+        self.near_tie = self._noise(sample, prompts, prefix, alone)
+        for i, logits in alone.items():
+            yield i, answer(logits)
+        todo = [i for i in todo if i not in alone]
+        while todo:
+            batch = self._batch(todo, prompts, prefix)
+            logits = self._logits([prompts[i] for i in batch], prefix)
+            best = logits.topk(2).values
+            for i, row, (first, second) in zip(batch, logits, best.tolist(), strict=True):
+                if first - second < self.near_tie:
+                    self.repeated += 1
+                    row = self._logits([prompts[i]], None)[0]
+                yield i, answer(row)
+            todo = todo[len(batch) :]
+
+    def _greedy(self) -> bool:
+        settings = self.model.generation_config
+        return all(getattr(settings, name, None) in _NEUTRAL for name in _NOT_GREEDY)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _prefix(self, prompts: Sequence[list[int]]) -> tuple[int, Any]:
+        """Length, and keys and values per layer, of what all prompts begin with."""
+        low, high = min(prompts), max(prompts)  # in lexicographic order: the most different two
+        pairs = zip(low[:-1], high[:-1], strict=False)
+        length = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(low), len(high)) - 1)
+        if length == 0:
+            return 0, None
+        with torch.inference_mode():
+            ids = torch.tensor([low[:length]], device=self.model.device)
+            cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        self.tokens += length
+        return length, [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _noise(
+        self,
+        sample: Sequence[int],
+        prompts: Sequence[list[int]],
+        prefix: tuple[int, Any],
+        alone: Mapping[int, torch.Tensor],
+    ) -> float:
+        """Four times the largest shift of a logit: a gap changes by two shifts at most."""
+        shift, rest = 0.0, list(sample)
+        while rest:
+            batch = self._batch(rest, prompts, prefix)
+            logits = self._logits([prompts[i] for i in batch], prefix)
+            for i, row in zip(batch, logits, strict=True):
+                shift = max(shift, float((row - alone[i]).abs().max()))
+            rest = rest[len(batch) :]
+        return max(1e-3, 4 * shift)
+
+    def _batch(
+        self, todo: Sequence[int], prompts: Sequence[list[int]], prefix: tuple[int, Any]
+    ) -> Sequence[int]:
+        size = self.batch_size
+        if self.model.device.type == "cpu":
+            longest = max(len(prompts[i]) for i in todo[:size]) - prefix[0]
+            size = max(1, min(size, CPU_TOKENS // longest))
+        return todo[:size]
+
+    def _logits(self, prompts: Sequence[list[int]], prefix: tuple[int, Any] | None) -> torch.Tensor:
+        """Logits behind each prompt, [prompts, vocabulary], float32 on the CPU.
+
+        A batch that does not fit the GPU is halved, from then on for all.
+        """
+        try:
+            return self._forward(prompts, prefix)
+        except torch.OutOfMemoryError:
+            pass  # leave the except block first: the traceback holds the tensors
+        torch.cuda.empty_cache()
+        if len(prompts) == 1:
+            raise EvalError(
+                f"the GPU is too small for one question of {len(prompts[0])} tokens; "
+                "use --quantization 4 or nf4-bf16, or free its memory"
+            )
+        half = len(prompts) // 2
+        if half < self.batch_size:
+            self.batch_size = half
+            print(f"\neval: out of GPU memory; going on with --batch-size {half}", file=sys.stderr)
+        parts = [prompts[n : n + half] for n in range(0, len(prompts), half)]
+        return torch.cat([self._logits(part, prefix) for part in parts])
+
+    @torch.inference_mode()
+    def _forward(
+        self, prompts: Sequence[list[int]], prefix: tuple[int, Any] | None
+    ) -> torch.Tensor:
+        shared, layers = prefix or (0, None)
+        rows = len(prompts)
+        lengths = [len(p) - shared for p in prompts]
+        ids = torch.zeros(rows, max(lengths), dtype=torch.long)
+        mask = torch.zeros(rows, shared + max(lengths), dtype=torch.long)
+        mask[:, :shared] = 1
+        for n, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+            ids[n, :length] = torch.tensor(prompt[shared:])
+            mask[n, shared : shared + length] = 1
+        cache = None
+        if layers:
+            cache = DynamicCache()
+            for n, (keys, values) in enumerate(layers):
+                cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), n)
+        # The head is computed only where a prompt ends.
+        ends = torch.tensor(sorted({n - 1 for n in lengths}))
+        which = torch.searchsorted(ends, torch.tensor(lengths) - 1)
+        device = self.model.device
+        logits: torch.Tensor = self.model(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=ends.to(device),
+        ).logits
+        self.tokens += ids.numel()
+        return logits[torch.arange(rows), which.to(device)].float().cpu()
+
+    def _generated(
+        self, questions: Sequence[Question], prompts: Sequence[list[int]], todo: set[int]
+    ) -> Iterator[tuple[int, Answer]]:
+        """The leaderboard's own loop: each batch generates as many tokens as its first gold has."""
+        for start in range(0, len(questions), self.batch_size):
+            new_tokens = len(self._ids(questions[start].gold))
+            for i in range(start, min(start + self.batch_size, len(questions))):
+                if i not in todo:
+                    continue
+                ids = torch.tensor([prompts[i]], device=self.model.device)
+                with torch.inference_mode():
+                    out = self.model.generate(
+                        input_ids=ids,
+                        attention_mask=torch.ones_like(ids),
+                        max_new_tokens=new_tokens,
+                        do_sample=False,
+                        pad_token_id=self.tokenizer.eos_token_id,
+                    )
+                self.tokens += out.numel()
+                yield i, Answer(self._text(out[0, len(prompts[i]) :].tolist()), None)

@@ -1,0 +1,240 @@
+"""The base model in the wanted precision, and an adapter on it, both checked before use."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils.logging import disable_progress_bar
+
+from app.base_model import check_files, device_and_dtype, prepared
+from eval import EvalError
+
+# --quantization -> how weights are stored. 4 is what the leaderboard asks for: bitsandbytes'
+# defaults, FP4 computed in float32 (eval.py of its evaluation).
+KINDS = {"4": "fp4", "8": "int8", "0": "none", "nf4-bf16": "nf4"}
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "fp4": {"load_in_4bit": True},
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    },
+    "int8": {"load_in_8bit": True},
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base model."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    linear_layers: dict[str, list[int]]  # name -> [out, in]
+    fingerprints: set[str]  # as a run trained on these weights could have recorded
+    facts: dict[str, Any]  # for the report
+
+
+def load_base(name: str, quantization: str, device: str, models: Path, cache: Path) -> Base:
+    """Load a base model: prepared in this precision, else quantised from its own weights.
+
+    On the CPU the quantised weights are expanded to float32 once: the same numbers, computed
+    as exactly as on a GPU (bitsandbytes' own CPU kernels multiply in bfloat16).
+
+    Args:
+        name: local folder, name of a prepared model, or hub id.
+        device: "cuda" or "cpu".
+        models: what ``supernode.prepare`` wrote.
+        cache: where it keeps what it took from the hub.
+
+    Raises:
+        EvalError: the model can be had from nowhere, or is no Llama-like causal model.
+        SiteError: there is no GPU, or a prepared file is cut short.
+    """
+    torch_device, fast = device_and_dtype(device)
+    kind = KINDS[quantization]
+    if device == "cpu":
+        dtype = torch.float32
+    else:
+        dtype = {"4": torch.float32, "8": torch.float16}.get(quantization, fast)
+    matches = [b for b in prepared(models) if (b.name, b.kind) == (name, kind)]
+    if Path(name).is_dir() or not matches:
+        source = Path(name) if Path(name).is_dir() else _source(name, quantization, models, cache)
+        fingerprints = _fingerprints(source)
+        fingerprint = fingerprints[kind]
+        config = AutoConfig.from_pretrained(source)
+        if getattr(config, "quantization_config", None):
+            raise EvalError(f"{source} is quantised already; give the original weights")
+        how = BitsAndBytesConfig(**_SETTINGS[kind]) if kind in _SETTINGS else None
+    else:
+        check_files(matches[0])
+        source, fingerprint = matches[0].folder, matches[0].fingerprint
+        fingerprints = {kind: fingerprint}
+        config, how = AutoConfig.from_pretrained(source), None
+        if kind in ("nf4", "fp4"):  # stored at preparation, maybe for another kind of device
+            config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).split(".")[1]
+    disable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source,
+        config=config,
+        dtype=dtype,
+        device_map={"": torch_device},
+        attn_implementation="sdpa",
+        **({"quantization_config": how} if how else {}),
+    )
+    layers = {
+        n: [m.out_features, m.in_features]
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear)
+    }
+    if device == "cpu" and kind != "none":
+        model = model.dequantize()
+    facts = {
+        "name": name,
+        "quantization": quantization,
+        "kind": kind,
+        "compute_dtype": str(dtype).split(".")[1],
+        "fingerprint": fingerprint,
+        "device": torch.cuda.get_device_name(0) if device == "cuda" else "cpu",
+    }
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return Base(model.eval(), tokenizer, name, layers, set(fingerprints.values()), facts)
+
+
+def _source(name: str, quantization: str, models: Path, cache: Path) -> Path:
+    """The model's original weights: from prepare's cache, else the hub's (or its cache)."""
+    kept = cache / name.replace("/", "--")
+    if (kept / "complete").exists():
+        return kept
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model"]
+    try:
+        return Path(snapshot_download(name, cache_dir=cache / "hub", allow_patterns=patterns))
+    except Exception as err:  # hub, network and OS errors have no common class
+        raise EvalError(
+            f"base model {name} is neither prepared for --quantization {quantization} in {models} "
+            f"nor in {cache}, and the hub says {type(err).__name__}; run supernode.prepare model"
+        ) from None
+
+
+def _fingerprints(source: Path) -> dict[str, str]:
+    """What base.json would hold for these weights in each quantisation (supernode.quantise)."""
+    parts = []
+    for path in sorted(source.iterdir()):
+        settings = ("config.json", "tokenizer.json", "tokenizer.model")
+        if path.suffix == ".safetensors" or path.name in settings:
+            with path.open("rb") as file:
+                parts.append(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    if not any(b".safetensors" in part for part in parts):
+        raise EvalError(f"{source} holds no .safetensors file")
+    content = b"".join(parts)
+    return {k: hashlib.sha256(k.encode() + content).hexdigest()[:16] for k in KINDS.values()}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT folder to be scored."""
+
+    folder: Path
+    name: str  # in the names of the files written
+    round: int | None = None
+    fingerprint: str | None = None  # of the base model that it was trained on, if recorded
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "adapter_model.safetensors"
+
+    def sha256(self) -> str:
+        with self.weights.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def base_model_name(adapter: Adapter) -> str:
+    """The base model that the adapter says it is for. Raises EvalError if it says none."""
+    path = adapter.folder / "adapter_config.json"
+    try:
+        name = json.loads(path.read_text())["base_model_name_or_path"]
+    except OSError as err:
+        raise EvalError(f"no adapter in {adapter.folder}: {path.name}: {err.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise EvalError(f"{path} names no base_model_name_or_path") from None
+    return str(name)
+
+
+def check(adapter: Adapter, base: Base) -> None:
+    """Compare every array of the adapter with the base model's layers.
+
+    Raises:
+        EvalError: a file is missing or cut short, or an array does not fit; names the array.
+    """
+    made_for = base_model_name(adapter)
+    # A path says nothing here; a hub id does.
+    if made_for != base.name and made_for.count("/") == 1 and base.name.count("/") == 1:
+        raise EvalError(
+            f"{adapter.folder} is an adapter of {made_for}, not of {base.name}; "
+            "correct --base-model-name-path or --peft-path"
+        )
+    if adapter.fingerprint and adapter.fingerprint not in base.fingerprints:
+        # A prepared model knows the fingerprint of its own kind only.
+        text = (
+            f"{adapter.folder} was trained on weights with fingerprint {adapter.fingerprint}, "
+            f"{base.name} here has {', '.join(sorted(base.fingerprints))}"
+        )
+        if len(base.fingerprints) > 1:
+            raise EvalError(f"{text}; prepare the same revision of the base model")
+        print(f"eval: cannot compare base models: {text}", file=sys.stderr)
+    try:
+        with safe_open(adapter.weights, "np") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise EvalError(f"no adapter_model.safetensors in {adapter.folder}") from None
+    except (OSError, SafetensorError) as err:
+        raise EvalError(f"{adapter.weights} is damaged or cut short: {err}") from None
+    for name, shape in shapes.items():
+        layer, _, side = name.removeprefix("base_model.model.").rpartition(".lora_")
+        if side not in ("A.weight", "B.weight"):
+            continue  # not plain LoRA: for PEFT to judge
+        if layer not in base.linear_layers:
+            raise EvalError(f"{adapter.folder}: {name} has no layer in {base.name}")
+        n_out, n_in = base.linear_layers[layer]
+        if (shape[1] if side[0] == "A" else shape[0]) != (n_in if side[0] == "A" else n_out):
+            raise EvalError(
+                f"{adapter.folder}: {name} is {shape}, but that layer of {base.name} is "
+                f"{[n_out, n_in]}; the adapter is of another base model"
+            )
+
+
+@contextmanager
+def attached(adapter: Adapter, base: Base) -> Iterator[Any]:
+    """The base model with the adapter on it; taken off again afterwards.
+
+    Raises:
+        EvalError: PEFT does not take it, or arrays of the file are not in the model.
+    """
+    from peft import get_peft_model_state_dict
+
+    check(adapter, base)
+    try:
+        model = PeftModel.from_pretrained(base.model, str(adapter.folder))
+    except (RuntimeError, ValueError, TypeError, KeyError) as err:
+        first = str(err).strip().split("\n")[0]
+        raise EvalError(f"{adapter.folder}: PEFT does not load it: {first}") from None
+    try:
+        with safe_open(adapter.weights, "np") as file:
+            loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
+            unlike = set(file.keys()) ^ set(loaded)
+        if unlike:
+            raise EvalError(f"{adapter.folder}: arrays that do not fit: {sorted(unlike)[:4]}")
+        yield model.eval()
+    finally:
+        model.unload()

@@ -1,0 +1,435 @@
+"""The report of an evaluation: report.json, report.html and a table for the terminal.
+
+The page is one file that loads nothing, so it can be mailed, archived and opened in a hospital's
+network. Accuracies are fractions in the report, percent on the page and in the table.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+Report = dict[str, Any]
+Point = tuple[float, float]
+
+MB = 2**20  # what the published 2080.62 "MB" can only be (README); both share one column
+LEFT, RIGHT = 122, 290  # where 0 % and 100 % are in the bar charts; every chart is 340 wide
+ALPHA = 0.05
+STYLE = """
+:root{color-scheme:light dark;--bg:#fff;--ink:#1b2430;--soft:#586473;--line:#d3d9e0;
+--panel:#f5f7f9;--base:#98a2ae;--adapter:#3b8fc4;--mark:#b8480a;--warn:#fff1cc;--link:#0a5c94}
+@media screen and (prefers-color-scheme:dark){:root{--bg:#14181d;--ink:#e6eaef;--soft:#a5b0bd;
+--line:#39424d;--panel:#1c2229;--base:#6c7784;--adapter:#2f7fb5;--mark:#f0a63a;--warn:#4a3a08;
+--link:#7cc0f0}}
+*{box-sizing:border-box}a{color:var(--link)}
+body{margin:0 auto;padding:24px 16px;max-width:1000px;background:var(--bg);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
+h1{font-size:24px;line-height:1.25;margin:0 0 4px}h2{font-size:19px;margin:36px 0 8px}
+h3{font-size:16px;margin:24px 0 8px}h4{font-size:15px;margin:0 0 6px}
+h1,h3,h4,li,p,figcaption,.key,.facts td{overflow-wrap:anywhere}.soft{color:var(--soft)}
+.main{font-size:1.13em}.warn{background:var(--warn);padding:10px 14px;border-radius:6px}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+.small{font-size:13px;margin:10px 0 2px}sup{position:absolute}
+th,td{padding:5px 10px;text-align:right;border-bottom:1px solid var(--line)}
+th:first-child,td:first-child{text-align:left;padding-left:4px}.card th,.card td{padding:5px 7px}
+.wide{width:100%}.wide td+td{white-space:nowrap}.wide td:first-child{min-width:110px}
+tr.published td{color:var(--soft)}tr.chosen td{font-weight:600;background:var(--panel)}
+.facts td{vertical-align:top}.facts td+td{text-align:left}.facts td:first-child{color:var(--soft)}
+.best{background:#2874a6;color:#fff;border-radius:9px;padding:1px 8px;font-size:12px}
+.grid{display:grid;gap:20px;grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr))}
+figure,.card{margin:0;padding:12px;border:1px solid var(--line);border-radius:8px;min-width:0}
+figcaption{font-size:14px;margin-bottom:4px}svg{display:block;width:100%;height:auto}
+text{font-size:11px;fill:var(--ink)}.tick{fill:var(--soft);font-size:10px}
+.mid{text-anchor:middle}.end{text-anchor:end}.axis{stroke:var(--line)}
+.whisker{stroke:var(--ink);stroke-width:1.4}.majority{stroke:var(--ink);stroke-dasharray:4 3}
+.base{fill:var(--base)}.adapter{fill:var(--adapter)}.mark{fill:var(--mark)}
+.line0,.line1,.ring{fill:none;stroke:var(--adapter);stroke-width:2}
+.line1,.ring{stroke:var(--mark)}.line1{stroke-dasharray:6 3}
+.key{display:inline-flex;align-items:center;gap:6px;margin-right:16px;font-size:13px}
+.key svg{width:22px;height:14px;flex:none}ul{margin:8px 0 0;padding-left:20px}
+@page{size:A4;margin:14mm}@media print{.scroll{overflow:visible}h2,h3{break-after:avoid}
+figure,.card,tr,.main{break-inside:avoid}th,td,.card th,.card td{padding:2px 6px}
+body{padding:0;max-width:none;font-size:9pt;
+print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the main table: percent, by dataset; None where there is no number."""
+
+    name: str
+    kind: str  # "published", "base" or "adapter"
+    percents: list[float | None]
+    average: float | None  # over all datasets of the report or not at all
+    megabytes: float | None
+    tests: dict[str, Any]  # dataset -> paired test against base
+
+
+def _rows(report: Report) -> list[Row]:
+    """The main table; published rows that share no dataset with the report are left out."""
+    names, traffic, rows = list(report["datasets"]), _traffic(report["rounds"]), []
+    for known in report["published"]:
+        percents = [known.get(d) for d in names]
+        numbers = [p for p in percents if p is not None]
+        if numbers:
+            average = sum(numbers) / len(numbers) if len(numbers) == len(names) else None
+            sent = known.get("communication_mb")
+            rows.append(Row(known["name"], "published", percents, average, sent, {}))
+    for s in report["subjects"]:
+        tests = s.get("against_base", {})
+        percents = [100 * s["scores"][d]["accuracy"] for d in names]
+        sent = traffic.get(s["round"])
+        rows.append(Row(s["name"], _kind(s), percents, 100 * s["average"], sent, tests))
+    return rows
+
+
+def _traffic(rounds: list[dict[str, Any]]) -> dict[int, float]:
+    """MB moved up to each round; ends before the first round that was not counted."""
+    total, traffic = 0, {}
+    for number, line in enumerate(rounds, 1):
+        if line["round"] != number or not {"bytes_down", "bytes_up"} <= line.keys():
+            break
+        total += line["bytes_down"] + line["bytes_up"] + line.get("eval_bytes_down", 0)
+        traffic[number] = total / MB
+    return traffic
+
+
+def _shown(report: Report) -> list[dict[str, Any]]:
+    """What the page is about, where evaluated: base, and the best adapter, else the last."""
+    base = [s for s in report["subjects"] if s["adapter"] is None]
+    adapters = [s for s in report["subjects"] if s["adapter"] is not None]
+    best = [s for s in adapters if s["name"] == report["best"]]
+    return base[:1] + (best or adapters[-1:])
+
+
+def _kind(subject: dict[str, Any]) -> str:
+    return "base" if subject["adapter"] is None else "adapter"
+
+
+def _number(value: float | None, absent: str = "") -> str:
+    return absent if value is None else f"{value:.2f}"
+
+
+def _p(test: dict[str, float]) -> str:
+    return "p < 0.001" if test["p_value"] < 0.001 else f"p = {test['p_value']:.3g}"
+
+
+def _limit_note(report: Report) -> str:
+    limit = report["settings"].get("limit")
+    note = "questions of each dataset were used: the figures are not comparable with published ones"
+    return "" if limit is None else f"Only the first {limit} {note}."
+
+
+def _summary(report: Report) -> str:
+    """The main result in one sentence, as plain text."""
+    titles = {d: str(about["title"]) for d, about in report["datasets"].items()}
+    count = len(titles)
+    over = f"on average over {count} datasets" if count > 1 else "on " + "".join(titles.values())
+    *base, last = _shown(report)
+    reached = f"reaches {100 * last['average']:.2f} % {over}"
+    if last["adapter"] is None:
+        return f"The base model {reached}; no adapter was evaluated."
+    adapters = sum(s["adapter"] is not None for s in report["subjects"])
+    who = f"The best of {adapters} adapters," if report["best"] else "The adapter"
+    reached = f"{who} {last['name']}{',' if report['best'] else ''} {reached}"
+    if not base:
+        return f"{reached}; the base model was not evaluated."
+    points = 100 * (last["average"] - base[0]["average"])
+    tests = [
+        f"{titles[d]} {100 * t['difference']:+.2f} ({_p(t)}, "
+        f"{'more than chance' if t['p_value'] < ALPHA else 'may be chance'})"
+        for d, t in last.get("against_base", {}).items()
+    ]
+    by_test = f": {'; '.join(tests)}, by the exact McNemar test" if tests else ""
+    side = "above" if points >= 0 else "below"
+    percent = 100 * base[0]["average"]
+    return f"{reached}, {abs(points):.2f} points {side} the base model's {percent:.2f} %{by_test}."
+
+
+def text_table(report: Report) -> str:
+    """The main table in plain ASCII: accuracies in percent, ``-`` where there is none."""
+    lines = [["accuracy in %", *(a["title"] for a in report["datasets"].values()), "average"]]
+    for row in _rows(report):
+        best = " (best)" if row.kind == "adapter" and row.name == report["best"] else ""
+        lines.append([row.name + best, *(_number(p, "-") for p in (*row.percents, row.average))])
+    # Names come from folders: none of their control characters may reach the terminal.
+    lines = [["".join(c if " " <= c <= "~" else "?" for c in t) for t in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ["  ".join([x[0].ljust(widths[0]), *map(str.rjust, x[1:], widths[1:])]) for x in lines]
+    return "\n".join(([_limit_note(report)] if _limit_note(report) else []) + table)
+
+
+def _main_table(report: Report) -> str:
+    rows, chosen = _rows(report), _shown(report)[-1]["name"]
+    sent = any(row.megabytes is not None for row in rows)
+    head = ["Model", *(a["title"] for a in report["datasets"].values()), "Average"]
+    head += ["MB sent"] * sent
+    body, starred = "", False
+    for row in rows:
+        cells, css = [escape(row.name)], row.kind
+        if row.kind == "adapter" and row.name == chosen:
+            css += " chosen"
+            cells[0] += ' <span class="best">best</span>' if report["best"] else ""
+        for dataset, percent in zip(report["datasets"], row.percents, strict=True):
+            star = row.tests.get(dataset, {"p_value": 1})["p_value"] < ALPHA
+            starred |= star
+            cells.append(_number(percent) + "<sup>*</sup>" * star)
+        cells += [_number(row.average)] + [_number(row.megabytes)] * sent
+        body += f'<tr class="{css}">{"".join(f"<td>{c}</td>" for c in cells)}</tr>\n'
+    notes = "Accuracy in percent. "
+    if starred:
+        notes += "* differs from base by more than chance (p < 0.05, not corrected for testing "
+        notes += "several datasets and adapters). "
+    if report["best"]:
+        notes += "The best adapter was picked by these same questions, which flatters it. "
+    if sent:
+        notes += "MB sent: adapters down and up until that round, for held-out evaluation too; "
+        notes += "1 MB is 2^20 bytes. "
+    head_html = "".join(f"<th>{escape(t)}</th>" for t in head)
+    return (
+        f'<div class="scroll"><table class="wide"><thead><tr>{head_html}</tr></thead>\n<tbody>'
+        f'{body}</tbody></table></div><p class="soft">{notes}</p>'
+    )
+
+
+def _text(x: float, y: float, content: str, css: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}">{escape(content)}</text>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, css: str) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{css}"/>'
+
+
+def _dot(x: float, y: float, css: str, radius: float = 2.6) -> str:
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" class="{css}"/>'
+
+
+def _diamond(x: float, y: float) -> str:
+    return f'<path d="M{x:.1f} {y - 5:.1f}l5 5l-5 5l-5-5z" class="mark"/>'
+
+
+def _whisker(low: float, high: float, y: float) -> str:
+    ends = "".join(_line(x, y - 5, x, y + 5, "whisker") for x in (low, high))
+    return _line(low, y, high, y, "whisker") + ends
+
+
+def _figure(title: str, more: str, height: int, drawn: str, label: str, keys: str = "") -> str:
+    return (
+        f'<figure><figcaption><b>{escape(title)}</b> <span class="soft">{escape(more)}</span>'
+        f'</figcaption><svg viewBox="0 0 340 {height}" role="img" aria-label="{escape(label)}">'
+        f"{drawn}</svg>{keys}</figure>"
+    )
+
+
+def _key(drawn: str, label: str) -> str:
+    return f'<span class="key"><svg viewBox="0 0 22 14">{drawn}</svg>{escape(label)}</span>'
+
+
+def _bars(report: Report, column: int, dataset: str) -> str:
+    """Accuracy on one dataset: a lane for base and adapter each, then the published ones."""
+
+    def at(fraction: float) -> float:
+        return LEFT + (RIGHT - LEFT) * fraction
+
+    lanes: list[tuple[str, float, str]] = []
+    for subject in _shown(report):
+        score, y = subject["scores"][dataset], 28 * len(lanes) + 16
+        box = f'x="{LEFT}" y="{y - 9}" width="{at(score["accuracy"]) - LEFT:.1f}" height="18"'
+        low, high = map(at, score["ci95"])
+        drawn = f'<rect {box} class="{_kind(subject)}"/>{_whisker(low, high, y)}'
+        lanes.append((subject["name"], 100 * score["accuracy"], drawn))
+    for row in _rows(report):
+        percent = row.percents[column]
+        if row.kind == "published" and percent is not None:
+            lanes.append((row.name, percent, _diamond(at(percent / 100), 28 * len(lanes) + 16)))
+    bottom, majority = 28 * len(lanes) + 4, score["majority"]
+    svg = "".join(_line(at(t / 4), 2, at(t / 4), bottom, "axis") for t in range(5))
+    svg += "".join(_text(at(t / 100), bottom + 12, f"{t}", "tick mid") for t in (0, 50, 100))
+    for number, (name, percent, drawn) in enumerate(lanes):
+        short = name if len(name) < 20 else name[:18] + "…"
+        svg += drawn + _text(0, 28 * number + 20, short)
+        svg += _text(340, 28 * number + 20, f"{percent:.2f}", "end")
+    svg += _line(at(majority["accuracy"]), 2, at(majority["accuracy"]), bottom, "majority")
+    always = f"always “{majority['label']}”: {100 * majority['accuracy']:.2f} %"
+    label = ", ".join(f"{name} {percent:.2f} %" for name, percent, _ in lanes)
+    title = report["datasets"][dataset]["title"]
+    return _figure(title, f"{score['n']} questions; {always}", bottom + 16, svg, label)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Two to seven round numbers that enclose ``low`` and ``high``."""
+    span = high - low
+    if span < max(1e-6 * abs(high), 1e-12):  # the same but for rounding
+        span = abs(high) if abs(high) > 1e-12 else 1.0
+    power = 10.0 ** math.floor(math.log10(span / 5))
+    step = power * next(m for m in (1, 2, 5, 10) if span <= power * m * 5.000001)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [step * n for n in range(first, max(last, first + 1) + 1)]
+
+
+def _chart(title: str, more: str, lines: dict[str, list[Point]], best: Point | None = None) -> str:
+    """One or two lines over rounds, ``best`` ringed; "" where there is nothing to draw."""
+    lines = {name: [p for p in points if math.isfinite(p[1])] for name, points in lines.items()}
+    points = [p for line in lines.values() for p in line]
+    if not points:
+        return ""
+    ys = _ticks(min(y for _, y in points), max(y for _, y in points))
+    first, last = int(min(points)[0]), int(max(points)[0])
+    last = max(last, first + 1)  # one round is an axis too
+
+    def place(x: float, y: float) -> Point:
+        return 46 + 284 * (x - first) / (last - first), 168 - 156 * (y - ys[0]) / (ys[-1] - ys[0])
+
+    svg, keys = _text(188, 196, "round", "tick mid"), ""
+    for y in ys:
+        height = place(first, y)[1]
+        svg += _line(46, height, 330, height, "axis")
+        svg += _text(40, height + 4, f"{y:.6g}", "tick end")
+    for x in range(first, last + 1, math.ceil((last - first) / 10)):
+        svg += _text(place(x, 0)[0], 182, f"{x}", "tick mid")
+    for number, (name, line) in enumerate(lines.items()):
+        css, placed = ("adapter", "mark")[number], [place(*p) for p in line]
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
+        if placed:
+            svg += f'<path d="M{path}" class="line{number}"/>'
+            svg += "".join(_dot(x, y, css) for x, y in placed)
+            keys += _key(_line(0, 7, 22, 7, f"line{number}") + _dot(11, 7, css), name)
+    svg += _dot(*place(*best), "ring", 6.5) if best else ""
+    return _figure(title, more, 200, svg, title, keys if len(lines) > 1 else "")
+
+
+def _charts(report: Report) -> str:
+    """Loss, traffic and, where several adapters were evaluated, accuracy over the rounds."""
+    rounds = report["rounds"]
+    column = {
+        key: [(r["round"], r[key]) for r in rounds if r.get(key) is not None]
+        for key in ("train_loss", "eval_loss", "eval_loss_before")
+    }
+    held_out = [(0, y) for x, y in column["eval_loss_before"] if x == 1] + column["eval_loss"]
+    html = _chart("Loss", "", {"training": column["train_loss"], "held out": held_out})
+    if traffic := _traffic(rounds):
+        html += _chart("MB sent so far", "", {"": [(0, 0), *traffic.items()]})
+    scores = {  # base is what training starts from: round 0
+        s["round"] or 0: 100 * s["average"]
+        for s in report["subjects"]
+        if s["adapter"] is None or s["round"]
+    }
+    if sum(s["adapter"] is not None for s in report["subjects"]) > 1 and len(scores) > 1:
+        number, more = _shown(report)[-1]["round"], f"best: {report['best']}"
+        best = (number, scores[number]) if report["best"] and number else None
+        points = sorted(scores.items())
+        html += _chart("Average accuracy in percent", more if best else "", {"": points}, best)
+    return f'<h2>Over the rounds</h2><div class="grid">{html}</div>' if html else ""
+
+
+def _facts(facts: dict[str, Any]) -> str:
+    rows = ""
+    for key, value in facts.items():
+        text = "—" if value is None else escape(str(value))
+        if text.startswith(("https://", "http://")):  # never javascript:
+            text = f'<a href="{text}" rel="noreferrer">{text}</a>'
+        rows += f"<tr><td>{escape(key)}</td><td>{text}</td></tr>"
+    return f'<div class="scroll"><table class="facts">{rows}</table></div>'
+
+
+def _card(subject: dict[str, Any], dataset: str) -> str:
+    """Everything about one subject on one dataset."""
+    score, labels = subject["scores"][dataset], subject["scores"][dataset]["label_accuracy"]
+    percent, low, high = (100 * v for v in (score["accuracy"], *score["ci95"]))
+    facts = {
+        "Questions": score["n"],
+        "Accuracy": f"{percent:.2f} % (95 %: {low:.2f} to {high:.2f})",
+        "Unparsed answers": score["unparsed"],
+        "Among the labels only": None if labels is None else f"{100 * labels:.2f} %",
+        f"Always “{score['majority']['label']}”": f"{100 * score['majority']['accuracy']:.2f} %",
+    }
+    if test := subject.get("against_base", {}).get(dataset):
+        facts["Against base"] = f"{100 * test['difference']:+.2f} points, {_p(test)}"
+        facts["Right only here"] = test["only_adapter"]
+        facts["Right only in base"] = test["only_base"]
+    confusion: dict[str, dict[str, int]] = score["confusion"]
+    answers = dict.fromkeys([*confusion, *(a for row in confusion.values() for a in row)])
+    columns = sorted(answers, key=lambda a: a == "unparsed")  # stable: the others keep their order
+    matrix = "<tr><th></th>" + "".join(f"<th>{escape(a)}</th>" for a in columns) + "</tr>"
+    for gold, row in confusion.items():
+        counts = [row.get(a, 0) for a in columns]
+        shades = [f"{0.55 * count / max(sum(counts), 1):.2f}" for count in counts]
+        matrix += f"<tr><th>{escape(gold)}</th>"
+        for shade, count in zip(shades, counts, strict=True):
+            matrix += f'<td style="background:rgb(59 143 196/{shade})">{count}</td>'
+        matrix += "</tr>"
+    notes = "".join(f"<li>{escape(note)}</li>" for note in score["notes"])
+    return (
+        f'<div class="card"><h4>{escape(subject["name"])}</h4>{_facts(facts)}<p class="soft small">'
+        "Rows: the right answer; columns: the model’s; shaded by share of the row</p>"
+        f'<div class="scroll"><table>{matrix}</table></div><ul class="soft">{notes}</ul></div>'
+    )
+
+
+def page(report: Report) -> str:
+    """The self-contained HTML page of a report with at least one subject."""
+    model, rows, shown = report["model"], _rows(report), _shown(report)
+    title, note = escape(f"Evaluation of {model['name']}"), escape(_limit_note(report))
+    run = f"Run {report['run']} · " if report["run"] else ""
+    facts = f"{run}base model in {model['kind']} on {model['device']} · {report['created']}"
+    bars = details = keys = ""
+    for subject in shown:
+        box = f'<rect y="1" width="22" height="12" class="{_kind(subject)}"/>'
+        keys += _key(box, subject["name"])
+    keys += _key(_whisker(2, 20, 7), "95 % interval")
+    keys += _key(_line(11, 0, 11, 14, "majority"), "always the most frequent answer")
+    published = {r.name for r in rows if r.kind == "published"}
+    keys += _key(_diamond(11, 7), "published") if published else ""
+    for column, (dataset, about) in enumerate(report["datasets"].items()):
+        bars += _bars(report, column, dataset)
+        cards = "".join(_card(s, dataset) for s in shown)
+        details += f'<h3>{escape(about["title"])}</h3><div class="grid">{cards}</div>'
+    groups = {
+        "Base model": model,
+        "Settings": report["settings"],
+        "Data": {a["title"]: a["source"] for a in report["datasets"].values()},
+        "Adapters, SHA-256": {s["name"]: s["sha256"] for s in report["subjects"] if s["adapter"]},
+        "Published figures": {
+            p["name"]: p.get("source") for p in report["published"] if p["name"] in published
+        },
+        "Versions": report["versions"],
+    }
+    how = "".join(f"<h3>{name}</h3>{_facts(group)}" for name, group in groups.items() if group)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy"
+content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<title>{title}</title><style>{STYLE}</style></head><body>
+<h1>{title}</h1><p class="soft">{escape(facts)}</p>
+<p class="main">{escape(_summary(report))}</p>
+{f'<p class="warn">{note}</p>' if note else ""}
+{_main_table(report)}
+<h2>Accuracy in percent</h2><p>{keys}</p><div class="grid">{bars}</div>
+{_charts(report)}
+<h2>Each dataset</h2>{details}
+<h2>How this was computed</h2>{how}
+</body></html>
+"""
+
+
+def write_report(folder: Path, report: Report) -> Path:
+    """Write report.json and report.html into ``folder``; returns the path of the page.
+
+    Each gets its name only when it is complete: a full disk leaves the one before it intact.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    texts = {"report.json": json.dumps(report, indent=2) + "\n", "report.html": page(report)}
+    for name, text in texts.items():
+        part = folder / f".{name}.part"
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(folder / name)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+    return folder / "report.html"

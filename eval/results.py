@@ -1,0 +1,81 @@
+"""The results folder, read only: which run, which round, what happened in it."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from app.checkpoint import rounds
+from eval import EvalError
+from eval.model import Adapter
+
+
+def newest_run(results: Path) -> Path:
+    """The newest run that has a complete adapter.
+
+    Raises:
+        EvalError: there is none yet.
+    """
+    latest = (results / "latest").resolve()
+    if rounds(latest):
+        return latest
+    # Copied without its link, or the link's run was deleted.
+    complete = [r[max(r)] for p in results.glob("*/") if (r := rounds(p))]
+    if not complete:
+        raise EvalError(
+            f"no complete adapter in {results} yet; wait with --wait MINUTES, or give --peft-path"
+        )
+    return max(complete, key=lambda folder: (folder / "round.json").stat().st_mtime).parent
+
+
+def choose_run(results: Path, run: str | None, wait_s: float) -> Path:
+    """The folder of the named run, or of the newest, once it has a complete adapter.
+
+    Raises:
+        EvalError: no such run, or none has an adapter after ``wait_s``.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            if run is None:
+                return newest_run(results)
+            if rounds(results / run):
+                return (results / run).resolve()
+            there = ", ".join(sorted(p.parent.name for p in results.glob("*/run.json"))) or "none"
+            raise EvalError(f"--run {run}: no complete adapter in {results / run}; runs: {there}")
+        except EvalError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(min(5, max(0.1, deadline - time.monotonic())))
+
+
+def adapters(run: Path, number: int | None, every: bool) -> list[Adapter]:
+    """The run's checkpoints that are asked for: one round, all of them, or the last.
+
+    Raises:
+        EvalError: that round is not there, or its weights are not those of its manifest.
+    """
+    there = rounds(run)
+    if number is not None and number not in there:
+        known = ", ".join(map(str, there))
+        raise EvalError(f"--round {number}: run {run.name} has complete rounds {known}")
+    chosen = list(there) if every else [number if number is not None else max(there)]
+    found = []
+    for n in chosen:
+        manifest = json.loads((there[n] / "round.json").read_text())
+        adapter = Adapter(there[n], there[n].name, n, manifest.get("base_model_fingerprint"))
+        if not adapter.weights.is_file() or adapter.sha256() != manifest["sha256"]:
+            raise EvalError(f"{adapter.weights} is not what the run wrote (sha256 differs)")
+        found.append(adapter)
+    return found
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, a round each; a line being written is left out."""
+    path, lines = run / "metrics.jsonl", []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
