@@ -1,7 +1,8 @@
 """The results folder: one folder a run, one PEFT folder a round, each complete or invisible.
 
 results/<run-id>/run.json, metrics.jsonl, peft_<round>/{adapter_model.safetensors,
-adapter_config.json, round.json}; results/latest -> the newest run with an adapter
+adapter_config.json, round.json}, eval/ (written by the evaluation); results/latest -> the newest
+run with an adapter
 """
 
 import hashlib
@@ -47,6 +48,10 @@ class RunFolder:
             probe = self.path / ".probe"
             probe.write_bytes(b"\0" * 4096)
             probe.unlink()
+            # The evaluation container runs as another user of this group: it can write here
+            # and nowhere else in the results.
+            (self.path / "eval").mkdir(exist_ok=True)
+            (self.path / "eval").chmod(0o2775)
         except OSError as err:
             raise ResultsError(
                 f"cannot write results to {self.path}: {err.strerror}; "

@@ -17,7 +17,8 @@ from eval import EvalError
 from eval.benchmarks import Question, wrap
 
 CPU_TOKENS = 512  # of one forward pass: more is slower, one question fills the cores
-CALIBRATION = 8  # questions asked both ways to see how far batching moves a logit
+NEAR_TIE = 1e-3  # at least; batching moves a float32 logit by about 5e-5
+CALIBRATION, PER_BATCH = 4, 2  # questions asked both ways to see how far batching moves a logit
 # Settings of generation_config.json that change what greedy generation gives.
 _NOT_GREEDY = (
     "num_beams", "repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty",
@@ -39,14 +40,15 @@ class Inference:
 
     Attributes:
         tokens: tokens computed so far, padding included.
-        repeated: questions asked again because of a near tie.
+        repeated: questions asked again, alone: near ties, and the first few of a set to see
+            what a near tie is.
         near_tie: gap of the two best logits below which the last set's questions were repeated.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.tokens = self.repeated = 0
-        self.near_tie = 0.0
+        self.near_tie = NEAR_TIE
 
     def answers(
         self, questions: Sequence[Question], labels: Sequence[str], done: Mapping[int, object]
@@ -75,22 +77,23 @@ class Inference:
         prefix = self._prefix(prompts)
         # The longest first: a GPU that is too small says so at once.
         todo.sort(key=lambda i: len(prompts[i]), reverse=True)
-        step = max(1, len(todo) // CALIBRATION)
-        sample = todo[::step][:CALIBRATION]
-        alone = {i: self._logits([prompts[i]], None)[0] for i in sample}
-        self.near_tie = self._noise(sample, prompts, prefix, alone)
-        for i, logits in alone.items():
-            yield i, answer(logits)
-        todo = [i for i in todo if i not in alone]
+        self.near_tie, shift, compared = NEAR_TIE, 0.0, 0
         while todo:
             batch = self._batch(todo, prompts, prefix)
             logits = self._logits([prompts[i] for i in batch], prefix)
-            best = logits.topk(2).values
-            for i, row, (first, second) in zip(batch, logits, best.tolist(), strict=True):
-                if first - second < self.near_tie:
+            gaps = [first - second for first, second in logits.topk(2).values.tolist()]
+            closest = sorted(range(len(batch)), key=gaps.__getitem__)
+            for n, row in enumerate(closest):
+                index, here = batch[row], logits[row]
+                calibrating = compared < CALIBRATION and n < PER_BATCH
+                if calibrating or gaps[row] < self.near_tie:
+                    here = self._logits([prompts[index]], None)[0]
+                    shift = max(shift, float((logits[row] - here).abs().max()))
+                    # A gap changes by two shifts at most; as much again for what was not seen.
+                    self.near_tie = max(NEAR_TIE, 4 * shift)
+                    compared += 1
                     self.repeated += 1
-                    row = self._logits([prompts[i]], None)[0]
-                yield i, answer(row)
+                yield index, answer(here)
             todo = todo[len(batch) :]
 
     def _greedy(self) -> bool:
@@ -116,23 +119,6 @@ class Inference:
             cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
         self.tokens += length
         return length, [(layer.keys, layer.values) for layer in cache.layers]
-
-    def _noise(
-        self,
-        sample: Sequence[int],
-        prompts: Sequence[list[int]],
-        prefix: tuple[int, Any],
-        alone: Mapping[int, torch.Tensor],
-    ) -> float:
-        """Four times the largest shift of a logit: a gap changes by two shifts at most."""
-        shift, rest = 0.0, list(sample)
-        while rest:
-            batch = self._batch(rest, prompts, prefix)
-            logits = self._logits([prompts[i] for i in batch], prefix)
-            for i, row in zip(batch, logits, strict=True):
-                shift = max(shift, float((row - alone[i]).abs().max()))
-            rest = rest[len(batch) :]
-        return max(1e-3, 4 * shift)
 
     def _batch(
         self, todo: Sequence[int], prompts: Sequence[list[int]], prefix: tuple[int, Any]

@@ -227,6 +227,16 @@ def _prepare(args: argparse.Namespace, federation: Path) -> None:
         raise ControlError(done.stderr.strip().rsplit("\n", 1)[-1])  # the libraries talk before it
 
 
+def _evaluate(args: argparse.Namespace, run: Path) -> int:
+    """What the evaluation container does, as a process."""
+    command = [
+        sys.executable, "-m", "eval", "--results", str(run.parent), "--run", run.name,
+        "--models", str(args.models), "--datasets", "demo-yesno,demo-four,demo-five",
+    ]  # fmt: skip
+    env = {"DEVICE": "cpu", **os.environ}
+    return subprocess.run(command, cwd=REPOSITORY, env=env, check=False).returncode
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="superlink.local", description=__doc__.split("\n")[0])
     parser.add_argument("--sites", type=int, default=4)
@@ -269,18 +279,20 @@ def demo(args: argparse.Namespace) -> int:
     merged_config(REPOSITORY, config)  # before minutes of preparation
     started = time.monotonic()
     with LocalFederation(args.work, args.models, args.results, args.sites) as federation:
-        say(f"1/4 keys and certificates of {args.sites} sites")
+        say(f"1/5 keys and certificates of {args.sites} sites")
         federation.provision()
-        say("2/4 base model and data (the first time: download and conversion, a minute)")
+        say("2/5 base model and data (the first time: download and conversion, a minute)")
         _prepare(args, federation.federation)
-        say(f"3/4 SuperLink and {args.sites} SuperNodes; logs in {args.work / 'logs'}")
+        say(f"3/5 SuperLink and {args.sites} SuperNodes; logs in {args.work / 'logs'}")
         control = federation.start()
-        say("4/4 the run")
+        say("4/5 the run")
         code = submit(REPOSITORY, config, control, federation.public)
     if code == 0:
         run = (args.results / "latest").resolve()
         print(f"\n{table(run)}\n")
         say(f"final adapter: {run / max(run.glob('peft_*'), key=_round_of).name}")
+        say("5/5 evaluation: base model and final adapter on the bundled questions")
+        code = _evaluate(args, run)
     say(f"{'done' if code == 0 else 'failed'} after {time.monotonic() - started:.0f} s")
     return code
 

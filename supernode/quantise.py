@@ -199,6 +199,8 @@ def _smollm2_from_package(target: Path) -> Path:
         part = target.with_name(f".{target.name}-{os.getpid()}")
         model.save_pretrained(part)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
+        for path in part.iterdir():
+            path.chmod(0o644)  # the evaluation may run as another user
         (part / "complete").touch()
         shutil.rmtree(target, ignore_errors=True)
         part.replace(target)

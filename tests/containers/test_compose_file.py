@@ -30,7 +30,7 @@ def _config(files: tuple[str, ...] = ("compose.yaml",), **env: str) -> dict[str,
 
 
 def test_all_the_services_are_there(gpu: dict[str, Any]) -> None:
-    one_shot = {"provision", "prepare", "register", "submit", "eval"}
+    one_shot = {"provision", "prepare", "register", "submit", "fetch", "eval"}
     assert set(gpu) == one_shot | {"superlink"} | set(NODES)
 
 
@@ -72,10 +72,22 @@ def test_no_supernode_starts_before_its_key_is_registered_and_its_data_prepared(
 
 def test_everything_runs_unprivileged(gpu: dict[str, Any]) -> None:
     for name, service in gpu.items():
-        assert service["user"] == "10001:10001", name
+        assert service["user"] == ("10002:10001" if name == "eval" else "10001:10001"), name
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert not service.get("privileged"), name
+
+
+def test_the_evaluation_has_no_network_and_changes_neither_model_nor_cache(
+    gpu: dict[str, Any], cpu: dict[str, Any]
+) -> None:
+    for services in (gpu, cpu):
+        service = services["eval"]
+        assert service["network_mode"] == "none"
+        mounts = {m["target"]: m.get("read_only", False) for m in service["volumes"]}
+        assert mounts == {"/models": True, "/cache": True, "/data": True, "/results": False}
+        asked = {services[s]["environment"]["EVAL_DATASETS"] for s in ("fetch", "eval")}
+        assert len(asked) == 1
 
 
 def test_only_the_superlink_publishes_ports_and_only_on_the_loopback(gpu: dict[str, Any]) -> None:

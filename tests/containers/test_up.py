@@ -1,6 +1,9 @@
 """`docker compose up` with all 20 SuperNodes on the CPU and the real 135M-parameter model."""
 
+import json
 import os
+import re
+import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -62,10 +65,31 @@ def test_all_20_supernodes_are_up_and_healthy(federation: dict[str, Any]) -> Non
     assert {federation[n].attrs["RestartCount"] for n in NODES} == {0}
 
 
-def test_peft_loads_the_final_adapter_from_the_results_volume(federation: dict[str, Any]) -> None:
-    done = compose("--profile", "eval", "run", "--rm", "eval", files=CPU, project=PROJECT)
+def _eval(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return compose("--profile", "eval", "run", "--rm", *arguments, files=CPU, project=PROJECT)
+
+
+def test_the_evaluation_scores_base_and_final_adapter(federation: dict[str, Any]) -> None:
+    done = _eval("eval", "--limit", "6")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "peft_1: 120 arrays on the base model" in done.stdout  # 30 layers x (q, v) x (A, B)
+    page = done.stdout.rsplit("report: ", 1)[1].strip()
+    assert re.fullmatch(r"/results/\d+/eval/report.html", page)
+    read = _eval("--entrypoint", "cat", "eval", page.replace(".html", ".json"))
+    report = json.loads(read.stdout)
+    assert [s["name"] for s in report["subjects"]] == ["base", "peft_1"]
+    for subject in report["subjects"]:
+        assert {d: s["n"] for d, s in subject["scores"].items()} == {
+            "demo-yesno": 6, "demo-four": 6, "demo-five": 6,
+        }  # fmt: skip
+    assert report["model"]["kind"] == "fp4"
+    assert [line["round"] for line in report["rounds"]] == [1]
+
+
+def test_the_evaluation_cannot_change_an_adapter(federation: dict[str, Any]) -> None:
+    tries = "cd /results/latest && for f in run.json peft_1/round.json new peft_1/new ../new; do "
+    tries += "(echo x >> $f) 2>/dev/null && echo wrote $f; done; echo x > eval/new && echo allowed"
+    done = _eval("--entrypoint", "sh", "eval", "-c", tries)
+    assert done.stdout.split() == ["allowed"], done.stderr
 
 
 def test_a_supernode_sees_its_own_site_only(federation: dict[str, Any]) -> None:
