@@ -13,41 +13,19 @@ EVAL_DATASETS.
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from app.partition import SiteError
 from eval import EvalError
-from eval.benchmarks import BENCHMARKS, LEADERBOARD, Question, benchmark, fetch, load
-from eval.scoring import compare, right, score, score_file
+from eval.benchmarks import BENCHMARKS, LEADERBOARD, benchmark, fetch, load
+from eval.scoring import score_file
 
 if TYPE_CHECKING:
-    from eval.model import Adapter, Base
-
-# In percent, as the board had them in 2026 (flower.ai/benchmarks/llm-leaderboard/medical).
-_BOARD = "https://flower.ai/benchmarks/llm-leaderboard/medical"
-PUBLISHED = [
-    {
-        "name": "reference (AI4EOSC)", "pubmedqa": 70.80, "medmcqa": 58.04, "medqa": 62.84,
-        "careqa": 52.87, "communication_mb": 2080.62,
-        "source": "https://github.com/judithspd/ai4os-fedllm-medical",
-    },
-    {
-        "name": "best of the board with this base model (FL-finetune-JB-DC)", "pubmedqa": 70.40,
-        "medmcqa": 60.93, "medqa": 65.82, "careqa": 55.36, "communication_mb": 1600.0,
-        "source": _BOARD,
-    },
-    {
-        "name": "best of the board (ZeroOne.AI, another base model)", "pubmedqa": 74.80,
-        "medmcqa": 55.39, "medqa": 59.31, "careqa": 64.79, "communication_mb": 2080.93,
-        "source": _BOARD,
-    },
-]  # fmt: skip
+    from eval.model import Adapter
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -153,8 +131,9 @@ def _evaluate(arguments: list[str]) -> int:
         for name in dict.fromkeys(args.datasets.split(","))
     }
     _quiet()
+    from eval.evaluation import evaluate
     from eval.model import base_model_name, load_base
-    from eval.report import text_table, write_report
+    from eval.report import PUBLISHED, text_table, write_report
     from eval.results import metrics
 
     run, adapters = _adapters(args)
@@ -165,7 +144,7 @@ def _evaluate(arguments: list[str]) -> int:
     _writable(out)
     print(f"eval: base model {name}, --quantization {args.quantization}", flush=True)
     base = load_base(name, args.quantization, _device(), args.models, args.cache)
-    subjects = _subjects(args, base, adapters, sets, out)
+    subjects = evaluate(base, adapters, sets, args.batch_size, args.run_name or "base", out)
     report = {
         "run": run.name if run else None,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -250,91 +229,6 @@ def _writable(folder: Path) -> None:
         probe.unlink()
     except OSError as err:
         raise EvalError(f"cannot write to {folder}: {err.strerror}; give --out") from None
-
-
-def _subjects(
-    args: argparse.Namespace,
-    base: "Base",
-    adapters: "list[Adapter]",
-    sets: dict[str, tuple[list[Question], str]],
-    out: Path,
-) -> list[dict[str, Any]]:
-    """Base model and adapters, each with its scores: the ``subjects`` of the report."""
-    from eval.inference import Inference
-    from eval.model import attached, check
-
-    for candidate in adapters:
-        check(candidate, base)  # all of them, before hours of answering
-    base_name = "base" if adapters else args.run_name or "base"
-    subjects: list[dict[str, Any]] = []
-    base_right: dict[str, list[bool]] = {}
-    for adapter in (None, *adapters):
-        name = adapter.name if adapter else base_name
-        sha256 = adapter.sha256() if adapter else None
-        facts = {**base.facts, "adapter": sha256, "batch_size": args.batch_size}
-        subject: dict[str, Any] = {
-            "name": name,
-            "adapter": str(adapter.folder) if adapter else None,
-            "sha256": sha256,
-            "round": adapter.round if adapter else None,
-            "scores": {},
-        }
-        with attached(adapter, base) if adapter else nullcontext(base.model) as model:
-            inference = Inference(model, base.tokenizer, args.batch_size)
-            for dataset, (questions, _) in sets.items():
-                result, correct = _answer(inference, facts, dataset, questions, name, out)
-                subject["scores"][dataset] = result
-                if adapter is None:
-                    base_right[dataset] = correct
-                else:
-                    against = compare(base_right[dataset], correct)
-                    subject.setdefault("against_base", {})[dataset] = against
-        accuracies = [s["accuracy"] for s in subject["scores"].values()]
-        subject["average"] = sum(accuracies) / len(accuracies)
-        subjects.append(subject)
-    return subjects
-
-
-def _answer(
-    inference: Any,
-    facts: dict[str, Any],
-    dataset: str,
-    questions: list[Question],
-    name: str,
-    out: Path,
-) -> tuple[dict[str, Any], list[bool]]:
-    """One model, one set: answers, files, the score, and which questions it has right."""
-    from tqdm import tqdm
-
-    from eval.answers import Journal, write_results
-
-    labels = benchmark(dataset).labels
-    journal = Journal(out / f".answers_{dataset}_{name}.jsonl", facts, questions)
-    kept, tokens, repeated = len(journal.answers), inference.tokens, inference.repeated
-    started = time.monotonic()
-    with tqdm(
-        total=len(questions), initial=kept, desc=f"{name}, {dataset}", unit="question",
-        mininterval=1, dynamic_ncols=True,
-    ) as bar:  # fmt: skip
-        try:
-            for index, answer in inference.answers(questions, labels, journal.answers):
-                journal.add(index, answer)
-                bar.update()
-        finally:
-            journal.close()
-    answers = [journal.answers[i] for i in range(len(questions))]
-    outputs, golds = [a.output for a in answers], [q.gold for q in questions]
-    result = score(outputs, golds, labels, [a.pick for a in answers])
-    if len(questions) > kept:  # else nothing was measured
-        result |= {
-            "seconds": time.monotonic() - started,
-            "answered_now": len(questions) - kept,
-            "tokens_computed": inference.tokens - tokens,
-            "near_tie": inference.near_tie,
-            "repeated_alone": inference.repeated - repeated,
-        }
-    write_results(out, dataset, name, questions, outputs, result["accuracy"])
-    return result, right(outputs, golds, "yes" in labels)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
         cache: where it keeps what it took from the hub.
 
     Raises:
-        EvalError: the model can be had from nowhere, or is no Llama-like causal model.
+        EvalError: the model can be had from nowhere, does not load, or is too large for the GPU.
         SiteError: there is no GPU, or a prepared file is cut short.
     """
     torch_device, fast = device_and_dtype(device)
@@ -67,30 +67,40 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
     else:
         dtype = {"4": torch.float32, "8": torch.float16}.get(quantization, fast)
     matches = [b for b in prepared(models) if (b.name, b.kind) == (name, kind)]
-    if Path(name).is_dir() or not matches:
+    if matches and not Path(name).is_dir():
+        check_files(matches[0])
+        source = matches[0].folder
+        fingerprints = {kind: matches[0].fingerprint}
+    else:
         source = Path(name) if Path(name).is_dir() else _source(name, quantization, models, cache)
         fingerprints = _fingerprints(source)
-        fingerprint = fingerprints[kind]
-        config = AutoConfig.from_pretrained(source)
-        if getattr(config, "quantization_config", None):
-            raise EvalError(f"{source} is quantised already; give the original weights")
-        how = BitsAndBytesConfig(**_SETTINGS[kind]) if kind in _SETTINGS else None
-    else:
-        check_files(matches[0])
-        source, fingerprint = matches[0].folder, matches[0].fingerprint
-        fingerprints = {kind: fingerprint}
-        config, how = AutoConfig.from_pretrained(source), None
-        if kind in ("nf4", "fp4"):  # stored at preparation, maybe for another kind of device
-            config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).split(".")[1]
     disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        source,
-        config=config,
-        dtype=dtype,
-        device_map={"": torch_device},
-        attn_implementation="sdpa",
-        **({"quantization_config": how} if how else {}),
-    )
+    try:
+        config = AutoConfig.from_pretrained(source)
+        stored, how = getattr(config, "quantization_config", None), None
+        if stored and source == Path(name):
+            raise EvalError(f"{source} is quantised already; give the original weights")
+        if stored and kind in ("nf4", "fp4"):  # at preparation, maybe for another kind of device
+            stored["bnb_4bit_compute_dtype"] = str(dtype).split(".")[1]
+        elif not stored and kind in _SETTINGS:
+            how = {"quantization_config": BitsAndBytesConfig(**_SETTINGS[kind])}
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            device_map={"": torch_device},
+            attn_implementation="sdpa",
+            **(how or {}),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except torch.OutOfMemoryError:
+        raise EvalError(
+            f"the GPU is too small for {name} with --quantization {quantization}; "
+            "use nf4-bf16, or free its memory"
+        ) from None
+    except (OSError, ValueError, KeyError) as err:
+        first = str(err).strip().split("\n")[0]
+        raise EvalError(f"{source} does not load as a causal language model: {first}") from None
     layers = {
         n: [m.out_features, m.in_features]
         for n, m in model.named_modules()
@@ -103,10 +113,9 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
         "quantization": quantization,
         "kind": kind,
         "compute_dtype": str(dtype).split(".")[1],
-        "fingerprint": fingerprint,
+        "fingerprint": fingerprints[kind],
         "device": torch.cuda.get_device_name(0) if device == "cuda" else "cpu",
     }
-    tokenizer = AutoTokenizer.from_pretrained(source)
     return Base(model.eval(), tokenizer, name, layers, set(fingerprints.values()), facts)
 
 

@@ -5,18 +5,37 @@ network. Accuracies are fractions in the report, percent on the page and in the 
 """
 
 import json
-import math
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from eval.charts import chart, diamond, figure, label, legend, stroke, whisker
+
 Report = dict[str, Any]
-Point = tuple[float, float]
 
 MB = 2**20  # what the published 2080.62 "MB" can only be (README); both share one column
 LEFT, RIGHT = 122, 290  # where 0 % and 100 % are in the bar charts; every chart is 340 wide
 ALPHA = 0.05
+# In percent, as the board had them in 2026 (flower.ai/benchmarks/llm-leaderboard/medical).
+_BOARD = "https://flower.ai/benchmarks/llm-leaderboard/medical"
+PUBLISHED = [
+    {
+        "name": "reference (AI4EOSC)", "pubmedqa": 70.80, "medmcqa": 58.04, "medqa": 62.84,
+        "careqa": 52.87, "communication_mb": 2080.62,
+        "source": "https://github.com/judithspd/ai4os-fedllm-medical",
+    },
+    {
+        "name": "best of the board with this base model (FL-finetune-JB-DC)", "pubmedqa": 70.40,
+        "medmcqa": 60.93, "medqa": 65.82, "careqa": 55.36, "communication_mb": 1600.0,
+        "source": _BOARD,
+    },
+    {
+        "name": "best of the board (ZeroOne.AI, another base model)", "pubmedqa": 74.80,
+        "medmcqa": 55.39, "medqa": 59.31, "careqa": 64.79, "communication_mb": 2080.93,
+        "source": _BOARD,
+    },
+]  # fmt: skip
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--ink:#1b2430;--soft:#586473;--line:#d3d9e0;
 --panel:#f5f7f9;--base:#98a2ae;--adapter:#3b8fc4;--mark:#b8480a;--warn:#fff1cc;--link:#0a5c94}
@@ -195,39 +214,6 @@ def _main_table(report: Report) -> str:
     )
 
 
-def _text(x: float, y: float, content: str, css: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}">{escape(content)}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, css: str) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{css}"/>'
-
-
-def _dot(x: float, y: float, css: str, radius: float = 2.6) -> str:
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" class="{css}"/>'
-
-
-def _diamond(x: float, y: float) -> str:
-    return f'<path d="M{x:.1f} {y - 5:.1f}l5 5l-5 5l-5-5z" class="mark"/>'
-
-
-def _whisker(low: float, high: float, y: float) -> str:
-    ends = "".join(_line(x, y - 5, x, y + 5, "whisker") for x in (low, high))
-    return _line(low, y, high, y, "whisker") + ends
-
-
-def _figure(title: str, more: str, height: int, drawn: str, label: str, keys: str = "") -> str:
-    return (
-        f'<figure><figcaption><b>{escape(title)}</b> <span class="soft">{escape(more)}</span>'
-        f'</figcaption><svg viewBox="0 0 340 {height}" role="img" aria-label="{escape(label)}">'
-        f"{drawn}</svg>{keys}</figure>"
-    )
-
-
-def _key(drawn: str, label: str) -> str:
-    return f'<span class="key"><svg viewBox="0 0 22 14">{drawn}</svg>{escape(label)}</span>'
-
-
 def _bars(report: Report, column: int, dataset: str) -> str:
     """Accuracy on one dataset: a lane for base and adapter each, then the published ones."""
 
@@ -239,66 +225,24 @@ def _bars(report: Report, column: int, dataset: str) -> str:
         score, y = subject["scores"][dataset], 28 * len(lanes) + 16
         box = f'x="{LEFT}" y="{y - 9}" width="{at(score["accuracy"]) - LEFT:.1f}" height="18"'
         low, high = map(at, score["ci95"])
-        drawn = f'<rect {box} class="{_kind(subject)}"/>{_whisker(low, high, y)}'
+        drawn = f'<rect {box} class="{_kind(subject)}"/>{whisker(low, high, y)}'
         lanes.append((subject["name"], 100 * score["accuracy"], drawn))
     for row in _rows(report):
         percent = row.percents[column]
         if row.kind == "published" and percent is not None:
-            lanes.append((row.name, percent, _diamond(at(percent / 100), 28 * len(lanes) + 16)))
+            lanes.append((row.name, percent, diamond(at(percent / 100), 28 * len(lanes) + 16)))
     bottom, majority = 28 * len(lanes) + 4, score["majority"]
-    svg = "".join(_line(at(t / 4), 2, at(t / 4), bottom, "axis") for t in range(5))
-    svg += "".join(_text(at(t / 100), bottom + 12, f"{t}", "tick mid") for t in (0, 50, 100))
+    svg = "".join(stroke(at(t / 4), 2, at(t / 4), bottom, "axis") for t in range(5))
+    svg += "".join(label(at(t / 100), bottom + 12, f"{t}", "tick mid") for t in (0, 50, 100))
     for number, (name, percent, drawn) in enumerate(lanes):
         short = name if len(name) < 20 else name[:18] + "…"
-        svg += drawn + _text(0, 28 * number + 20, short)
-        svg += _text(340, 28 * number + 20, f"{percent:.2f}", "end")
-    svg += _line(at(majority["accuracy"]), 2, at(majority["accuracy"]), bottom, "majority")
+        svg += drawn + label(0, 28 * number + 20, short)
+        svg += label(340, 28 * number + 20, f"{percent:.2f}", "end")
+    svg += stroke(at(majority["accuracy"]), 2, at(majority["accuracy"]), bottom, "majority")
     always = f"always “{majority['label']}”: {100 * majority['accuracy']:.2f} %"
-    label = ", ".join(f"{name} {percent:.2f} %" for name, percent, _ in lanes)
+    spoken = ", ".join(f"{name} {percent:.2f} %" for name, percent, _ in lanes)
     title = report["datasets"][dataset]["title"]
-    return _figure(title, f"{score['n']} questions; {always}", bottom + 16, svg, label)
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Two to seven round numbers that enclose ``low`` and ``high``."""
-    span = high - low
-    if span < max(1e-6 * abs(high), 1e-12):  # the same but for rounding
-        span = abs(high) if abs(high) > 1e-12 else 1.0
-    power = 10.0 ** math.floor(math.log10(span / 5))
-    step = power * next(m for m in (1, 2, 5, 10) if span <= power * m * 5.000001)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [step * n for n in range(first, max(last, first + 1) + 1)]
-
-
-def _chart(title: str, more: str, lines: dict[str, list[Point]], best: Point | None = None) -> str:
-    """One or two lines over rounds, ``best`` ringed; "" where there is nothing to draw."""
-    lines = {name: [p for p in points if math.isfinite(p[1])] for name, points in lines.items()}
-    points = [p for line in lines.values() for p in line]
-    if not points:
-        return ""
-    ys = _ticks(min(y for _, y in points), max(y for _, y in points))
-    first, last = int(min(points)[0]), int(max(points)[0])
-    last = max(last, first + 1)  # one round is an axis too
-
-    def place(x: float, y: float) -> Point:
-        return 46 + 284 * (x - first) / (last - first), 168 - 156 * (y - ys[0]) / (ys[-1] - ys[0])
-
-    svg, keys = _text(188, 196, "round", "tick mid"), ""
-    for y in ys:
-        height = place(first, y)[1]
-        svg += _line(46, height, 330, height, "axis")
-        svg += _text(40, height + 4, f"{y:.6g}", "tick end")
-    for x in range(first, last + 1, math.ceil((last - first) / 10)):
-        svg += _text(place(x, 0)[0], 182, f"{x}", "tick mid")
-    for number, (name, line) in enumerate(lines.items()):
-        css, placed = ("adapter", "mark")[number], [place(*p) for p in line]
-        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
-        if placed:
-            svg += f'<path d="M{path}" class="line{number}"/>'
-            svg += "".join(_dot(x, y, css) for x, y in placed)
-            keys += _key(_line(0, 7, 22, 7, f"line{number}") + _dot(11, 7, css), name)
-    svg += _dot(*place(*best), "ring", 6.5) if best else ""
-    return _figure(title, more, 200, svg, title, keys if len(lines) > 1 else "")
+    return figure(title, f"{score['n']} questions; {always}", bottom + 16, svg, spoken)
 
 
 def _charts(report: Report) -> str:
@@ -309,9 +253,9 @@ def _charts(report: Report) -> str:
         for key in ("train_loss", "eval_loss", "eval_loss_before")
     }
     held_out = [(0, y) for x, y in column["eval_loss_before"] if x == 1] + column["eval_loss"]
-    html = _chart("Loss", "", {"training": column["train_loss"], "held out": held_out})
+    html = chart("Loss", "", {"training": column["train_loss"], "held out": held_out})
     if traffic := _traffic(rounds):
-        html += _chart("MB sent so far", "", {"": [(0, 0), *traffic.items()]})
+        html += chart("MB sent so far", "", {"": [(0, 0), *traffic.items()]})
     scores = {  # base is what training starts from: round 0
         s["round"] or 0: 100 * s["average"]
         for s in report["subjects"]
@@ -321,7 +265,7 @@ def _charts(report: Report) -> str:
         number, more = _shown(report)[-1]["round"], f"best: {report['best']}"
         best = (number, scores[number]) if report["best"] and number else None
         points = sorted(scores.items())
-        html += _chart("Average accuracy in percent", more if best else "", {"": points}, best)
+        html += chart("Average accuracy in percent", more if best else "", {"": points}, best)
     return f'<h2>Over the rounds</h2><div class="grid">{html}</div>' if html else ""
 
 
@@ -378,11 +322,11 @@ def page(report: Report) -> str:
     bars = details = keys = ""
     for subject in shown:
         box = f'<rect y="1" width="22" height="12" class="{_kind(subject)}"/>'
-        keys += _key(box, subject["name"])
-    keys += _key(_whisker(2, 20, 7), "95 % interval")
-    keys += _key(_line(11, 0, 11, 14, "majority"), "always the most frequent answer")
+        keys += legend(box, subject["name"])
+    keys += legend(whisker(2, 20, 7), "95 % interval")
+    keys += legend(stroke(11, 0, 11, 14, "majority"), "always the most frequent answer")
     published = {r.name for r in rows if r.kind == "published"}
-    keys += _key(_diamond(11, 7), "published") if published else ""
+    keys += legend(diamond(11, 7), "published") if published else ""
     for column, (dataset, about) in enumerate(report["datasets"].items()):
         bars += _bars(report, column, dataset)
         cards = "".join(_card(s, dataset) for s in shown)

@@ -107,6 +107,23 @@ def test_the_bytes_counted_are_those_of_the_adapter(done: Done, tiny_model: Path
         assert line["bytes_down"] == line["bytes_up"] == 2 * size  # two sites a round
 
 
+def test_the_evaluation_scores_every_round_beside_the_base_model(done: Done) -> None:
+    command = [
+        sys.executable, "-m", "eval", "--results", str(done.work / "results"), "--all-rounds",
+        "--datasets", "demo-four,demo-yesno", "--limit", "3", "--models", str(done.models),
+    ]  # fmt: skip
+    env = {**os.environ, "DEVICE": "cpu"}
+    ended = subprocess.run(
+        command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    report = json.loads((done.run / "eval" / "report.json").read_text())
+    assert [s["name"] for s in report["subjects"]] == ["base", "peft_1", "peft_2"]
+    assert report["best"] in ("peft_1", "peft_2")
+    assert report["rounds"] == metrics(done)
+    assert str(done.run / "eval" / "report.html") in ended.stdout
+
+
 def test_peft_loads_every_checkpoint_name_for_name(done: Done, tiny_model: Path) -> None:
     from peft import PeftModel, get_peft_model_state_dict
     from transformers import AutoModelForCausalLM

@@ -1,0 +1,103 @@
+"""Base model and adapters through all the questions, one after the other."""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from eval.answers import Journal, write_results
+from eval.benchmarks import Question, benchmark
+from eval.inference import Inference
+from eval.model import Adapter, Base, attached, check
+from eval.scoring import compare, right, score
+
+
+def evaluate(
+    base: Base,
+    adapters: Sequence[Adapter],
+    sets: Mapping[str, tuple[Sequence[Question], str]],
+    batch_size: int,
+    name_alone: str,
+    out: Path,
+) -> list[dict[str, Any]]:
+    """Base model and adapters, each with its scores: the ``subjects`` of the report.
+
+    Args:
+        sets: name -> questions and where they are from.
+        name_alone: the base model's name in the files, where no adapter stands beside it.
+        out: folder for answers and scores; what is answered there already is kept.
+
+    Raises:
+        EvalError: an adapter does not fit (before anything is answered), or the disk is full.
+    """
+    for candidate in adapters:
+        check(candidate, base)  # all of them, before hours of answering
+    base_name = "base" if adapters else name_alone
+    subjects: list[dict[str, Any]] = []
+    base_right: dict[str, list[bool]] = {}
+    for adapter in (None, *adapters):
+        name = adapter.name if adapter else base_name
+        sha256 = adapter.sha256() if adapter else None
+        facts = {**base.facts, "adapter": sha256, "batch_size": batch_size}
+        subject: dict[str, Any] = {
+            "name": name,
+            "adapter": str(adapter.folder) if adapter else None,
+            "sha256": sha256,
+            "round": adapter.round if adapter else None,
+            "scores": {},
+        }
+        with attached(adapter, base) if adapter else nullcontext(base.model) as model:
+            inference = Inference(model, base.tokenizer, batch_size)
+            for dataset, (questions, _) in sets.items():
+                result, correct = _answer(inference, facts, dataset, questions, name, out)
+                subject["scores"][dataset] = result
+                if adapter is None:
+                    base_right[dataset] = correct
+                else:
+                    against = compare(base_right[dataset], correct)
+                    subject.setdefault("against_base", {})[dataset] = against
+        accuracies = [s["accuracy"] for s in subject["scores"].values()]
+        subject["average"] = sum(accuracies) / len(accuracies)
+        subjects.append(subject)
+    return subjects
+
+
+def _answer(
+    inference: Inference,
+    facts: dict[str, Any],
+    dataset: str,
+    questions: Sequence[Question],
+    name: str,
+    out: Path,
+) -> tuple[dict[str, Any], list[bool]]:
+    """One model, one set: answers, files, the score, and which questions it has right."""
+    labels = benchmark(dataset).labels
+    journal = Journal(out / f".answers_{dataset}_{name}.jsonl", facts, questions)
+    kept, tokens, repeated = len(journal.answers), inference.tokens, inference.repeated
+    started = time.monotonic()
+    with tqdm(
+        total=len(questions), initial=kept, desc=f"{name}, {dataset}", unit="question",
+        mininterval=1, dynamic_ncols=True,
+    ) as bar:  # fmt: skip
+        try:
+            for index, answer in inference.answers(questions, labels, journal.answers):
+                journal.add(index, answer)
+                bar.update()
+        finally:
+            journal.close()
+    answers = [journal.answers[i] for i in range(len(questions))]
+    outputs, golds = [a.output for a in answers], [q.gold for q in questions]
+    result = score(outputs, golds, labels, [a.pick for a in answers])
+    if len(questions) > kept:  # else nothing was measured
+        result |= {
+            "seconds": time.monotonic() - started,
+            "answered_now": len(questions) - kept,
+            "tokens_computed": inference.tokens - tokens,
+            "near_tie": inference.near_tie,
+            "repeated_alone": inference.repeated - repeated,
+        }
+    write_results(out, dataset, name, questions, outputs, result["accuracy"])
+    return result, right(outputs, golds, "yes" in labels)
