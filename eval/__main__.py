@@ -120,6 +120,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         raise EvalError("--all-rounds and --round exclude each other")
     if args.run_name and not args.run_name.replace("-", "").replace("_", "").isalnum():
         raise EvalError(f"--run-name {args.run_name}: letters, digits, - and _ only")
+    if args.run_name == "base" and args.peft_path != "none":
+        raise EvalError("--run-name base: the base model's own files have that name")
     return args
 
 

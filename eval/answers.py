@@ -4,8 +4,11 @@ in the leaderboard's two files."""
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from eval import EvalError
 from eval.benchmarks import Question
@@ -28,20 +31,20 @@ class Journal:
         identity = hashlib.sha256(content.encode()).hexdigest()
         self.path = path
         self.answers: dict[int, Answer] = {}
+        kept = [identity]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = path.read_text().split("\n") if path.exists() else []
             if lines and lines[0] == identity:
-                # The last piece is empty, or a line that a killed process left unfinished.
-                for line in lines[1:-1]:
-                    index, output, pick = json.loads(line)
+                for line in lines[1:]:
+                    try:
+                        index, output, pick = json.loads(line)
+                    except ValueError:
+                        break  # a killed process left it unfinished
                     self.answers[index] = Answer(output, pick)
-                kept = [identity, *lines[1:-1]]
-            else:
-                kept = [identity]
-            self._file = path.open("w")
-            self._file.write("\n".join(kept) + "\n")
-            self._file.flush()
+                    kept.append(line)
+            _replace(path, "\n".join(kept) + "\n")
+            self._file = path.open("a")
         except OSError as err:
             raise self._failed(err) from None
 
@@ -55,7 +58,8 @@ class Journal:
             raise self._failed(err) from None
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what `add` has reported already
+            self._file.close()
 
     def _failed(self, err: OSError) -> EvalError:
         return EvalError(
@@ -73,23 +77,29 @@ def write_results(
     accuracy: float,
 ) -> None:
     """acc_<dataset>_<name>.txt and generation_<dataset>_<name>.jsonl, byte for byte in the
-    leaderboard's format (its .jsonl is one JSON array, as pandas writes it).
+    leaderboard's format (its .jsonl is one JSON array, by pandas as well).
 
     Raises:
         EvalError: the folder cannot be written.
     """
-    rows = [
-        {"prompt": q.prompt, "gold": q.gold, "output": o}
-        for q, o in zip(questions, outputs, strict=True)
-    ]
-    generation = json.dumps(rows, separators=(",", ":")).replace("/", "\\/")
+    rows = [(q.prompt, q.gold, o) for q, o in zip(questions, outputs, strict=True)]
+    table = pd.DataFrame(rows, columns=["prompt", "gold", "output"])
     for file, text in (
         (f"acc_{dataset}_{name}.txt", f"Accuracy: {accuracy}. "),
-        (f"generation_{dataset}_{name}.jsonl", generation),
+        (f"generation_{dataset}_{name}.jsonl", table.to_json(orient="records")),
     ):
-        part = folder / f".{file}"
         try:
-            part.write_text(text)
-            part.replace(folder / file)
+            _replace(folder / file, text)
         except OSError as err:
             raise EvalError(f"cannot write {folder / file}: {err.strerror}") from None
+
+
+def _replace(path: Path, text: str) -> None:
+    """The whole new text or, where the disk is full, the old one."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise

@@ -41,6 +41,9 @@ _LICENSING_EXAM = (
 )
 
 
+_FOUR, _YES_NO = ("A", "B", "C", "D"), ("yes", "no", "maybe")
+
+
 class Question(NamedTuple):
     """What the model is asked (without the chat wrapper), and the right answer."""
 
@@ -48,7 +51,9 @@ class Question(NamedTuple):
     gold: str
 
 
-def _choice(question: str, options: list[str]) -> str:
+def _choice(question: str, options: list[Any]) -> str:
+    if any(isinstance(option, list | dict) for option in options):
+        raise TypeError
     if not question.endswith(("?", ".")):
         question += "?"
     lines = "\n".join(f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options))
@@ -56,6 +61,10 @@ def _choice(question: str, options: list[str]) -> str:
 
 
 def _abstract(row: Row) -> Question:
+    if row["final_decision"] not in _YES_NO:
+        raise ValueError(f"final_decision {row['final_decision']!r} is none of {_YES_NO}")
+    if not isinstance(row["CONTEXTS"], list) or not isinstance(row["QUESTION"], str):
+        raise TypeError
     context = "\n".join(row["CONTEXTS"])
     return Question(f"{context}\n{row['QUESTION']}", row["final_decision"])
 
@@ -96,8 +105,6 @@ class Benchmark:
     file: str = ""
     questions: int = 0
 
-
-_FOUR, _YES_NO = ("A", "B", "C", "D"), ("yes", "no", "maybe")
 
 # `datasets` 4 runs no loader scripts, and bigbio's two sets have nothing else on main: these are
 # the revisions into which the hub converted them (parquet, the script's own columns and order).
@@ -141,7 +148,8 @@ def render(dataset: str, row: Row) -> tuple[str, str]:
 
     Raises:
         EvalError: unknown dataset.
-        ValueError: a column is missing or of another type, or the gold is no option.
+        ValueError: a column is missing, the question is no text (options may be numbers or
+            nothing, worded as Python does), or the gold is no option.
     """
     chosen = benchmark(dataset)
     try:
@@ -246,7 +254,9 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
             try:
                 rows = pyarrow.parquet.read_table(path).to_pylist()
-            except pyarrow.ArrowException:
+            except (pyarrow.ArrowException, OSError) as err:
+                if getattr(err, "strerror", None):
+                    raise
                 raise EvalError(f"{path} is no parquet file") from None
             yield from ((f"row {n}", row) for n, row in enumerate(rows, 1))
             return

@@ -19,13 +19,14 @@ from eval.benchmarks import Question, wrap
 CPU_TOKENS = 512  # of one forward pass: more is slower, one question fills the cores
 NEAR_TIE = 1e-3  # at least; batching moves a float32 logit by about 5e-5
 CALIBRATION, PER_BATCH = 4, 2  # questions asked both ways to see how far batching moves a logit
-# Settings of generation_config.json that change what greedy generation gives.
-_NOT_GREEDY = (
-    "num_beams", "repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty",
-    "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
-    "forced_eos_token_id", "min_length", "min_new_tokens", "sequence_bias", "guidance_scale",
-)  # fmt: skip
-_NEUTRAL: tuple[object, ...] = (None, 0, 1, [], {}, ())
+# Settings of generation_config.json that change what greedy generation gives, unless absent or
+# as here.
+_NEUTRAL = {
+    "num_beams": 1, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0,
+    "guidance_scale": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0,
+    "bad_words_ids": [], "suppress_tokens": [], "begin_suppress_tokens": [], "sequence_bias": {},
+    "forced_bos_token_id": None, "forced_eos_token_id": None,
+}  # fmt: skip
 
 
 class Answer(NamedTuple):
@@ -58,6 +59,17 @@ class Inference:
         Raises:
             EvalError: the GPU is too small for a single question.
         """
+        try:
+            yield from self._answers(questions, labels, done)
+        except torch.OutOfMemoryError:
+            raise EvalError(
+                "the GPU is too small for a single question; use --quantization 4 or nf4-bf16, "
+                "or free its memory"
+            ) from None
+
+    def _answers(
+        self, questions: Sequence[Question], labels: Sequence[str], done: Mapping[int, object]
+    ) -> Iterator[tuple[int, Answer]]:
         prompts: list[list[int]] = [self.tokenizer.encode(wrap(q.prompt)) for q in questions]
         todo = [i for i in range(len(questions)) if i not in done]
         if not todo:
@@ -66,13 +78,17 @@ class Inference:
             yield from self._generated(questions, prompts, set(todo))
             return
         label_ids = [self._ids(label) for label in labels]
-        single = [ids[0] for ids in label_ids if len(ids) == 1]
+        single = [ids[0] for ids in label_ids] if all(len(i) == 1 for i in label_ids) else []
 
         def answer(logits: torch.Tensor) -> Answer:
-            pick = None
-            if len(single) == len(labels):
-                pick = labels[int(logits[single].argmax())]
+            pick = labels[int(logits[single].argmax())] if single else None
             return Answer(self._text([int(logits.argmax())]), pick)
+
+        def gap(logits: torch.Tensor) -> float:
+            """Of the two best tokens, and of the two best labels: whichever is smaller."""
+            candidates = [logits, logits[single]] if len(single) > 1 else [logits]
+            pairs = [c.topk(2).values.tolist() for c in candidates]
+            return min(float(first - second) for first, second in pairs)
 
         prefix = self._prefix(prompts)
         # The longest first: a GPU that is too small says so at once.
@@ -81,7 +97,7 @@ class Inference:
         while todo:
             batch = self._batch(todo, prompts, prefix)
             logits = self._logits([prompts[i] for i in batch], prefix)
-            gaps = [first - second for first, second in logits.topk(2).values.tolist()]
+            gaps = [gap(row) for row in logits]
             closest = sorted(range(len(batch)), key=gaps.__getitem__)
             for n, row in enumerate(closest):
                 index, here = batch[row], logits[row]
@@ -98,7 +114,7 @@ class Inference:
 
     def _greedy(self) -> bool:
         settings = self.model.generation_config
-        return all(getattr(settings, name, None) in _NEUTRAL for name in _NOT_GREEDY)
+        return all(getattr(settings, n, None) in (None, value) for n, value in _NEUTRAL.items())
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -137,13 +153,10 @@ class Inference:
         try:
             return self._forward(prompts, prefix)
         except torch.OutOfMemoryError:
-            pass  # leave the except block first: the traceback holds the tensors
+            if len(prompts) == 1:
+                raise
+        # Behind the except block: its traceback holds the tensors.
         torch.cuda.empty_cache()
-        if len(prompts) == 1:
-            raise EvalError(
-                f"the GPU is too small for one question of {len(prompts[0])} tokens; "
-                "use --quantization 4 or nf4-bf16, or free its memory"
-            )
         half = len(prompts) // 2
         if half < self.batch_size:
             self.batch_size = half

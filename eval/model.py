@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModelForCausalLM
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
@@ -78,7 +78,7 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
     try:
         config = AutoConfig.from_pretrained(source)
         stored, how = getattr(config, "quantization_config", None), None
-        if stored and source == Path(name):
+        if stored and not (matches and source == matches[0].folder):
             raise EvalError(f"{source} is quantised already; give the original weights")
         if stored and kind in ("nf4", "fp4"):  # at preparation, maybe for another kind of device
             stored["bnb_4bit_compute_dtype"] = str(dtype).split(".")[1]
@@ -98,7 +98,7 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
             f"the GPU is too small for {name} with --quantization {quantization}; "
             "use nf4-bf16, or free its memory"
         ) from None
-    except (OSError, ValueError, KeyError) as err:
+    except (OSError, ValueError, KeyError, SafetensorError) as err:
         first = str(err).strip().split("\n")[0]
         raise EvalError(f"{source} does not load as a causal language model: {first}") from None
     layers = {
@@ -176,8 +176,10 @@ def base_model_name(adapter: Adapter) -> str:
     except OSError as err:
         raise EvalError(f"no adapter in {adapter.folder}: {path.name}: {err.strerror}") from None
     except (ValueError, KeyError, TypeError):
-        raise EvalError(f"{path} names no base_model_name_or_path") from None
-    return str(name)
+        name = None
+    if not isinstance(name, str) or not name:
+        raise EvalError(f"{path} names no base_model_name_or_path")
+    return name
 
 
 def check(adapter: Adapter, base: Base) -> None:
@@ -216,7 +218,8 @@ def check(adapter: Adapter, base: Base) -> None:
         if layer not in base.linear_layers:
             raise EvalError(f"{adapter.folder}: {name} has no layer in {base.name}")
         n_out, n_in = base.linear_layers[layer]
-        if (shape[1] if side[0] == "A" else shape[0]) != (n_in if side[0] == "A" else n_out):
+        fits = len(shape) == 2 and (shape[1] == n_in if side[0] == "A" else shape[0] == n_out)
+        if not fits:
             raise EvalError(
                 f"{adapter.folder}: {name} is {shape}, but that layer of {base.name} is "
                 f"{[n_out, n_in]}; the adapter is of another base model"
@@ -233,12 +236,16 @@ def attached(adapter: Adapter, base: Base) -> Iterator[Any]:
     from peft import get_peft_model_state_dict
 
     check(adapter, base)
+    # As PeftModel.from_pretrained, in two steps: what fails half-way must come off again.
     try:
-        model = PeftModel.from_pretrained(base.model, str(adapter.folder))
-    except (RuntimeError, ValueError, TypeError, KeyError) as err:
-        first = str(err).strip().split("\n")[0]
-        raise EvalError(f"{adapter.folder}: PEFT does not load it: {first}") from None
+        model = PeftModelForCausalLM(base.model, PeftConfig.from_pretrained(str(adapter.folder)))
+    except _PEFT_ERRORS as err:
+        raise _not_taken(adapter, err) from None
     try:
+        try:
+            model.load_adapter(str(adapter.folder), "default", is_trainable=False)
+        except _PEFT_ERRORS as err:
+            raise _not_taken(adapter, err) from None
         with safe_open(adapter.weights, "np") as file:
             loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
             unlike = set(file.keys()) ^ set(loaded)
@@ -247,3 +254,11 @@ def attached(adapter: Adapter, base: Base) -> Iterator[Any]:
         yield model.eval()
     finally:
         model.unload()
+
+
+_PEFT_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError)
+
+
+def _not_taken(adapter: Adapter, err: Exception) -> EvalError:
+    first = str(err).strip().split("\n")[0]
+    return EvalError(f"{adapter.folder}: PEFT does not load it: {first}")

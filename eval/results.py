@@ -62,9 +62,13 @@ def adapters(run: Path, number: int | None, every: bool) -> list[Adapter]:
     chosen = list(there) if every else [number if number is not None else max(there)]
     found = []
     for n in chosen:
-        manifest = json.loads((there[n] / "round.json").read_text())
-        adapter = Adapter(there[n], there[n].name, n, manifest.get("base_model_fingerprint"))
-        if not adapter.weights.is_file() or adapter.sha256() != manifest["sha256"]:
+        try:
+            manifest = json.loads((there[n] / "round.json").read_text())
+            fingerprint, sha256 = manifest["base_model_fingerprint"], manifest["sha256"]
+        except (ValueError, KeyError, TypeError):
+            raise EvalError(f"{there[n] / 'round.json'} is not what the run wrote") from None
+        adapter = Adapter(there[n], there[n].name, n, fingerprint)
+        if not adapter.weights.is_file() or adapter.sha256() != sha256:
             raise EvalError(f"{adapter.weights} is not what the run wrote (sha256 differs)")
         found.append(adapter)
     return found

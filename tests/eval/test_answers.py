@@ -1,0 +1,240 @@
+"""Answers on the disk: none is lost or asked twice, and the files are the leaderboard's."""
+
+import gc
+import json
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas  # type: ignore[import-untyped]
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eval import EvalError
+from eval.answers import Journal, write_results
+from eval.benchmarks import Question
+from eval.inference import Answer
+
+FACTS = {"name": "m", "adapter": None, "batch_size": 16}
+QUESTIONS = [Question(f"Question {n}", "A") for n in range(6)]
+ANSWERS = {0: Answer("A", "B"), 4: Answer("é\n\u2028", None), 2: Answer("", "C")}
+
+
+def write(path: Path, answers: dict[int, Answer], **changes: object) -> None:
+    journal = Journal(path, FACTS | changes, QUESTIONS)
+    try:
+        for index, answer in answers.items():
+            journal.add(index, answer)
+    finally:
+        journal.close()
+
+
+def read(
+    path: Path, facts: dict[str, Any] = FACTS, questions: Any = QUESTIONS
+) -> dict[int, Answer]:
+    journal = Journal(path, facts, questions)
+    journal.close()
+    return journal.answers
+
+
+def test_a_journal_continues_where_it_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "journal"
+    assert read(path) == {}
+    write(path, ANSWERS)
+    assert read(path) == ANSWERS
+    write(path, {1: Answer("x", None)})
+    assert read(path) == ANSWERS | {1: Answer("x", None)}
+    assert len(path.read_text().splitlines()) == 1 + 4
+
+
+def test_an_answer_is_on_the_disk_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path, FACTS, QUESTIONS)
+    for n, (index, answer) in enumerate(ANSWERS.items(), 1):
+        journal.add(index, answer)
+        assert len(path.read_text().splitlines()) == 1 + n
+    journal.close()
+
+
+def test_whatever_a_killed_process_left_of_the_last_line_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    write(path, ANSWERS)
+    whole = path.read_bytes()
+    last = whole.rstrip(b"\n").rfind(b"\n") + 1
+    kept = {i: a for i, a in ANSWERS.items() if i != 2}
+    for end in range(last, len(whole) - 1):  # the last line without its newline is whole
+        path.write_bytes(whole[:end])
+        assert read(path) == kept
+        write(path, {2: ANSWERS[2]})  # asked again, on a line of its own
+        assert path.read_bytes() == whole
+        assert read(path) == ANSWERS
+
+
+def test_half_a_first_line_starts_anew(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    write(path, {})
+    identity = path.read_bytes()
+    for end in (0, 1, 63, 64):
+        path.write_bytes(identity[:end])
+        assert read(path) == {}
+        write(path, ANSWERS)
+        assert read(path) == ANSWERS
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 8}, {"adapter": "1f"}, {"more": 1}], ids=str)
+def test_other_facts_start_anew(tmp_path: Path, change: dict[str, object]) -> None:
+    path = tmp_path / "journal"
+    write(path, ANSWERS)
+    assert read(path, FACTS | change) == {}
+    assert read(path) == {}  # and these are gone: one journal, one subject
+
+
+@pytest.mark.parametrize(
+    "questions",
+    [
+        QUESTIONS[:-1],
+        QUESTIONS[::-1],
+        [*QUESTIONS[:-1], Question("Question 5", "B")],
+        [*QUESTIONS[:-1], Question("Question 5 ", "A")],
+    ],
+    ids=["fewer", "another order", "another gold", "another prompt"],
+)
+def test_other_questions_start_anew(tmp_path: Path, questions: list[Question]) -> None:
+    path = tmp_path / "journal"
+    write(path, ANSWERS)
+    assert read(path, questions=questions) == {}
+
+
+def test_the_order_of_the_facts_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    write(path, ANSWERS)
+    assert read(path, dict(reversed(FACTS.items()))) == ANSWERS
+
+
+@contextmanager
+def _full_disk(max_bytes: int) -> Iterator[None]:
+    """Let no file of this process grow beyond ``max_bytes``: writes fail as on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_is_an_eval_error_and_what_is_answered_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    write(path, ANSWERS)
+    journal = Journal(path, FACTS, QUESTIONS)
+    with _full_disk(path.stat().st_size + 5):
+        with pytest.raises(EvalError, match="make room") as caught:
+            journal.add(5, Answer("x" * 100, None))
+        assert str(path) in str(caught.value)
+    del journal, caught
+    gc.collect()  # closes the file, which may or may not have room now
+    assert read(path).items() >= ANSWERS.items()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_closing_on_a_full_disk_does_not_hide_the_eval_error(tmp_path: Path) -> None:
+    """``close`` stands in a finally: an error of its own would replace the one for the user."""
+    path = tmp_path / "journal"
+    write(path, ANSWERS)
+    with _full_disk(path.stat().st_size + 5), pytest.raises(EvalError, match="make room"):
+        write(path, {5: Answer("x" * 100, None)})
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("room", [0, 70])
+def test_a_full_disk_on_opening_loses_no_answer(tmp_path: Path, room: int) -> None:
+    path = tmp_path / "journal"
+    write(path, ANSWERS)
+    with _full_disk(room):
+        try:
+            Journal(path, FACTS, QUESTIONS).close()
+        except (EvalError, OSError):  # which of them, the tests above say
+            gc.collect()
+    assert read(path) == ANSWERS
+
+
+def test_a_folder_that_cannot_be_made_is_an_eval_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "journal"
+    with pytest.raises(EvalError, match="--out") as caught:
+        Journal(path, FACTS, QUESTIONS)
+    assert str(path) in str(caught.value)
+
+
+# By hand, from pandas' rules: no blanks, ASCII, a slash escaped; one array whatever the suffix.
+GOLDEN = (
+    r'[{"prompt":"M\u00e9ni\u00e8re\n5 mg\/kg \"x\" \\","gold":"A","output":"\u2028"},'
+    r'{"prompt":"\ud83d\ude00","gold":"B","output":""}]'
+)
+GOLDEN_QUESTIONS = [Question('Ménière\n5 mg/kg "x" \\', "A"), Question("😀", "B")]
+
+
+def files(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+def test_the_two_files_are_the_leaderboards_byte_for_byte(tmp_path: Path) -> None:
+    write_results(tmp_path, "medqa", "fl", GOLDEN_QUESTIONS, ["\u2028", ""], 1 / 3)
+    assert files(tmp_path) == {"acc_medqa_fl.txt", "generation_medqa_fl.jsonl"}
+    accuracy = (tmp_path / "acc_medqa_fl.txt").read_bytes()
+    assert accuracy == b"Accuracy: 0.3333333333333333. "
+    assert (tmp_path / "generation_medqa_fl.jsonl").read_bytes() == GOLDEN.encode()
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x7f"), max_size=12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(texts, texts, texts), min_size=1, max_size=3))
+def test_the_generations_are_written_as_pandas_writes_them(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str, str]]
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    questions = [Question(prompt, gold) for prompt, gold, _ in rows]
+    write_results(folder, "medqa", "h", questions, [o for *_, o in rows], 0.5)
+    written = (folder / "generation_medqa_h.jsonl").read_text(encoding="utf-8")
+    frame = pandas.DataFrame(rows, columns=["prompt", "gold", "output"])
+    assert written == frame.to_json(orient="records")
+    assert [tuple(row.values()) for row in json.loads(written)] == rows
+
+
+def test_the_one_control_character_that_pandas_does_not_escape(tmp_path: Path) -> None:
+    write_results(tmp_path, "medqa", "fl", [Question("\\u007f", "A")], ["\x7f"], 0.0)
+    frame = pandas.DataFrame([["\\u007f", "A", "\x7f"]], columns=["prompt", "gold", "output"])
+    written = (tmp_path / "generation_medqa_fl.jsonl").read_text()
+    assert written == frame.to_json(orient="records")
+
+
+def test_results_replace_those_before(tmp_path: Path) -> None:
+    for outputs in (["a" * 1000, "b"], ["x", "y"]):
+        write_results(tmp_path, "medqa", "fl", GOLDEN_QUESTIONS, outputs, 0.0)
+    rows = json.loads((tmp_path / "generation_medqa_fl.jsonl").read_text())
+    assert [row["output"] for row in rows] == ["x", "y"]
+
+
+@pytest.mark.parametrize("file", ["acc_medqa_fl.txt", "generation_medqa_fl.jsonl"])
+def test_a_folder_in_the_way_is_an_eval_error(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).mkdir()
+    with pytest.raises(EvalError) as caught:
+        write_results(tmp_path, "medqa", "fl", GOLDEN_QUESTIONS, ["", ""], 0.0)
+    assert str(caught.value).startswith(f"cannot write {tmp_path / file}: ")
+
+
+def test_a_full_disk_leaves_the_results_before_as_they_were(tmp_path: Path) -> None:
+    write_results(tmp_path, "medqa", "fl", GOLDEN_QUESTIONS, ["x", "y"], 0.5)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with _full_disk(10), pytest.raises(EvalError, match="cannot write"):
+        write_results(tmp_path, "medqa", "fl", GOLDEN_QUESTIONS, ["u", "v"], 0.25)
+    after = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name in before}
+    assert after == before
