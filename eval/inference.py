@@ -77,16 +77,20 @@ class Inference:
         if not (self._greedy() and all(len(self._ids(q.gold)) == 1 for q in questions)):
             yield from self._generated(questions, prompts, set(todo))
             return
-        label_ids = [self._ids(label) for label in labels]
-        single = [ids[0] for ids in label_ids] if all(len(i) == 1 for i in label_ids) else []
+        # "yes" may be said as "Yes".
+        spelled = [[self._ids(t) for t in {label, label.capitalize()}] for label in labels]
+        label_ids = [[ids[0] for ids in ways if len(ids) == 1] for ways in spelled]
+
+        def by_label(logits: torch.Tensor) -> torch.Tensor:
+            return torch.stack([logits[ids].max() for ids in label_ids])
 
         def answer(logits: torch.Tensor) -> Answer:
-            pick = labels[int(logits[single].argmax())] if single else None
+            pick = labels[int(by_label(logits).argmax())] if all(label_ids) else None
             return Answer(self._text([int(logits.argmax())]), pick)
 
         def gap(logits: torch.Tensor) -> float:
             """Of the two best tokens, and of the two best labels: whichever is smaller."""
-            candidates = [logits, logits[single]] if len(single) > 1 else [logits]
+            candidates = [logits, by_label(logits)] if all(label_ids) else [logits]
             pairs = [c.topk(2).values.tolist() for c in candidates]
             return min(float(first - second) for first, second in pairs)
 

@@ -1,6 +1,6 @@
 """Questions per second: our evaluation against the leaderboard's loop, same model, same run.
 
-    python -m tests.benchmarks.eval_speed --data-dir DIR [--per-set 50] [--repeat 3] [--peft-path P]
+    python -m tests.benchmarks.eval_speed --data-dir DIR [--every 20] [--repeat 3] [--peft-path P]
 
 The loop is written from its description (adap/flower, flowertune-llm/evaluation/medical): every
 prompt alone through ``generate``, with as many new tokens as the first gold of its batch has.
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--datasets", default=",".join(LEADERBOARD[:3]))
-    parser.add_argument("--per-set", type=int, default=50)
+    parser.add_argument("--every", type=int, default=20, help="take every Nth question")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--base-model-name-path", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--peft-path", type=Path)
@@ -92,8 +92,7 @@ def measure(args: argparse.Namespace, model: Any, tokenizer: Any) -> None:
     for dataset in args.datasets.split(","):
         labels = benchmark(dataset).labels
         questions, _ = load(dataset, args.data_dir, args.cache)
-        # Spread over the set: its beginning may be short or easy.
-        questions = questions[:: max(1, len(questions) // args.per_set)][: args.per_set]
+        questions = questions[:: args.every]  # all sets in proportion, as in a whole evaluation
         leaderboard_loop(model, tokenizer, questions[:2], args.batch_size)  # warm up
         their_times, our_times = [], []
         for _ in range(args.repeat):
