@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ class RunFolder:
             # The evaluation container runs as another user of this group: it can write here
             # and nowhere else in the results.
             (self.path / "eval").mkdir(exist_ok=True)
-            (self.path / "eval").chmod(0o2775)
+            with suppress(PermissionError):  # some network file systems know no modes
+                (self.path / "eval").chmod(0o2775)
         except OSError as err:
             raise ResultsError(
                 f"cannot write results to {self.path}: {err.strerror}; "

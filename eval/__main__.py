@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands[given.pop(0)] if given and given[0] in commands else _evaluate
     try:
         return command(given)
-    except (EvalError, SiteError) as err:
+    except (EvalError, SiteError, OSError) as err:
         print(f"eval: ERROR: {err}", file=sys.stderr)
     except KeyboardInterrupt:
         print("eval: stopped; run it again to go on", file=sys.stderr)
@@ -56,8 +56,8 @@ def _fetch(arguments: list[str]) -> int:
     _datasets_and_cache(parser)
     args = parser.parse_args(arguments)
     _trust_own_ca()
-    for name in args.datasets.split(","):
-        if benchmark(name).repository:
+    for name in args.datasets:
+        if BENCHMARKS[name].repository:
             print(f"eval: {name}: {fetch(name, args.cache)}", flush=True)
     return 0
 
@@ -73,6 +73,7 @@ def _datasets_and_cache(parser: argparse.ArgumentParser) -> None:
     env = os.environ.get
     parser.add_argument(
         "--datasets",
+        type=_names,
         default=env("EVAL_DATASETS") or ",".join(LEADERBOARD),
         help=f"comma-separated, of {', '.join(BENCHMARKS)}; default: %(default)s",
     )
@@ -80,6 +81,13 @@ def _datasets_and_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache", type=Path, default=env("MODEL_CACHE", home_cache / "fedllm-medical")
     )
+
+
+def _names(text: str) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        benchmark(name)  # all of them, before the first is fetched
+    return names
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -110,6 +118,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.limit is not None and args.limit < 1:
         raise EvalError(f"--limit {args.limit}: must be 1 or more; leave it out for all questions")
+    if not 0 <= args.wait < float("inf"):
+        raise EvalError(f"--wait {args.wait}: must be 0 or more minutes")
     if args.batch_size < 1:
         raise EvalError(f"--batch-size {args.batch_size}: must be 1 or more")
     if args.quantization not in ("4", "8", "0", "nf4-bf16"):
@@ -128,15 +138,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _evaluate(arguments: list[str]) -> int:
     args = _parse(arguments)
     # Everything that can be wrong with the questions, before seconds of imports and of loading.
-    sets = {
-        name: load(name, args.data_dir, args.cache, args.limit)
-        for name in dict.fromkeys(args.datasets.split(","))
-    }
+    sets = {name: load(name, args.data_dir, args.cache, args.limit) for name in args.datasets}
     _quiet()
     from eval.evaluation import evaluate
     from eval.model import base_model_name, load_base
     from eval.report import PUBLISHED, text_table, write_report
-    from eval.results import metrics
+    from eval.results import metrics, state
 
     run, adapters = _adapters(args)
     name = args.base_model_name_path or (base_model_name(adapters[0]) if adapters else None)
@@ -144,11 +151,15 @@ def _evaluate(arguments: list[str]) -> int:
         raise EvalError("--base-model-name-path: which base model?")
     out = args.out or (run / "eval" if run else Path("benchmarks"))
     _writable(out)
+    status = state(run) if run else None
+    if run:
+        print(f"eval: run {run.name}, {status}: {', '.join(a.name for a in adapters)}")
     print(f"eval: base model {name}, --quantization {args.quantization}", flush=True)
     base = load_base(name, args.quantization, _device(), args.models, args.cache)
     subjects = evaluate(base, adapters, sets, args.batch_size, args.run_name or "base", out)
     report = {
         "run": run.name if run else None,
+        "status": status,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": base.facts,
         "settings": {
@@ -163,6 +174,7 @@ def _evaluate(arguments: list[str]) -> int:
             name: {
                 "title": benchmark(name).title,
                 "questions": len(questions),
+                "expected": benchmark(name).questions or None,
                 "source": origin,
             }
             for name, (questions, origin) in sets.items()

@@ -18,18 +18,21 @@ from eval.inference import Answer
 class Journal:
     """The answers of one model to one set, a line each, in the order in which they came.
 
-    Its first line says what they are answers to; a journal of anything else starts anew.
+    Its name and its first line say what they are answers to: another model, adapter, precision
+    or choice of questions has a journal of its own.
     """
 
-    def __init__(self, path: Path, facts: dict[str, Any], questions: Sequence[Question]) -> None:
-        """Open for appending.
+    def __init__(
+        self, folder: Path, name: str, facts: dict[str, Any], questions: Sequence[Question]
+    ) -> None:
+        """Open ``folder``/.answers_<name>_<what they answer>.jsonl for appending.
 
         Raises:
             EvalError: the folder cannot be written.
         """
         content = json.dumps([facts, questions], sort_keys=True)
         identity = hashlib.sha256(content.encode()).hexdigest()
-        self.path = path
+        self.path = path = folder / f".answers_{name}_{identity[:8]}.jsonl"
         self.answers: dict[int, Answer] = {}
         kept = [identity]
         try:
@@ -43,7 +46,7 @@ class Journal:
                         break  # a killed process left it unfinished
                     self.answers[index] = Answer(output, pick)
                     kept.append(line)
-            _replace(path, "\n".join(kept) + "\n")
+            replace_file(path, "\n".join(kept) + "\n")
             self._file = path.open("a")
         except OSError as err:
             raise self._failed(err) from None
@@ -89,16 +92,16 @@ def write_results(
         (f"generation_{dataset}_{name}.jsonl", table.to_json(orient="records")),
     ):
         try:
-            _replace(folder / file, text)
+            replace_file(folder / file, text)
         except OSError as err:
             raise EvalError(f"cannot write {folder / file}: {err.strerror}") from None
 
 
-def _replace(path: Path, text: str) -> None:
-    """The whole new text or, where the disk is full, the old one."""
+def replace_file(path: Path, text: str) -> None:
+    """The whole new text or, where the disk is full, the old one. Raises OSError."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
         part.replace(path)
     except OSError:
         part.unlink(missing_ok=True)

@@ -70,7 +70,10 @@ def _abstract(row: Row) -> Question:
 
 
 def _numbered(row: Row, columns: tuple[str, ...], first: int) -> Question:
-    index = int(row["cop"]) - first
+    try:
+        index = int(row["cop"]) - first
+    except OverflowError:
+        index = -1
     if index not in range(len(columns)):
         raise ValueError(f"cop = {row['cop']} is none of its {len(columns)} options")
     text = _choice(row["question"], [row[c] for c in columns])
@@ -195,6 +198,7 @@ def load(
             prompt, gold = pair or render(dataset, row)
             if not (isinstance(prompt, str) and isinstance(gold, str) and gold):
                 raise ValueError("prompt or gold is not a text")
+            prompt.encode()  # a lone surrogate could be asked, but not be written
         except ValueError as err:
             raise EvalError(f"{path}, {place}: {err}") from None
         questions.append(Question(prompt, gold))
@@ -224,8 +228,8 @@ def fetch(dataset: str, cache: Path) -> Path:
     except Exception as err:  # hub, network and OS errors have no common class
         raise EvalError(
             f"{dataset}: {chosen.repository} is not in {cache} and the hub says "
-            f"{type(err).__name__}; run `python -m eval fetch` where the hub can be reached, or "
-            "give --data-dir"
+            f"{type(err).__name__}; run `python -m eval fetch --datasets {dataset}` (compose: "
+            f"EVAL_DATASETS={dataset}) where the hub can be reached, or give --data-dir"
         ) from None
 
 
@@ -260,7 +264,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 raise EvalError(f"{path} is no parquet file") from None
             yield from ((f"row {n}", row) for n, row in enumerate(rows, 1))
             return
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as err:
         raise EvalError(f"cannot read {path}: {err.strerror}") from None
     except UnicodeDecodeError:
@@ -268,15 +272,16 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
     if text.lstrip().startswith("["):  # as the leaderboard writes, whatever the suffix says
         try:
             values = [(f"row {n}", value) for n, value in enumerate(json.loads(text), 1)]
-        except json.JSONDecodeError as err:
-            raise EvalError(f"{path}, line {err.lineno}: not JSON") from None
+        except (ValueError, RecursionError) as err:
+            line = f", line {err.lineno}" if isinstance(err, json.JSONDecodeError) else ""
+            raise EvalError(f"{path}{line}: not JSON") from None
     else:
         values = []
         for number, line in enumerate(text.split("\n"), 1):  # splitlines() cuts at U+2028 as well
             if line.strip():
                 try:
                     values.append((f"line {number}", json.loads(line)))
-                except json.JSONDecodeError:
+                except (ValueError, RecursionError):
                     raise EvalError(f"{path}, line {number}: not JSON") from None
     for place, value in values:
         if not isinstance(value, dict):

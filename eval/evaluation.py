@@ -41,7 +41,7 @@ def evaluate(
     for adapter in (None, *adapters):
         name = adapter.name if adapter else base_name
         sha256 = adapter.sha256() if adapter else None
-        facts = {**base.facts, "adapter": sha256, "batch_size": batch_size}
+        facts = {**base.facts, "adapter": sha256, "device": ""}  # a GPU gives the CPU's answers
         subject: dict[str, Any] = {
             "name": name,
             "adapter": str(adapter.folder) if adapter else None,
@@ -75,7 +75,9 @@ def _answer(
 ) -> tuple[dict[str, Any], list[bool]]:
     """One model, one set: answers, files, the score, and which questions it has right."""
     labels = benchmark(dataset).labels
-    journal = Journal(out / f".answers_{dataset}_{name}.jsonl", facts, questions)
+    if not inference.one_pass(questions):  # then a batch's first gold counts for all of it
+        facts = {**facts, "batch_size": inference.batch_size}
+    journal = Journal(out, f"{dataset}_{name}", facts, questions)
     kept, tokens, repeated = len(journal.answers), inference.tokens, inference.repeated
     started = time.monotonic()
     with tqdm(
@@ -84,8 +86,8 @@ def _answer(
     ) as bar:  # fmt: skip
         try:
             for index, answer in inference.answers(questions, labels, journal.answers):
+                bar.update(index not in journal.answers)
                 journal.add(index, answer)
-                bar.update()
         finally:
             journal.close()
     answers = [journal.answers[i] for i in range(len(questions))]

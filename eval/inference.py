@@ -56,6 +56,8 @@ class Inference:
     ) -> Iterator[tuple[int, Answer]]:
         """Index and answer of every question that is not in ``done``, in an order of its own.
 
+        A few may come twice; the later answer holds.
+
         Raises:
             EvalError: the GPU is too small for a single question.
         """
@@ -74,7 +76,7 @@ class Inference:
         todo = [i for i in range(len(questions)) if i not in done]
         if not todo:
             return
-        if not (self._greedy() and all(len(self._ids(q.gold)) == 1 for q in questions)):
+        if not self.one_pass(questions):
             yield from self._generated(questions, prompts, set(todo))
             return
         # "yes" may be said as "Yes".
@@ -97,7 +99,8 @@ class Inference:
         prefix = self._prefix(prompts)
         # The longest first: a GPU that is too small says so at once.
         todo.sort(key=lambda i: len(prompts[i]), reverse=True)
-        self.near_tie, shift, compared = NEAR_TIE, 0.0, 0
+        self.near_tie, shift, calibrated = NEAR_TIE, 0.0, 0
+        gap_of: dict[int, float] = {}  # of questions not asked again, yet
         while todo:
             batch = self._batch(todo, prompts, prefix)
             logits = self._logits([prompts[i] for i in batch], prefix)
@@ -105,19 +108,33 @@ class Inference:
             closest = sorted(range(len(batch)), key=gaps.__getitem__)
             for n, row in enumerate(closest):
                 index, here = batch[row], logits[row]
-                calibrating = compared < CALIBRATION and n < PER_BATCH
+                calibrating = calibrated < CALIBRATION and n < PER_BATCH
+                calibrated += calibrating
                 if calibrating or gaps[row] < self.near_tie:
                     here = self._logits([prompts[index]], None)[0]
                     shift = max(shift, float((logits[row] - here).abs().max()))
                     # A gap changes by two shifts at most; as much again for what was not seen.
                     self.near_tie = max(NEAR_TIE, 4 * shift)
-                    compared += 1
                     self.repeated += 1
+                else:
+                    gap_of[index] = gaps[row]
                 yield index, answer(here)
             todo = todo[len(batch) :]
+        for index in [i for i, g in gap_of.items() if g < self.near_tie]:
+            # Judged when less was known of what a near tie is.
+            self.repeated += 1
+            yield index, answer(self._logits([prompts[index]], None)[0])
 
-    def _greedy(self) -> bool:
-        settings = self.model.generation_config
+    def one_pass(self, questions: Sequence[Question]) -> bool:
+        """Whether what the leaderboard generates is the arg-max behind a fully seen prompt."""
+        settings, eos = self.model.generation_config, self.tokenizer.eos_token_id
+        stops = settings.eos_token_id
+        if eos not in (stops if isinstance(stops, list) else [stops]) and any(
+            eos in self.tokenizer.encode(wrap(q.prompt)) for q in questions
+        ):
+            return False  # its `generate` pads with EOS and then hides these tokens
+        if any(len(self._ids(q.gold)) != 1 for q in questions):
+            return False
         return all(getattr(settings, n, None) in (None, value) for n, value in _NEUTRAL.items())
 
     def _ids(self, text: str) -> list[int]:
@@ -213,7 +230,6 @@ class Inference:
                 with torch.inference_mode():
                     out = self.model.generate(
                         input_ids=ids,
-                        attention_mask=torch.ones_like(ids),
                         max_new_tokens=new_tokens,
                         do_sample=False,
                         pad_token_id=self.tokenizer.eos_token_id,

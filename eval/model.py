@@ -83,7 +83,8 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
         if stored and kind in ("nf4", "fp4"):  # at preparation, maybe for another kind of device
             stored["bnb_4bit_compute_dtype"] = str(dtype).split(".")[1]
         elif not stored and kind in _SETTINGS:
-            how = {"quantization_config": BitsAndBytesConfig(**_SETTINGS[kind])}
+            settings = _SETTINGS[kind] | {"bnb_4bit_compute_dtype": dtype}
+            how = {"quantization_config": BitsAndBytesConfig(**settings)}
         model: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -106,6 +107,8 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
         for n, m in model.named_modules()
         if isinstance(m, torch.nn.Linear)
     }
+    if stored:
+        _cast(model, dtype)
     if device == "cpu" and kind != "none":
         model = model.dequantize()
     facts = {
@@ -117,6 +120,19 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
         "device": torch.cuda.get_device_name(0) if device == "cuda" else "cpu",
     }
     return Base(model.eval(), tokenizer, name, layers, set(fingerprints.values()), facts)
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Let a stored quantised model compute in ``dtype``, whatever it was stored with.
+
+    ``from_pretrained`` applies its dtype to none of the parameters of such a model.
+    """
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            state.dtype = dtype
+        elif parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _source(name: str, quantization: str, models: Path, cache: Path) -> Path:
@@ -170,16 +186,26 @@ class Adapter:
 
 def base_model_name(adapter: Adapter) -> str:
     """The base model that the adapter says it is for. Raises EvalError if it says none."""
+    name = _settings(adapter).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise EvalError(
+            f"{adapter.folder / 'adapter_config.json'} names no base_model_name_or_path; "
+            "give --base-model-name-path"
+        )
+    return name
+
+
+def _settings(adapter: Adapter) -> dict[str, Any]:
     path = adapter.folder / "adapter_config.json"
     try:
-        name = json.loads(path.read_text())["base_model_name_or_path"]
+        settings = json.loads(path.read_text())
     except OSError as err:
         raise EvalError(f"no adapter in {adapter.folder}: {path.name}: {err.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        name = None
-    if not isinstance(name, str) or not name:
-        raise EvalError(f"{path} names no base_model_name_or_path")
-    return name
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise EvalError(f"{path} is no adapter_config.json")
+    return settings
 
 
 def check(adapter: Adapter, base: Base) -> None:
@@ -188,9 +214,13 @@ def check(adapter: Adapter, base: Base) -> None:
     Raises:
         EvalError: a file is missing or cut short, or an array does not fit; names the array.
     """
-    made_for = base_model_name(adapter)
+    settings = _settings(adapter)
+    if settings.get("peft_type") != "LORA":
+        raise EvalError(f"{adapter.folder}: peft_type {settings.get('peft_type')}, not LORA")
+    made_for = str(settings.get("base_model_name_or_path") or "")
     # A path says nothing here; a hub id does.
-    if made_for != base.name and made_for.count("/") == 1 and base.name.count("/") == 1:
+    ids = made_for.count("/") == base.name.count("/") == 1 and not Path(base.name).is_dir()
+    if made_for != base.name and ids:
         raise EvalError(
             f"{adapter.folder} is an adapter of {made_for}, not of {base.name}; "
             "correct --base-model-name-path or --peft-path"
@@ -248,7 +278,7 @@ def attached(adapter: Adapter, base: Base) -> Iterator[Any]:
             raise _not_taken(adapter, err) from None
         with safe_open(adapter.weights, "np") as file:
             loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
-            unlike = set(file.keys()) ^ set(loaded)
+            unlike = {n for n in set(file.keys()) ^ set(loaded) if ".base_layer." not in n}
         if unlike:
             raise EvalError(f"{adapter.folder}: arrays that do not fit: {sorted(unlike)[:4]}")
         yield model.eval()

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from eval.answers import replace_file
 from eval.charts import chart, diamond, figure, label, legend, stroke, whisker
 
 Report = dict[str, Any]
@@ -26,12 +27,12 @@ PUBLISHED = [
         "source": "https://github.com/judithspd/ai4os-fedllm-medical",
     },
     {
-        "name": "best of the board with this base model (FL-finetune-JB-DC)", "pubmedqa": 70.40,
-        "medmcqa": 60.93, "medqa": 65.82, "careqa": 55.36, "communication_mb": 1600.0,
+        "name": "best with this base model (FL-finetune-JB-DC)", "pubmedqa": 70.40,
+        "medmcqa": 60.93, "medqa": 65.82, "careqa": 55.36,
         "source": _BOARD,
     },
     {
-        "name": "best of the board (ZeroOne.AI, another base model)", "pubmedqa": 74.80,
+        "name": "board's first (ZeroOne.AI, another base model)", "pubmedqa": 74.80,
         "medmcqa": 55.39, "medqa": 59.31, "careqa": 64.79, "communication_mb": 2080.93,
         "source": _BOARD,
     },
@@ -132,14 +133,36 @@ def _number(value: float | None, absent: str = "") -> str:
     return absent if value is None else f"{value:.2f}"
 
 
+def _alpha(report: Report) -> float:
+    """What a p-value must be below: 5 % over all tests of the report together (Bonferroni)."""
+    return ALPHA / max(1, sum(len(s.get("against_base", {})) for s in report["subjects"]))
+
+
+def _corrected(report: Report) -> str:
+    tests = round(ALPHA / _alpha(report))
+    return f", 5 % over all {tests} tests together (Bonferroni)" if tests > 1 else ""
+
+
 def _p(test: dict[str, float]) -> str:
     return "p < 0.001" if test["p_value"] < 0.001 else f"p = {test['p_value']:.3g}"
 
 
-def _limit_note(report: Report) -> str:
-    limit = report["settings"].get("limit")
-    note = "questions of each dataset were used: the figures are not comparable with published ones"
-    return "" if limit is None else f"Only the first {limit} {note}."
+def _caveat(report: Report) -> str:
+    """Why the figures are not comparable with published ones; "" where they are."""
+    limit, quantization = report["settings"].get("limit"), report["model"]["quantization"]
+    reasons = []
+    if limit is not None:
+        reasons.append(f"only the first {limit} questions of each dataset were used")
+    odd = [
+        d for d in report["datasets"].values() if d.get("expected") not in (None, d["questions"])
+    ]
+    if odd and limit is None:
+        numbers = ", ".join(f"{d['title']} {d['questions']} of {d['expected']}" for d in odd)
+        reasons.append(f"the number of questions differs ({numbers})")
+    if quantization != "4":
+        reasons.append(f"the leaderboard asks for 4-bit weights, these are {quantization}")
+    text = "; ".join(reasons)
+    return f"Not comparable with published figures: {text}." if text else ""
 
 
 def _summary(report: Report) -> str:
@@ -159,10 +182,11 @@ def _summary(report: Report) -> str:
     points = 100 * (last["average"] - base[0]["average"])
     tests = [
         f"{titles[d]} {100 * t['difference']:+.2f} ({_p(t)}, "
-        f"{'more than chance' if t['p_value'] < ALPHA else 'may be chance'})"
+        f"{'more than chance' if t['p_value'] < _alpha(report) else 'may be chance'})"
         for d, t in last.get("against_base", {}).items()
     ]
-    by_test = f": {'; '.join(tests)}, by the exact McNemar test" if tests else ""
+    how = "the exact McNemar test" + _corrected(report)
+    by_test = f": {'; '.join(tests)}, by {how}" if tests else ""
     side = "above" if points >= 0 else "below"
     percent = 100 * base[0]["average"]
     return f"{reached}, {abs(points):.2f} points {side} the base model's {percent:.2f} %{by_test}."
@@ -178,7 +202,7 @@ def text_table(report: Report) -> str:
     lines = [["".join(c if " " <= c <= "~" else "?" for c in t) for t in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = ["  ".join([x[0].ljust(widths[0]), *map(str.rjust, x[1:], widths[1:])]) for x in lines]
-    return "\n".join(([_limit_note(report)] if _limit_note(report) else []) + table)
+    return "\n".join(([_caveat(report)] if _caveat(report) else []) + table)
 
 
 def _main_table(report: Report) -> str:
@@ -193,15 +217,14 @@ def _main_table(report: Report) -> str:
             css += " chosen"
             cells[0] += ' <span class="best">best</span>' if report["best"] else ""
         for dataset, percent in zip(report["datasets"], row.percents, strict=True):
-            star = row.tests.get(dataset, {"p_value": 1})["p_value"] < ALPHA
+            star = row.tests.get(dataset, {"p_value": 1})["p_value"] < _alpha(report)
             starred |= star
             cells.append(_number(percent) + "<sup>*</sup>" * star)
         cells += [_number(row.average)] + [_number(row.megabytes)] * sent
         body += f'<tr class="{css}">{"".join(f"<td>{c}</td>" for c in cells)}</tr>\n'
     notes = "Accuracy in percent. "
     if starred:
-        notes += "* differs from base by more than chance (p < 0.05, not corrected for testing "
-        notes += "several datasets and adapters). "
+        notes += f"* differs from base by more than chance{_corrected(report)}. "
     if report["best"]:
         notes += "The best adapter was picked by these same questions, which flatters it. "
     if sent:
@@ -316,8 +339,8 @@ def _card(subject: dict[str, Any], dataset: str) -> str:
 def page(report: Report) -> str:
     """The self-contained HTML page of a report with at least one subject."""
     model, rows, shown = report["model"], _rows(report), _shown(report)
-    title, note = escape(f"Evaluation of {model['name']}"), escape(_limit_note(report))
-    run = f"Run {report['run']} · " if report["run"] else ""
+    title, note = escape(f"Evaluation of {model['name']}"), escape(_caveat(report))
+    run = f"Run {report['run']}, {report['status']} · " if report["run"] else ""
     facts = f"{run}base model in {model['kind']} on {model['device']} · {report['created']}"
     bars = details = keys = ""
     for subject in shown:
@@ -369,11 +392,5 @@ def write_report(folder: Path, report: Report) -> Path:
     """
     texts = {"report.json": json.dumps(report, indent=2) + "\n", "report.html": page(report)}
     for name, text in texts.items():
-        part = folder / f".{name}.part"
-        try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(folder / name)
-        except OSError:
-            part.unlink(missing_ok=True)
-            raise
+        replace_file(folder / name, text)
     return folder / "report.html"

@@ -74,6 +74,16 @@ def adapters(run: Path, number: int | None, every: bool) -> list[Adapter]:
     return found
 
 
+def state(run: Path) -> str:
+    """How far the run is, in words: "running, 3 of 10 rounds"."""
+    try:
+        facts = json.loads((run / "run.json").read_text())
+        total, status = facts["config"]["num-server-rounds"], facts["status"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "state unknown"
+    return f"{status}, {max(rounds(run), default=0)} of {total} rounds"
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, a round each; a line being written is left out."""
     path, lines = run / "metrics.jsonl", []

@@ -86,8 +86,11 @@ def test_the_evaluation_scores_base_and_final_adapter(federation: dict[str, Any]
 
 
 def test_the_evaluation_cannot_change_an_adapter(federation: dict[str, Any]) -> None:
-    tries = "cd /results/latest && for f in run.json peft_1/round.json new peft_1/new ../new; do "
-    tries += "(echo x >> $f) 2>/dev/null && echo wrote $f; done; echo x > eval/new && echo allowed"
+    tries = "cd /results/latest && for f in run.json peft_1/round.json new peft_1/new ../new "
+    tries += "/models/new /cache/new /opt/fedllm-medical/new; do "
+    tries += "(echo x >> $f) 2>/dev/null && echo wrote $f; done; for c in 'rm -f run.json' "
+    tries += "'mv peft_1 gone' 'ln -sfn / ../latest' 'rmdir eval'; do $c 2>/dev/null && echo $c; "
+    tries += "done; echo x > eval/new && echo allowed"
     done = _eval("--entrypoint", "sh", "eval", "-c", tries)
     assert done.stdout.split() == ["allowed"], done.stderr
 

@@ -24,8 +24,14 @@ QUESTIONS = [Question(f"Question {n}", "A") for n in range(6)]
 ANSWERS = {0: Answer("A", "B"), 4: Answer("é\n\u2028", None), 2: Answer("", "C")}
 
 
-def write(path: Path, answers: dict[int, Answer], **changes: object) -> None:
-    journal = Journal(path, FACTS | changes, QUESTIONS)
+def journal_of(folder: Path) -> Path:
+    """The folder's only journal."""
+    (path,) = folder.glob(".answers_set_fl_*.jsonl")
+    return path
+
+
+def write(folder: Path, answers: dict[int, Answer]) -> None:
+    journal = Journal(folder, "set_fl", FACTS, QUESTIONS)
     try:
         for index, answer in answers.items():
             journal.add(index, answer)
@@ -34,26 +40,26 @@ def write(path: Path, answers: dict[int, Answer], **changes: object) -> None:
 
 
 def read(
-    path: Path, facts: dict[str, Any] = FACTS, questions: Any = QUESTIONS
+    folder: Path, facts: dict[str, Any] = FACTS, questions: Any = QUESTIONS
 ) -> dict[int, Answer]:
-    journal = Journal(path, facts, questions)
+    journal = Journal(folder, "set_fl", facts, questions)
     journal.close()
     return journal.answers
 
 
 def test_a_journal_continues_where_it_stopped(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "folder" / "journal"
-    assert read(path) == {}
-    write(path, ANSWERS)
-    assert read(path) == ANSWERS
-    write(path, {1: Answer("x", None)})
-    assert read(path) == ANSWERS | {1: Answer("x", None)}
-    assert len(path.read_text().splitlines()) == 1 + 4
+    folder = tmp_path / "new" / "folder"
+    assert read(folder) == {}
+    write(folder, ANSWERS)
+    assert read(folder) == ANSWERS
+    write(folder, {1: Answer("x", None)})
+    assert read(folder) == ANSWERS | {1: Answer("x", None)}
+    assert len(journal_of(folder).read_text().splitlines()) == 1 + 4
 
 
 def test_an_answer_is_on_the_disk_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    journal = Journal(path, FACTS, QUESTIONS)
+    journal = Journal(tmp_path, "set_fl", FACTS, QUESTIONS)
+    path = journal_of(tmp_path)
     for n, (index, answer) in enumerate(ANSWERS.items(), 1):
         journal.add(index, answer)
         assert len(path.read_text().splitlines()) == 1 + n
@@ -61,36 +67,35 @@ def test_an_answer_is_on_the_disk_at_once(tmp_path: Path) -> None:
 
 
 def test_whatever_a_killed_process_left_of_the_last_line_is_dropped(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    write(path, ANSWERS)
+    write(tmp_path, ANSWERS)
+    path = journal_of(tmp_path)
     whole = path.read_bytes()
     last = whole.rstrip(b"\n").rfind(b"\n") + 1
     kept = {i: a for i, a in ANSWERS.items() if i != 2}
     for end in range(last, len(whole) - 1):  # the last line without its newline is whole
         path.write_bytes(whole[:end])
-        assert read(path) == kept
-        write(path, {2: ANSWERS[2]})  # asked again, on a line of its own
+        assert read(tmp_path) == kept
+        write(tmp_path, {2: ANSWERS[2]})  # asked again, on a line of its own
         assert path.read_bytes() == whole
-        assert read(path) == ANSWERS
+        assert read(tmp_path) == ANSWERS
 
 
 def test_half_a_first_line_starts_anew(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    write(path, {})
+    write(tmp_path, {})
+    path = journal_of(tmp_path)
     identity = path.read_bytes()
     for end in (0, 1, 63, 64):
         path.write_bytes(identity[:end])
-        assert read(path) == {}
-        write(path, ANSWERS)
-        assert read(path) == ANSWERS
+        assert read(tmp_path) == {}
+        write(tmp_path, ANSWERS)
+        assert read(tmp_path) == ANSWERS
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 8}, {"adapter": "1f"}, {"more": 1}], ids=str)
-def test_other_facts_start_anew(tmp_path: Path, change: dict[str, object]) -> None:
-    path = tmp_path / "journal"
-    write(path, ANSWERS)
-    assert read(path, FACTS | change) == {}
-    assert read(path) == {}  # and these are gone: one journal, one subject
+def test_other_facts_have_a_journal_of_their_own(tmp_path: Path, change: dict[str, object]) -> None:
+    write(tmp_path, ANSWERS)
+    assert read(tmp_path, FACTS | change) == {}
+    assert read(tmp_path) == ANSWERS  # and these are still there
 
 
 @pytest.mark.parametrize(
@@ -103,16 +108,17 @@ def test_other_facts_start_anew(tmp_path: Path, change: dict[str, object]) -> No
     ],
     ids=["fewer", "another order", "another gold", "another prompt"],
 )
-def test_other_questions_start_anew(tmp_path: Path, questions: list[Question]) -> None:
-    path = tmp_path / "journal"
-    write(path, ANSWERS)
-    assert read(path, questions=questions) == {}
+def test_other_questions_have_a_journal_of_their_own(
+    tmp_path: Path, questions: list[Question]
+) -> None:
+    write(tmp_path, ANSWERS)
+    assert read(tmp_path, questions=questions) == {}
+    assert read(tmp_path) == ANSWERS
 
 
 def test_the_order_of_the_facts_does_not_matter(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    write(path, ANSWERS)
-    assert read(path, dict(reversed(FACTS.items()))) == ANSWERS
+    write(tmp_path, ANSWERS)
+    assert read(tmp_path, dict(reversed(FACTS.items()))) == ANSWERS
 
 
 @contextmanager
@@ -130,46 +136,45 @@ def _full_disk(max_bytes: int) -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_is_an_eval_error_and_what_is_answered_is_kept(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    write(path, ANSWERS)
-    journal = Journal(path, FACTS, QUESTIONS)
+    write(tmp_path, ANSWERS)
+    path = journal_of(tmp_path)
+    journal = Journal(tmp_path, "set_fl", FACTS, QUESTIONS)
     with _full_disk(path.stat().st_size + 5):
         with pytest.raises(EvalError, match="make room") as caught:
             journal.add(5, Answer("x" * 100, None))
         assert str(path) in str(caught.value)
     del journal, caught
     gc.collect()  # closes the file, which may or may not have room now
-    assert read(path).items() >= ANSWERS.items()
+    assert read(tmp_path).items() >= ANSWERS.items()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_closing_on_a_full_disk_does_not_hide_the_eval_error(tmp_path: Path) -> None:
     """``close`` stands in a finally: an error of its own would replace the one for the user."""
-    path = tmp_path / "journal"
-    write(path, ANSWERS)
-    with _full_disk(path.stat().st_size + 5), pytest.raises(EvalError, match="make room"):
-        write(path, {5: Answer("x" * 100, None)})
+    write(tmp_path, ANSWERS)
+    size = journal_of(tmp_path).stat().st_size
+    with _full_disk(size + 5), pytest.raises(EvalError, match="make room"):
+        write(tmp_path, {5: Answer("x" * 100, None)})
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("room", [0, 70])
 def test_a_full_disk_on_opening_loses_no_answer(tmp_path: Path, room: int) -> None:
-    path = tmp_path / "journal"
-    write(path, ANSWERS)
+    write(tmp_path, ANSWERS)
     with _full_disk(room):
         try:
-            Journal(path, FACTS, QUESTIONS).close()
+            Journal(tmp_path, "set_fl", FACTS, QUESTIONS).close()
         except (EvalError, OSError):  # which of them, the tests above say
             gc.collect()
-    assert read(path) == ANSWERS
+    assert read(tmp_path) == ANSWERS
 
 
 def test_a_folder_that_cannot_be_made_is_an_eval_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    path = tmp_path / "file" / "journal"
+    folder = tmp_path / "file" / "eval"
     with pytest.raises(EvalError, match="--out") as caught:
-        Journal(path, FACTS, QUESTIONS)
-    assert str(path) in str(caught.value)
+        Journal(folder, "set_fl", FACTS, QUESTIONS)
+    assert str(folder) in str(caught.value)
 
 
 # By hand, from pandas' rules: no blanks, ASCII, a slash escaped; one array whatever the suffix.

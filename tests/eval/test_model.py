@@ -403,7 +403,7 @@ def test_a_broken_config_names_no_base_model(base: Base, tmp_path: Path, text: s
     adapter = random_adapter(base, tmp_path / "a")
     path = adapter.folder / "adapter_config.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(EvalError, match="base_model_name_or_path") as caught:
+    with pytest.raises(EvalError, match=r"adapter_config\.json|base_model_name_or_path") as caught:
         base_model_name(adapter)
     assert str(path) in str(caught.value)
 
@@ -490,3 +490,24 @@ def test_the_sha256_is_that_of_the_weights_file(base: Base, tmp_path: Path) -> N
 
     adapter = random_adapter(base, tmp_path / "a")
     assert adapter.sha256() == hashlib.sha256(adapter.weights.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("quantization", KINDS)
+def test_weights_stored_in_bfloat16_are_computed_in_what_was_asked_for(
+    tiny_model: Path, tmp_path: Path, quantization: str
+) -> None:
+    """As hub models are stored; a prepared copy must not keep their type, nor their rounding."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype="bfloat16").save_pretrained(half)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(half)
+    prepare_model(tmp_path / "models", tmp_path, str(half), KINDS[quantization], None)
+    for path in (tmp_path / "models").glob("*/base.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"name": HUB_ID}))
+    prepared, own = load(HUB_ID, quantization, tmp_path), load(half, quantization, tmp_path)
+    there, here = weights(prepared.model), weights(own.model)
+    assert {p.dtype for p in (*there.values(), *here.values())} == {torch.float32}
+    for name, p in there.items():
+        assert torch.allclose(p, here[name], rtol=0, atol=1e-6), name
+    assert torch.isfinite(logits(prepared.model, prepared.tokenizer)).all()

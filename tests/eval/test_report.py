@@ -89,6 +89,7 @@ def report(*evaluated: int, sets: tuple[str, ...] = tuple(SETS), **changed: Any)
     better = {d: a + 0.031 for d, a in base.items()}
     return {
         "run": "17525078640131424984",
+        "status": "completed, 10 of 10 rounds",
         "created": "2026-11-22T18:40:00+00:00",
         "model": {
             "name": "ContactDoctor/Bio-Medical-Llama-3-8B",
@@ -228,10 +229,12 @@ def test_page_and_terminal_agree_whatever_was_evaluated(
 
 
 def test_one_sentence_says_what_came_out() -> None:
+    four = Read(page(report(10))).text
     assert (
         "The adapter peft_10 reaches 64.60 % on average over 4 datasets, 3.10 points above the "
-        "base model's 61.50 %: PubMedQA +3.10 (p = 0.02, more than chance); "
-    ) in Read(page(report(10))).text
+        "base model's 61.50 %: PubMedQA +3.10 (p = 0.02, may be chance); "
+    ) in four
+    assert "the exact McNemar test, 5 % over all 4 tests together (Bonferroni)." in four
     better, worse = subject(None, {"medqa": 0.65}), subject(3, {"medqa": 0.6}, p=0.3)
     worse["against_base"]["medqa"]["difference"] = -0.05
     text = Read(page(report(sets=("medqa",), subjects=[better, worse]))).text
@@ -359,11 +362,22 @@ def test_a_report_without_a_shared_dataset_compares_with_nothing_published() -> 
 
 def test_a_limit_is_said_above_the_table() -> None:
     limited = report(10, settings={"limit": 20})
-    note = "Only the first 20 questions of each dataset were used: the figures are not comparable"
+    note = "Not comparable with published figures: only the first 20 questions of each dataset"
     html = page(limited)
     assert 0 < html.index(note) < html.index("<table")
     assert text_table(limited).startswith(note)
-    assert "Only the first" not in page(report(10)) + text_table(report(10))
+    assert "Not comparable" not in page(report(10)) + text_table(report(10))
+
+
+def test_another_precision_or_number_of_questions_is_said_too() -> None:
+    fast = report(10)
+    fast["model"]["quantization"] = "nf4-bf16"
+    assert "these are nf4-bf16" in page(fast)
+    short = report(10)
+    short["datasets"]["medqa"] |= {"questions": 12, "expected": 1273}
+    assert "MedQA 12 of 1273" in page(short)
+    short["datasets"]["medqa"]["questions"] = 1273
+    assert "Not comparable" not in page(short)
 
 
 def everywhere(value: Any, text: str) -> Any:
