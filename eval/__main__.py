@@ -139,6 +139,9 @@ def _evaluate(arguments: list[str]) -> int:
     args = _parse(arguments)
     # Everything that can be wrong with the questions, before seconds of imports and of loading.
     sets = {name: load(name, args.data_dir, args.cache, args.limit) for name in args.datasets}
+    # Before torch is loaded: where others compute as well (SuperNodes, on a CPU), threads that
+    # spin while they wait halve everybody's speed.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     _quiet()
     from eval.evaluation import evaluate
     from eval.model import base_model_name, load_base
