@@ -18,7 +18,7 @@ from eval.benchmarks import Question, wrap
 
 CPU_TOKENS = 512  # of one forward pass: more is slower, one question fills the cores
 NEAR_TIE = 1e-3  # at least; batching moves a float32 logit by about 5e-5
-CALIBRATION, PER_BATCH = 4, 2  # questions asked both ways to see how far batching moves a logit
+CALIBRATION = 4  # questions, long to short, asked both ways: how far does batching move a logit?
 # Settings of generation_config.json that change what greedy generation gives, unless absent or
 # as here.
 _NEUTRAL = {
@@ -41,8 +41,7 @@ class Inference:
 
     Attributes:
         tokens: tokens computed so far, padding included.
-        repeated: questions asked again, alone: near ties, and the first few of a set to see
-            what a near tie is.
+        repeated: questions asked again, alone: near ties, and a few to see what a near tie is.
         near_tie: gap of the two best logits below which the last set's questions were repeated.
     """
 
@@ -99,18 +98,17 @@ class Inference:
         prefix = self._prefix(prompts)
         # The longest first: a GPU that is too small says so at once.
         todo.sort(key=lambda i: len(prompts[i]), reverse=True)
-        self.near_tie, shift, calibrated = NEAR_TIE, 0.0, 0
+        self.near_tie, shift = NEAR_TIE, 0.0
+        marks = {todo[len(todo) * n // CALIBRATION] for n in range(CALIBRATION)}
         gap_of: dict[int, float] = {}  # of questions not asked again, yet
         while todo:
             batch = self._batch(todo, prompts, prefix)
             logits = self._logits([prompts[i] for i in batch], prefix)
             gaps = [gap(row) for row in logits]
             closest = sorted(range(len(batch)), key=gaps.__getitem__)
-            for n, row in enumerate(closest):
+            for row in closest:
                 index, here = batch[row], logits[row]
-                calibrating = calibrated < CALIBRATION and n < PER_BATCH
-                calibrated += calibrating
-                if calibrating or gaps[row] < self.near_tie:
+                if index in marks or gaps[row] < self.near_tie:
                     here = self._logits([prompts[index]], None)[0]
                     shift = max(shift, float((logits[row] - here).abs().max()))
                     # A gap changes by two shifts at most; as much again for what was not seen.
