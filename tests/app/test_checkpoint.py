@@ -179,4 +179,11 @@ def test_metrics_grow_by_a_line_and_run_json_is_replaced(tmp_path: Path) -> None
     lines = (folder.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in lines] == [1, 2]
     assert json.loads((folder.path / "run.json").read_text()) == {"status": "y"}
-    assert {p.name for p in folder.path.iterdir()} == {"metrics.jsonl", "run.json"}
+    assert {p.name for p in folder.path.iterdir()} == {"eval", "metrics.jsonl", "run.json"}
+
+
+def test_the_group_may_write_to_the_eval_folder_and_nowhere_else(tmp_path: Path) -> None:
+    """The evaluation container runs as another user of the ServerApp's group."""
+    run = RunFolder(tmp_path, 7).path
+    assert (run / "eval").stat().st_mode & 0o7777 == 0o2775
+    assert run.stat().st_mode & 0o022 == 0

@@ -105,10 +105,8 @@ def collect(
     labels: Sequence[str] = LABELS,
     done: Sequence[int] = (),
 ) -> list[Answer]:
-    """All answers in the order of the questions; each is given once."""
-    pairs = list(inference.answers(asked, labels, dict.fromkeys(done)))
-    answers = dict(pairs)
-    assert len(pairs) == len(answers)
+    """All answers in the order of the questions; of one that was judged again, the last."""
+    answers = dict(inference.answers(asked, labels, dict.fromkeys(done)))
     assert sorted(answers) == [i for i in range(len(asked)) if i not in done]
     return [answers[i] for i in sorted(answers)]
 
