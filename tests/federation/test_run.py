@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -196,7 +197,11 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_no_process_behind(
         "--models", str(models_dir), "--work", str(tmp_path / "work"),
         "--results", str(tmp_path / "results"), "--run-config", "num-server-rounds=99",
     ]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as demo:
+    # Started from a background job of a shell, this process ignores SIGINT, and so would the demo.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, preexec_fn=heed
+    ) as demo:
         assert demo.stdout
         for line in demo.stdout:
             if "[round 1/99] training at" in line:
