@@ -24,9 +24,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from app import partition
-from app.adapter import Layout, Vector
+from app.adapter import Layout, Vector, initial_adapter
 from app.base_model import BaseModel, find
+from app.codec import decode, encode
 from app.config import ConfigError, RunConfig
+from app.feedback import Feedback
 from app.partition import SiteError
 
 app = ClientApp()
@@ -114,6 +116,11 @@ def preflight(message: Message, context: Context) -> Message:
 def _received(
     message: Message, config: RunConfig
 ) -> tuple[BaseModel, Layout, Vector, ConfigRecord]:
+    """Base model, layout, adapter and job of a message.
+
+    Raises:
+        SiteError: the adapter is of another layout than this site's base model asks for.
+    """
     base = _base_model(config)
     layout = Layout.of(base.linear_layers, config)
     job = message.content.config_records["job"]
@@ -121,8 +128,25 @@ def _received(
         raise SiteError(
             f"the run's adapter has layout {job['layout']!r}, this site's {layout.hash!r}"
         )
-    vector = message.content.array_records["adapter"]["flat"].numpy()
+    payload = message.content.array_records["adapter"]["payload"].numpy().tobytes()
+    vector = decode(config.down, payload, initial_adapter(layout, config.seed))
     return base, layout, vector, job
+
+
+def _to_send(
+    trained: Vector, received: Vector, layout: Layout, config: RunConfig, run_id: int
+) -> bytes:
+    """The trained adapter in the run's codec; what that leaves out is kept for the next time."""
+    if config.up == "fp32" or not config.error_feedback:
+        return encode(config.up, trained, received)
+    feedback = Feedback(_site_dir() / "state", run_id, layout)
+    wanted = trained + feedback.read()
+    payload = encode(config.up, wanted, received)
+    try:
+        feedback.write(wanted - decode(config.up, payload, received))
+    except OSError as err:
+        logger.warning("no error feedback: state/ cannot be written: %s", err.strerror)
+    return payload
 
 
 @app.train()
@@ -149,7 +173,8 @@ def train(message: Message, context: Context) -> Message:
             np.random.SeedSequence([config.seed, server_round, partition_id]).generate_state(1)[0]
         )
         lr = config.learning_rate(server_round)
-        result = training.train(model, examples, config, lr, seed)
+        mu = config.proximal_mu if config.strategy_name == "fedprox" else 0.0
+        result = training.train(model, examples, config, lr, seed, mu)
         trained = base_model.get_adapter(model, layout)
         metrics = MetricRecord(
             {
@@ -163,7 +188,9 @@ def train(message: Message, context: Context) -> Message:
                 "peak-memory-mb": training.peak_memory_mb(_device()),
             }
         )
-    content = RecordDict({"adapter": ArrayRecord({"flat": Array(trained)}), "metrics": metrics})
+    payload = np.frombuffer(_to_send(trained, vector, layout, config, context.run_id), np.uint8)
+    adapter = ArrayRecord({"payload": Array(payload)})
+    content = RecordDict({"adapter": adapter, "metrics": metrics})
     return Message(content, reply_to=message)
 
 

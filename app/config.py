@@ -5,11 +5,16 @@ Keys keep FlowerTune's names where FlowerTune has them. Flower hands the merged 
 """
 
 import math
+import re
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
+STRATEGIES = ("fedavgopt", "fedavg", "fedavgopt-delta", "fedprox")
+CODECS = ("fp32", "bf16", "int8", "int4")
 WHERE = "set it in pyproject.toml [tool.flwr.app.config] or with --run-config"
 
 
@@ -30,6 +35,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _key(name: str, allowed: str, check: Callable[[Any], bool]) -> Any:
     return field(metadata={"key": name, "allowed": allowed, "check": check})
+
+
+def _one_of(*values: str) -> tuple[str, Callable[[Any], bool]]:
+    return f"one of {', '.join(values)}", lambda v: v in values
 
 
 def _whole_from(low: int) -> tuple[str, Callable[[Any], bool]]:
@@ -76,6 +85,15 @@ class RunConfig:
         _ARGS + "max-steps", "a whole number above 0, or -1", lambda v: v > 0 or v == -1
     )
 
+    # fedavgopt (the paper's), fedavg, fedavgopt-delta (its objective on the sites' changes), or
+    # fedprox (fedavg, with a proximal term at the sites).
+    strategy_name: str = _key("strategy.name", *_one_of(*STRATEGIES))
+    # FedAvgOpt's minimiser: nelder-mead follows the paper's code, bfgs is exact with many sites.
+    solver: str = _key("strategy.solver", *_one_of("nelder-mead", "bfgs"))
+    # fedprox: each site also minimises mu / 2 times the squared distance to what it received.
+    proximal_mu: float = _key(
+        "strategy.proximal-mu", "a number, 0 or more", lambda v: 0 <= v < math.inf
+    )
     # Sites in a round: fraction of the usable ones, never fewer than min-train-nodes (as Flower).
     fraction_train: float = _key(
         "strategy.fraction-train", "a number above 0, at most 1", lambda v: 0 < v <= 1
@@ -91,8 +109,23 @@ class RunConfig:
     # If false, sites that fail the preflight are left out as long as min-nodes others are fine.
     require_all_nodes: bool = _key("strategy.require-all-nodes", *_YES_NO)
     min_replies: int = _key("strategy.min-replies", *_whole_from(1))
+    # A round with fewer usable replies than min-replies is repeated with other sites.
+    max_retries: int = _key("strategy.max-retries", *_whole_from(0))
+    # A reply whose change is longer than this many times the usual one takes no part; nor does
+    # one longer than max-update-norm.
+    max_norm_ratio: float = _key("strategy.max-norm-ratio", *_POSITIVE)
+    max_update_norm: float = _key("strategy.max-update-norm", *_POSITIVE)
     node_timeout_s: float = _key("strategy.node-timeout-s", *_POSITIVE)
     round_timeout_s: float = _key("strategy.round-timeout-s", *_POSITIVE)
+
+    # How adapters travel (app/codec.py), both ways; down and up override it one by one.
+    codec: str = _key("communication.codec", *_one_of(*CODECS))
+    codec_down: str = _key("communication.down", *_one_of("codec", *CODECS))
+    codec_up: str = _key("communication.up", *_one_of("codec", *CODECS))
+    # A site keeps what its last coarse upload left out and adds it to its next.
+    error_feedback: bool = _key("communication.error-feedback", *_YES_NO)
+    # The FlowerTune leaderboard's limit is 200,000 MB; the log says how much of it is used.
+    budget_mb: float = _key("communication.budget-mb", *_POSITIVE)
 
     dataset_name: str = _key("static.dataset.name", *_NOT_EMPTY)
 
@@ -145,6 +178,16 @@ class RunConfig:
             )
 
     @property
+    def down(self) -> str:
+        """Codec from the server to the sites."""
+        return self.codec if self.codec_down == "codec" else self.codec_down
+
+    @property
+    def up(self) -> str:
+        """Codec from the sites to the server."""
+        return self.codec if self.codec_up == "codec" else self.codec_up
+
+    @property
     def targets(self) -> list[str] | str:
         """target-modules as PEFT takes them: a list of name endings, or "all-linear"."""
         names = [name.strip() for name in self.target_modules.split(",")]
@@ -161,3 +204,34 @@ class RunConfig:
         """
         phase = math.pi * server_round / self.num_server_rounds
         return self.lr_min + 0.5 * (self.lr_max - self.lr_min) * (1 + math.cos(phase))
+
+
+def merged_config(app_dir: Path, overrides: list[str]) -> tuple[dict[str, Any], RunConfig]:
+    """The overrides as one flat dict, and the checked config they give with pyproject.toml's.
+
+    Raises:
+        ConfigError: a file cannot be read, or the config cannot work.
+    """
+    flat: dict[str, Any] = {}
+    for text in overrides:
+        try:
+            if text.endswith(".toml"):
+                parsed = tomllib.loads(Path(text).read_text())
+            else:
+                parsed = tomllib.loads("\n".join(_pairs(text)))
+        except (OSError, ValueError) as err:
+            raise ConfigError(f"run config: {text}: {err}") from None
+        flat |= flatten(parsed)
+    try:
+        project = tomllib.loads((app_dir / "pyproject.toml").read_text())
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"run config: {app_dir / 'pyproject.toml'}: {err}") from None
+    defaults = flatten(project["tool"]["flwr"]["app"]["config"])
+    return flat, RunConfig.from_flat(defaults | flat)
+
+
+def _pairs(text: str) -> list[str]:
+    """``a=1 b="x y"`` -> ``["a=1", 'b="x y"']``: as flwr reads its --run-config."""
+    pair = r"\S+?\s*=\s*(?:'[^']*'|\"[^\"]*\"|\S+)"
+    whole = re.fullmatch(rf"\s*(?:{pair}\s+)*{pair}\s*", text)
+    return re.findall(pair, text) if whole else [text]  # TOML's own error for anything else

@@ -129,17 +129,20 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
             line["eval_token_accuracy_before"] = before["eval_token_accuracy"]
         line |= after
         before = after
+        line |= strategy.budget()
         folder.add_metrics(line)
         per_round = (time.monotonic() - rounds_started) / server_round
         left = per_round * (total - server_round)
         held_out = f", held-out loss {after['eval_loss']:.4f}" if after else ""
         logger.info(
-            "[round %d/%d] train loss %.4f%s; %.0f s; %s",
+            "[round %d/%d] train loss %.4f%s; %.0f s; %.1f MB sent, %.0f of the budget left; %s",
             server_round,
             total,
             line["train_loss"],
             held_out,
             line["seconds"] + after.get("eval_seconds", 0.0),
+            line["mb_sent"],
+            line["mb_left"],
             f"about {left:.0f} s left" if left else "last round",
         )
     facts["seconds"] = time.monotonic() - started

@@ -8,15 +8,18 @@ import logging
 import math
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from app.adapter import Layout, Vector
+from app.adapter import Layout, Vector, initial_adapter
+from app.aggregation import aggregate, mean_cosine, weight_change_norm
+from app.codec import PayloadError, decode, encode
 from app.config import RunConfig
-from app.fedavgopt import fedavgopt
+from app.fedavgopt import Floats, inner_products
 from app.preflight import Sites, site_name
 
 logger = logging.getLogger(__name__)
@@ -26,6 +29,7 @@ TRAIN_METRICS = (
     "num-examples", "train-loss", "num-tokens", "steps", "load-s", "train-s", "peak-memory-mb",
 )  # fmt: skip
 EVAL_METRICS = ("num-tokens", "loss-sum", "num-correct")
+MB = 2**20  # as the leaderboard counts
 
 
 class RoundError(Exception):
@@ -38,22 +42,38 @@ class Gathered:
 
     replies: dict[int, RecordDict] = field(default_factory=dict)  # partition id -> content
     failed: dict[int, str] = field(default_factory=dict)  # partition id -> reason
+    bytes_down: int = 0
+    bytes_up: int = 0
+    # The adapter as the sites received it: the server's own, but for the codec's roundings.
+    sent: Vector = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
 @dataclass
 class Strategy:
-    """Samples, sends, collects and aggregates with seeds and deadlines of its own."""
+    """Samples, sends, collects and aggregates with seeds and deadlines of its own.
+
+    Attributes:
+        bytes_sent: adapter bytes of this run so far, both ways, evaluation included.
+    """
 
     grid: Grid
     config: RunConfig
     sites: Sites
     layout: Layout
+    bytes_sent: int = 0
+    _usual_norms: list[float] = field(default_factory=list)
 
-    def sample(self, server_round: int) -> list[int]:
-        """Partition ids that train in this round; a function of seed and round."""
+    @cached_property
+    def _initial(self) -> Vector:
+        """What every site can compute as well: the reference of what is sent to them."""
+        return initial_adapter(self.layout, self.config.seed)
+
+    def sample(self, server_round: int, attempt: int = 0) -> list[int]:
+        """Partition ids that train; a function of seed, round and attempt."""
         ids = sorted(self.sites.node_of)
+        config = self.config
         return self._choose(
-            ids, self.config.fraction_train, self.config.min_train_nodes, server_round
+            ids, config.fraction_train, config.min_train_nodes, server_round, attempt
         )
 
     def evaluation_sites(self) -> list[int]:
@@ -63,62 +83,85 @@ class Strategy:
             return []
         return self._choose(ids, self.config.fraction_evaluate, self.config.min_evaluate_nodes, 0)
 
-    def _choose(self, ids: list[int], fraction: float, at_least: int, stream: int) -> list[int]:
+    def _choose(
+        self, ids: list[int], fraction: float, at_least: int, stream: int, attempt: int = 0
+    ) -> list[int]:
         count = min(len(ids), max(int(len(ids) * fraction), at_least))
-        rng = np.random.default_rng([self.config.seed, stream])
+        # Of attempt 0 too the seed is (seed, stream): numpy ignores zeros at the end.
+        rng = np.random.default_rng([self.config.seed, stream, attempt])
         return sorted(int(i) for i in rng.choice(ids, count, replace=False))
 
     def train_round(self, server_round: int, adapter: Vector) -> tuple[Vector, dict[str, Any]]:
-        """Train at the sampled sites and aggregate.
+        """Train at sampled sites and aggregate; with other sites where too few replies are good.
 
         Returns:
             The new adapter [layout.size] and the round's line for metrics.jsonl.
 
         Raises:
-            RoundError: fewer than min-replies usable replies within round-timeout-s.
+            RoundError: after max-retries fewer than min-replies replies could be used.
         """
         started = time.monotonic()
-        partitions = self.sample(server_round)
         total = self.config.num_server_rounds
-        names = ", ".join(map(site_name, partitions))
-        logger.info("[round %d/%d] training at %s", server_round, total, names)
-        gathered = self._ask(MessageType.TRAIN, partitions, server_round, adapter)
-        updates, rejected = self._usable(gathered)
-        for partition_id, why in sorted(rejected.items()):
-            logger.warning(
-                "[round %d/%d] without %s: %s", server_round, total, site_name(partition_id), why
-            )
-        if len(updates) < self.config.min_replies:
-            reasons = "; ".join(f"{site_name(p)}: {why}" for p, why in sorted(rejected.items()))
+        rejected: dict[str, str] = {}
+        down = up = 0
+        for attempt in range(self.config.max_retries + 1):
+            partitions = self.sample(server_round, attempt)
+            names = ", ".join(map(site_name, partitions))
+            logger.info("[round %d/%d] training at %s", server_round, total, names)
+            gathered = self._ask(MessageType.TRAIN, partitions, server_round, adapter)
+            down += gathered.bytes_down
+            up += gathered.bytes_up
+            updates, products, bad = self._usable(gathered, adapter)
+            for partition_id, why in sorted(bad.items()):
+                name = site_name(partition_id)
+                logger.warning("[round %d/%d] without %s: %s", server_round, total, name, why)
+                rejected[name] = why
+            if len(updates) >= self.config.min_replies:
+                break
+        else:
+            reasons = "; ".join(f"{name}: {why}" for name, why in sorted(rejected.items()))
             raise RoundError(
                 f"round {server_round}: {len(updates)} usable replies, strategy.min-replies = "
-                f"{self.config.min_replies} ({reasons})"
+                f"{self.config.min_replies}, after {attempt} repetitions "
+                f"(strategy.max-retries) ({reasons})"
             )
 
         def column(key: str) -> list[float]:
             return [round(_number(gathered.replies[p], key), 6) for p in updates]
 
         num_examples = [int(n) for n in column("num-examples")]
-        arrays = [list(self.layout.split(vector).values()) for vector in updates.values()]
-        layers, alphas = fedavgopt(arrays, num_examples)
-        new = self.layout.join(dict(zip(self.layout.names, layers, strict=True)))
+        config = self.config
+        new, alphas = aggregate(
+            config.strategy_name, list(updates.values()), num_examples, adapter, self.layout,
+            config.solver,
+        )  # fmt: skip
+        norms = np.sqrt(np.diag(products))
+        self._usual_norms += norms.tolist()
+        shares = alphas * num_examples / sum(num_examples)
         return new, {
             "round": server_round,
-            "learning_rate": self.config.learning_rate(server_round),
+            "learning_rate": config.learning_rate(server_round),
             "partitions": list(updates),
             "train_loss": float(np.average(column("train-loss"), weights=num_examples)),
             "num_examples": num_examples,
             "alphas": [float(a) for a in alphas],
+            "weight_sum": float(shares.sum()),
+            "client_update_norms": [float(n) for n in norms],
+            "client_cosine": mean_cosine(products),
             "adapter_norm": float(np.linalg.norm(new)),
             "update_norm": float(np.linalg.norm(new - adapter)),
-            "bytes_down": adapter.nbytes * len(partitions),
-            "bytes_up": sum(v.nbytes for v in updates.values()),
+            "weight_change_norm": weight_change_norm(
+                self.layout, new, config.lora_alpha / config.lora_r
+            ),
+            "bytes_down": down,
+            "bytes_up": up,
             "num_tokens": [int(n) for n in column("num-tokens")],
             "steps": [int(n) for n in column("steps")],
             "load_s": column("load-s"),
             "train_s": column("train-s"),
             "peak_memory_mb": column("peak-memory-mb"),
-            "rejected": {site_name(p): why for p, why in sorted(rejected.items())},
+            "rejected": dict(sorted(rejected.items())),
+            "attempts": attempt + 1,
             "seconds": time.monotonic() - started,
         }
 
@@ -151,15 +194,22 @@ class Strategy:
             "eval_token_accuracy": total("num-correct") / tokens,
             "eval_tokens": int(tokens),
             "eval_partitions": sorted(gathered.replies),
-            "eval_bytes_down": adapter.nbytes * len(partitions),
+            "eval_bytes_down": gathered.bytes_down,
             "eval_seconds": time.monotonic() - started,
         }
+
+    def budget(self) -> dict[str, float]:
+        """MB of adapters sent so far in this run, both ways, and what is left of the budget."""
+        sent = self.bytes_sent / MB
+        return {"mb_sent": sent, "mb_left": self.config.budget_mb - sent}
 
     def _ask(
         self, kind: str, partitions: list[int], server_round: int, adapter: Vector
     ) -> Gathered:
         """Send the adapter to these sites and wait for all replies or round-timeout-s."""
-        record = ArrayRecord({"flat": Array(adapter)})
+        codec = self.config.down
+        payload = encode(codec, adapter, self._initial)
+        record = ArrayRecord({"payload": Array(np.frombuffer(payload, np.uint8))})
         job = ConfigRecord({"round": server_round, "layout": self.layout.hash})
         messages = []
         for partition_id in partitions:
@@ -169,7 +219,11 @@ class Strategy:
             )
         # Flower reports a late reply neither as a result nor as a failure.
         late = f"no reply within strategy.round-timeout-s = {self.config.round_timeout_s:.0f}"
-        gathered = Gathered(failed=dict.fromkeys(partitions, late))
+        gathered = Gathered(
+            failed=dict.fromkeys(partitions, late),
+            bytes_down=len(payload) * len(partitions),
+            sent=adapter if codec == "fp32" else decode(codec, payload, self._initial),
+        )
         replies = self.grid.send_and_receive(messages, timeout=self.config.round_timeout_s)
         # Sending gave each message its id. A node that died is answered for by the SuperLink,
         # so the sender's id alone does not say which site it was.
@@ -181,28 +235,69 @@ class Strategy:
             else:
                 gathered.replies[partition_id] = reply.content
                 del gathered.failed[partition_id]
+                for arrays in reply.content.array_records.values():
+                    gathered.bytes_up += sum(len(a.data) for a in arrays.values())
+        self.bytes_sent += gathered.bytes_down + gathered.bytes_up
         return gathered
 
-    def _usable(self, gathered: Gathered) -> tuple[dict[int, Vector], dict[int, str]]:
-        """Adapters by partition id (sorted), and why the others take no part."""
+    def _usable(
+        self, gathered: Gathered, adapter: Vector
+    ) -> tuple[dict[int, Vector], Floats, dict[int, str]]:
+        """What takes part in the round.
+
+        Returns:
+            Adapters by partition id (sorted), the inner products of their changes [K, K], and
+            why the other sites take no part.
+        """
         updates: dict[int, Vector] = {}
         rejected = dict(gathered.failed)
         for partition_id, content in sorted(gathered.replies.items()):
             numbers = {key: _number(content, key) for key in TRAIN_METRICS}
-            try:
-                vector = np.asarray(content.array_records["adapter"]["flat"].numpy())
-            except Exception as err:  # whatever a site may have sent: numpy's errors are many
-                rejected[partition_id] = f"reply without a readable adapter ({type(err).__name__})"
-                continue
             if not np.isfinite(list(numbers.values())).all() or numbers["num-examples"] < 1:
                 rejected[partition_id] = f"metrics {numbers}"
-            elif vector.shape != (self.layout.size,) or vector.dtype != np.float32:
-                rejected[partition_id] = f"adapter of shape {vector.shape}, {vector.dtype}"
-            elif not np.isfinite(vector).all():
-                rejected[partition_id] = "adapter with values that are not finite"
+                continue
+            try:
+                payload = content.array_records["adapter"]["payload"].numpy()
+                if payload.dtype != np.uint8 or payload.ndim != 1:
+                    raise PayloadError(f"payload of shape {payload.shape}, {payload.dtype}")
+                vector = decode(self.config.up, payload.tobytes(), gathered.sent)
+            except PayloadError as err:
+                rejected[partition_id] = f"adapter: {err}"
+            except Exception as err:  # whatever a site may have sent: numpy's errors are many
+                rejected[partition_id] = f"reply without a readable adapter ({type(err).__name__})"
             else:
+                if gathered.sent is not adapter:
+                    # The site started from a coarse copy. Its change is applied to the adapter
+                    # itself, so that the copy's roundings do not add up over the rounds.
+                    vector += adapter - gathered.sent
                 updates[partition_id] = vector
-        return updates, rejected
+        products = inner_products(list(updates.values()), adapter)
+        norms = dict(zip(updates, np.sqrt(np.diag(products)), strict=True))
+        too_long = self._too_long(norms)
+        chosen = [n for n, p in enumerate(updates) if p not in too_long]
+        for partition_id in too_long:
+            del updates[partition_id]
+        return updates, products[np.ix_(chosen, chosen)], rejected | too_long
+
+    def _too_long(self, norms: dict[int, float]) -> dict[int, str]:
+        """Sites whose change is out of all proportion, with the reason.
+
+        Compared with the median of this round's and the earlier rounds' changes; the lower one
+        of two, so that one of two sites cannot lift it.
+        """
+        config, rejected = self.config, {}
+        usual = sorted([*self._usual_norms, *norms.values()])
+        median = usual[(len(usual) - 1) // 2] if usual else 0.0
+        for partition_id, norm in norms.items():
+            if norm > config.max_update_norm:
+                limit = f"strategy.max-update-norm = {config.max_update_norm:g}"
+            elif norm > config.max_norm_ratio * median > 0:
+                limit = f"{norm / median:.3g} times the median, above strategy.max-norm-ratio = "
+                limit += f"{config.max_norm_ratio:g}"
+            else:
+                continue
+            rejected[partition_id] = f"update of norm {norm:.3g}: {limit}"
+        return rejected
 
 
 def _number(reply: RecordDict, key: str) -> float:

@@ -39,13 +39,37 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
             )
 
 
-def train(model: Any, examples: list[Example], config: RunConfig, lr: float, seed: int) -> Trained:
+class _Proximal(TrainerCallback):  # type: ignore[misc]
+    """FedProx (arXiv 1812.06127): mu / 2 times the squared distance to the received adapter.
+
+    Its gradient, mu (w - received), is added to that of the loss, once per optimiser step and
+    behind the clipping of the loss's own; the loss reported stays the task's.
+    """
+
+    def __init__(self, model: Any, mu: float) -> None:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.pairs = [(p, p.detach().clone()) for p in trained]
+        self.mu = mu
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for parameter, received in self.pairs:
+            parameter.grad.add_(parameter.detach() - received, alpha=self.mu)
+
+
+def train(
+    model: Any,
+    examples: list[Example],
+    config: RunConfig,
+    lr: float,
+    seed: int,
+    proximal_mu: float = 0.0,
+) -> Trained:
     """Train the model's adapter in place with ``transformers.Trainer`` at a constant ``lr``.
 
     The loss is summed over answer tokens and divided by their number once per optimiser step
     (Trainer's ``num_items_in_batch``), so gradient accumulation changes nothing.
     ``seed`` orders the rows; pass another one each round, or a site picked again would see
-    the same rows.
+    the same rows. ``proximal_mu`` above 0 keeps the adapter near the received one (FedProx).
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -80,7 +104,7 @@ def train(model: Any, examples: list[Example], config: RunConfig, lr: float, see
             args=arguments,
             train_dataset=examples,
             data_collator=collate,
-            callbacks=[_Progress()],
+            callbacks=[_Progress(), *([_Proximal(model, proximal_mu)] if proximal_mu else [])],
         )
         trainer.pop_callback(PrinterCallback)  # ours instead
         started = time.monotonic()

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import psutil
 
-from app.config import ConfigError
+from app.config import ConfigError, merged_config
 from superlink.control import Control, ControlError
 from superlink.provision import ProvisionError, provision
 from superlink.register import register
-from superlink.submit import merged_config, submit
+from superlink.submit import submit
 
 REPOSITORY = Path(__file__).parents[1]
 _given_ports: set[int] = set()

@@ -11,51 +11,18 @@ the SuperLink and its keys are.
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from pathlib import Path
 from typing import Any
 
-from app.config import ConfigError, RunConfig, flatten
+from app.config import ConfigError, merged_config
 from superlink.connection import write_connection
 from superlink.control import Control, ControlError, public_keys
 
 _POLL_S = 2
-
-
-def merged_config(app_dir: Path, overrides: list[str]) -> tuple[dict[str, Any], RunConfig]:
-    """The overrides as one flat dict, and the checked config they give with pyproject.toml's.
-
-    Raises:
-        ConfigError: a file cannot be read, or the config cannot work.
-    """
-    flat: dict[str, Any] = {}
-    for text in overrides:
-        try:
-            if text.endswith(".toml"):
-                parsed = tomllib.loads(Path(text).read_text())
-            else:
-                parsed = tomllib.loads("\n".join(_pairs(text)))
-        except (OSError, ValueError) as err:
-            raise ConfigError(f"run config: {text}: {err}") from None
-        flat |= flatten(parsed)
-    try:
-        project = tomllib.loads((app_dir / "pyproject.toml").read_text())
-    except (OSError, ValueError) as err:
-        raise ConfigError(f"run config: {app_dir / 'pyproject.toml'}: {err}") from None
-    defaults = flatten(project["tool"]["flwr"]["app"]["config"])
-    return flat, RunConfig.from_flat(defaults | flat)
-
-
-def _pairs(text: str) -> list[str]:
-    """``a=1 b="x y"`` -> ``["a=1", 'b="x y"']``: as flwr reads its --run-config."""
-    pair = r"\S+?\s*=\s*(?:'[^']*'|\"[^\"]*\"|\S+)"
-    whole = re.fullmatch(rf"\s*(?:{pair}\s+)*{pair}\s*", text)
-    return re.findall(pair, text) if whole else [text]  # TOML's own error for anything else
 
 
 def wait_for_nodes(control: Control, public: Path, needed: int, timeout_s: float) -> None:

@@ -21,9 +21,9 @@ from safetensors.numpy import load_file
 from app.adapter import Layout
 from app.base_model import find
 from app.checkpoint import rounds
-from app.config import RunConfig
+from app.config import RunConfig, merged_config
 from superlink.local import LocalFederation
-from superlink.submit import merged_config, submit
+from superlink.submit import submit
 from supernode.partitions import Split, prepare_data
 from tests.samples import REPOSITORY, ROWS
 

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.config import ConfigError, flatten
-from superlink.submit import merged_config
+from app.config import ConfigError, flatten, merged_config
 from tests.samples import REPOSITORY, flat_config, run_config
 
 

@@ -1,0 +1,65 @@
+"""Many sites' adapters to one: the strategies by name, and how far the sites agree."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from app.adapter import Layout, Vector
+from app.fedavgopt import Floats, combine, fedavgopt
+
+
+def aggregate(
+    name: str,
+    vectors: Sequence[Vector],
+    num_examples: Sequence[int],
+    previous: Vector,
+    layout: Layout,
+    solver: str,
+) -> tuple[Vector, Floats]:
+    """The new adapter [layout.size] and the factors alpha [K].
+
+    Args:
+        name: strategy.name. fedprox differs from fedavg at the sites only (its proximal term:
+            Li et al., arXiv 1812.06127).
+        vectors: the sites' adapters; fedavgopt-delta changes them in place, to need no copy.
+        previous: the adapter that the sites started from.
+    """
+    if name in ("fedavg", "fedprox"):
+        weights = np.asarray(num_examples, np.float64) / sum(num_examples)
+        return combine(vectors, weights), np.ones(len(vectors))
+    delta = name == "fedavgopt-delta"
+    if delta:
+        for vector in vectors:
+            vector -= previous
+    arrays = [list(layout.split(vector).values()) for vector in vectors]
+    layers, alphas = fedavgopt(arrays, num_examples, solver)
+    new = layout.join(dict(zip(layout.names, layers, strict=True)))
+    return (previous + new if delta else new), alphas
+
+
+def mean_cosine(products: Floats) -> float | None:
+    """Mean cosine between different sites' changes, from their inner products [K, K].
+
+    None for a single site; a site that changed nothing counts as 0.
+    """
+    k = len(products)
+    if k < 2:
+        return None
+    norms = np.sqrt(np.diag(products))
+    scale = np.outer(norms, norms)
+    cosines = np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)
+    return float((cosines.sum() - np.trace(cosines)) / (k * (k - 1)))
+
+
+def weight_change_norm(layout: Layout, vector: Vector, scaling: float) -> float:
+    """||Delta W|| over all layers, Delta W = scaling B A, without forming any of them.
+
+    ||B A||^2 = tr((B^T B)(A A^T)): r x r matrices.
+    """
+    arrays, total = layout.split(vector), 0.0
+    for name, a in arrays.items():
+        if name.endswith(".lora_A.weight"):
+            b = arrays[name.replace(".lora_A.", ".lora_B.")].astype(np.float64)
+            a = a.astype(np.float64)
+            total += float(((b.T @ b) * (a @ a.T)).sum())
+    return scaling * float(np.sqrt(max(total, 0.0)))

@@ -1,0 +1,103 @@
+"""What a run will cost, before it starts.
+
+python -m app.plan                                            the reference recipe
+python -m app.plan --run-config app/profiles/efficient.toml --run-config num-server-rounds=5
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from app.adapter import Layout
+from app.base_model import prepared
+from app.codec import unpacked_bytes
+from app.config import ConfigError, RunConfig, merged_config
+
+MB = 2**20  # as the leaderboard counts
+# Layers, hidden size, MLP size, and rows of the key and value projections, from config.json.
+KNOWN = {
+    "ContactDoctor/Bio-Medical-Llama-3-8B": (32, 4096, 14336, 1024),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (30, 576, 1536, 192),
+}
+# Seen on one H100, batch 16 of 512 tokens, NF4, bf16, gradient checkpointing.
+H100_8B = "26.1 GB and 0.8 s a step on an H100 (random weights of this shape, batch 16)"
+
+
+def linear_layers(config: RunConfig, models: Path) -> dict[str, list[int]]:
+    """The base model's linear layers, name -> [out, in]: as prepared, or of a known model.
+
+    Raises:
+        ConfigError: the model is neither.
+    """
+    for base in prepared(models):
+        if base.name == config.model_name:
+            return base.linear_layers
+    if config.model_name not in KNOWN:
+        raise ConfigError(
+            f"run config: model.name = {config.model_name!r} is not prepared in {models}, and its "
+            f"shape is known for {', '.join(KNOWN)} only; run supernode.prepare, or set MODELS_DIR"
+        )
+    count, hidden, mlp, key_value = KNOWN[config.model_name]
+    shapes = {
+        "self_attn.q_proj": [hidden, hidden],
+        "self_attn.k_proj": [key_value, hidden],
+        "self_attn.v_proj": [key_value, hidden],
+        "self_attn.o_proj": [hidden, hidden],
+        "mlp.gate_proj": [mlp, hidden],
+        "mlp.up_proj": [mlp, hidden],
+        "mlp.down_proj": [hidden, mlp],
+    }
+    return {f"model.layers.{n}.{name}": s for n in range(count) for name, s in shapes.items()}
+
+
+def plan(config: RunConfig, layout: Layout, sites: int) -> list[str]:
+    """The lines that ``python -m app.plan`` prints."""
+    rounds, n, arrays = config.num_server_rounds, layout.size, len(layout.names)
+    train = max(int(sites * config.fraction_train), config.min_train_nodes)
+    evaluated = 0
+    if config.fraction_evaluate:
+        evaluated = max(int(sites * config.fraction_evaluate), config.min_evaluate_nodes)
+    # Fp32 arrays as .npy files, each with a header of 128 bytes, both ways.
+    leaderboard = rounds * train * 2 * (4 * n + 128 * arrays) / MB
+    down, up = (unpacked_bytes(codec, n) / MB for codec in (config.down, config.up))
+    each = train * (down + up) + evaluated * down
+    sent = rounds * each + evaluated * down  # the initial adapter is evaluated as well
+    most = "" if config.down == config.up == "fp32" else "at most "
+    batch = config.batch_size * config.gradient_accumulation_steps
+    steps = f"{config.max_steps} steps, {config.max_steps * batch} rows"
+    if config.max_steps < 0:
+        steps = f"{config.num_train_epochs:g} epochs of its rows, {batch} a step"
+    lines = [
+        f"model: {config.model_name}, {config.quantization or 'no'} bits",
+        f"adapter: {n:,} parameters in {arrays} arrays, {4 * n / MB:.2f} MB in float32",
+        f"a round: {train} of {sites} sites train ({steps}), {evaluated} are evaluated",
+        f"a transfer: {most}{down:.2f} MB down ({config.down}), {up:.2f} MB up ({config.up})",
+        f"communication a round: {most}{each:.2f} MB",
+        f"communication (leaderboard counting): {leaderboard:.2f} MB",
+        f"communication (sent): {most}{sent:.2f} MB in {rounds} rounds, "
+        f"{100 * sent / config.budget_mb:.2f} % of communication.budget-mb",
+        f"checkpoints: {rounds * 4 * n / MB:.2f} MB",
+    ]
+    if config.model_name in KNOWN and n == 13_631_488:
+        lines.append(f"a GPU: {H100_8B}")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="app.plan", description=__doc__.split("\n")[0])
+    parser.add_argument("--run-config", action="append", default=[], metavar="FILE|PAIRS")
+    args = parser.parse_args()
+    try:
+        _, config = merged_config(Path(__file__).parents[1], args.run_config)
+        layers = linear_layers(config, Path(os.environ.get("MODELS_DIR", "models")))
+        lines = plan(config, Layout.of(layers, config), config.min_nodes)
+    except (ConfigError, ValueError) as err:
+        print(f"plan: ERROR: {err}", file=sys.stderr)
+        return 1
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
