@@ -146,6 +146,7 @@ def _to_send(
         feedback.write(wanted - decode(config.up, payload, received))
     except OSError as err:
         logger.warning("no error feedback: state/ cannot be written: %s", err.strerror)
+        return encode(config.up, trained, received)  # or the old rest would be added again
     return payload
 
 

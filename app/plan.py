@@ -57,7 +57,9 @@ def plan(config: RunConfig, layout: Layout, sites: int) -> list[str]:
     train = max(int(sites * config.fraction_train), config.min_train_nodes)
     evaluated = 0
     if config.fraction_evaluate:
-        evaluated = max(int(sites * config.fraction_evaluate), config.min_evaluate_nodes)
+        evaluated = min(
+            sites, max(int(sites * config.fraction_evaluate), config.min_evaluate_nodes)
+        )
     # Fp32 arrays as .npy files, each with a header of 128 bytes, both ways.
     leaderboard = rounds * train * 2 * (4 * n + 128 * arrays) / MB
     down, up = (unpacked_bytes(codec, n) / MB for codec in (config.down, config.up))

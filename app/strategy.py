@@ -30,6 +30,7 @@ TRAIN_METRICS = (
 )  # fmt: skip
 EVAL_METRICS = ("num-tokens", "loss-sum", "num-correct")
 MB = 2**20  # as the leaderboard counts
+NPY_HEADER_BYTES = 128  # that Flower puts in front of an array; framing, not counted
 
 
 class RoundError(Exception):
@@ -236,7 +237,8 @@ class Strategy:
                 gathered.replies[partition_id] = reply.content
                 del gathered.failed[partition_id]
                 for arrays in reply.content.array_records.values():
-                    gathered.bytes_up += sum(len(a.data) for a in arrays.values())
+                    sizes = (len(a.data) - NPY_HEADER_BYTES for a in arrays.values())
+                    gathered.bytes_up += sum(max(size, 0) for size in sizes)
         self.bytes_sent += gathered.bytes_down + gathered.bytes_up
         return gathered
 

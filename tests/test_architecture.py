@@ -91,8 +91,10 @@ def test_docker_is_a_folder_of_files_not_a_package() -> None:
     assert not list((REPOSITORY / "docker").rglob("*.py"))
 
 
-@pytest.mark.parametrize("module", ["app.server_app", "app.client_app", "app.preflight"])
-def test_neither_server_nor_preflight_pays_for_torch(module: str) -> None:
+@pytest.mark.parametrize(
+    "module", ["app.server_app", "app.client_app", "app.preflight", "app.plan"]
+)
+def test_neither_server_nor_preflight_nor_plan_pays_for_torch(module: str) -> None:
     code = (
         f"import sys, {module}; heavy = {sorted(HEAVY)!r} + ['datasets', 'bitsandbytes']; "
         "print(*[m for m in heavy if m in sys.modules])"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.config import ConfigError, RunConfig, flatten
+from app.config import CODECS, STRATEGIES, ConfigError, RunConfig, flatten
 from tests.samples import REPOSITORY, flat_config, run_config
 
 KEYS = {f.metadata["key"]: f.type for f in fields(RunConfig)}
@@ -85,13 +85,23 @@ def test_an_unknown_key_is_refused_and_a_known_one_is_suggested(key: str, hint: 
         ("fraction_evaluate", [0.0, 1.0], [-0.1, 1.1]),
         ("min_evaluate_nodes", [1], [0]),
         ("min_nodes", [2], [0]),
+        ("strategy_name", list(STRATEGIES), ["FedAvg", "fedavg ", "fedyogi"]),
+        ("solver", ["nelder-mead", "bfgs"], ["Nelder-Mead", "newton"]),
+        ("proximal_mu", [0.0, 0, 1, 1e9], [-1e-9, -1]),
         ("min_replies", [1], [0]),
+        ("max_retries", [0, 1, 100], [-1]),
+        ("max_norm_ratio", [1e-9, 1, 1e9], [0.0, 0, -1.0]),
+        ("max_update_norm", [1e-9, 1, 1e9], [0.0, 0, -1.0]),
+        ("codec", list(CODECS), ["codec", "fp16", "INT4", "int4 "]),
+        ("codec_down", ["codec", *CODECS], ["fp16", "down"]),
+        ("codec_up", ["codec", *CODECS], ["fp16", "up"]),
+        ("budget_mb", [1e-9, 1, 1e9], [0.0, 0, -1.0]),
         ("node_timeout_s", [0.1, 1], [0.0, -1]),
         ("round_timeout_s", [0.1, 1], [0.0, -1]),
     ],
 )
 def test_each_range_includes_its_edges_and_nothing_beyond(
-    field: str, good: list[float], bad: list[float]
+    field: str, good: list[float | str], bad: list[float | str]
 ) -> None:
     for value in good:
         assert getattr(run_config(**{field: value}), field) == value
@@ -129,6 +139,47 @@ def test_more_replies_than_sites_in_a_round_are_refused_before_anything_starts()
     # Of 20 sites 2 are sampled; a third reply can never come, however well the round goes.
     with pytest.raises(ConfigError, match="min-replies"):
         run_config(min_nodes=20, fraction_train=0.1, min_train_nodes=2, min_replies=3)
+
+
+def test_the_strategy_and_transfer_keys_have_these_names_and_defaults() -> None:
+    expected = {
+        "strategy.name": "fedavgopt",
+        "strategy.solver": "nelder-mead",
+        "strategy.proximal-mu": 0.01,
+        "strategy.max-retries": 2,
+        "strategy.max-norm-ratio": 10.0,
+        "strategy.max-update-norm": 100.0,
+        "communication.codec": "fp32",
+        "communication.down": "codec",
+        "communication.up": "codec",
+        "communication.error-feedback": True,
+        "communication.budget-mb": 200_000,
+    }
+    flat = flat_config()
+    assert {k: flat.get(k) for k in expected} == expected
+    assert {k for k in KEYS if k.startswith("communication.")} == {
+        k for k in expected if k.startswith("communication.")
+    }
+    assert set(STRATEGIES) == {"fedavgopt", "fedavg", "fedavgopt-delta", "fedprox"}
+    assert set(CODECS) == {"fp32", "bf16", "int8", "int4"}
+
+
+@pytest.mark.parametrize("down", ["codec", *CODECS])
+@pytest.mark.parametrize("up", ["codec", *CODECS])
+@pytest.mark.parametrize("codec", CODECS)
+def test_each_way_has_its_own_codec_or_the_one_of_both(codec: str, up: str, down: str) -> None:
+    config = run_config(codec=codec, codec_up=up, codec_down=down)
+    assert config.down == (codec if down == "codec" else down)
+    assert config.up == (codec if up == "codec" else up)
+    assert RunConfig.from_flat(config.flat()) == config  # which keeps "codec" as it was typed
+
+
+def test_the_efficient_profile_changes_the_codec_alone() -> None:
+    profile = REPOSITORY / "app" / "profiles" / "efficient.toml"
+    config = RunConfig.from_flat(flat_config() | flatten(tomllib.loads(profile.read_text())))
+    assert config == run_config(codec="int4")
+    assert config.down == config.up == "int4"
+    assert config.error_feedback
 
 
 def test_a_config_cannot_be_changed() -> None:
@@ -185,7 +236,9 @@ def test_every_profile_gives_a_valid_config_that_differs_only_where_it_says(prof
 
 
 def test_there_are_the_profiles_that_the_design_names() -> None:
-    assert {"demo.toml", "reference.toml", "extended.toml"} <= {p.name for p in PROFILES}
+    assert {"demo.toml", "reference.toml", "extended.toml", "efficient.toml"} <= {
+        p.name for p in PROFILES
+    }
 
 
 def test_the_defaults_are_the_published_recipe() -> None:

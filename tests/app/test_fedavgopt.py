@@ -7,11 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.optimize import minimize
 
 import app.fedavgopt
-from app.fedavgopt import _pivoted_gram, fedavgopt, objective
+from app.fedavgopt import _pivoted_gram, combine, fedavgopt, gradient, inner_products, objective
 
 Updates = list[list[NDArray[Any]]]
+SOLVERS = ("nelder-mead", "bfgs")
+both_solvers = pytest.mark.parametrize("solver", SOLVERS)
 
 
 def combined(updates: Updates, num_examples: list[int], alphas: Any) -> list[NDArray[Any]]:
@@ -36,8 +39,12 @@ def direct(updates: Updates, num_examples: list[int], alphas: Any) -> float:
     return total
 
 
+def gram_of(updates: Updates) -> NDArray[np.float64]:
+    return np.stack([_pivoted_gram(list(layer)) for layer in zip(*updates, strict=True)])
+
+
 def from_gram(updates: Updates, num_examples: list[int], alphas: Any) -> float:
-    gram = np.stack([_pivoted_gram(list(layer)) for layer in zip(*updates, strict=True)])
+    gram = gram_of(updates)
     weights = np.asarray(num_examples, float) / sum(num_examples)
     return objective(np.asarray(alphas, float) * weights, gram)
 
@@ -251,3 +258,211 @@ def test_no_clients_are_refused() -> None:
 def test_clients_whose_layers_differ_are_refused(other: list[NDArray[Any]]) -> None:
     with pytest.raises(ValueError, match="differ"):
         fedavgopt([[np.ones((3, 2))], other], [1, 1])
+
+
+# --- the solvers ----------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_the_gradient_is_that_of_central_differences(data: st.DataObject) -> None:
+    k, layers = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    noise = data.draw(st.sampled_from([1e-2, 0.1, 1.0]))
+    zero_layer = data.draw(st.integers(0, layers))  # == layers: none
+    zero_client = data.draw(st.integers(0, 2 * k))  # >= k: none
+    updates: Updates = [[] for _ in range(k)]
+    for layer in range(layers):
+        shape = (int(rng.integers(1, 9)), int(rng.integers(2, 9)))
+        common = rng.standard_normal(shape) * data.draw(st.sampled_from([1e-3, 1.0, 50.0]))
+        for client, update in enumerate(updates):
+            there = layer != zero_layer and client != zero_client
+            update.append(there * (common + noise * abs(common) * rng.standard_normal(shape)))
+    gram = gram_of(updates)
+    # Away from the kinks, where w equals a client.
+    c = rng.dirichlet(np.ones(k)) * rng.uniform(0.7, 0.9)
+    step = 1e-6
+    numeric = [
+        (objective(c + step * e, gram) - objective(c - step * e, gram)) / (2 * step)
+        for e in np.eye(k)
+    ]
+    exact = gradient(c, gram)
+    assert exact.shape == (k,)
+    scale = max(float(np.abs(exact).max()), objective(c, gram), 1e-3)
+    np.testing.assert_allclose(exact, numeric, rtol=0, atol=2e-4 * scale)
+
+
+@both_solvers
+def test_at_the_minimum_found_the_gradient_vanishes(solver: str) -> None:
+    rng = np.random.default_rng(8)
+    updates = [[rng.standard_normal((6, 5)), rng.standard_normal((4, 4))] for _ in range(4)]
+    n = [10, 20, 30, 40]
+    _, alphas = fedavgopt(updates, n, solver)
+    gram, c = gram_of(updates), alphas * n / 100
+    assert np.abs(gradient(c, gram)).max() < 1e-3
+    assert np.abs(gradient(np.array(n) / 100, gram)).max() > 0.1
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(min_clients=2))
+def test_bfgs_finds_no_worse_a_minimum_than_nelder_mead(case: tuple[Updates, list[int]]) -> None:
+    updates, n = case
+    values = [from_gram(updates, n, fedavgopt(updates, n, s)[1]) for s in ("bfgs", "nelder-mead")]
+    # Two clients that nearly agree have two minima, each at a client, of which either may be found.
+    assert values[0] <= values[1] * (1 + 2e-3) + 1e-6
+
+
+# Clients that nearly agree make f steep in one direction and flat in the others.
+@pytest.mark.parametrize("seed", range(8))
+def test_bfgs_does_not_stop_short_where_the_clients_nearly_agree(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    common = [rng.standard_normal((4, 6)) * unit for unit in (1.0, 50.0, 1e-3)]
+    updates = [[w * (1 + 1e-3 * rng.standard_normal(w.shape)) for w in common] for _ in range(5)]
+    n = [int(x) for x in rng.integers(1, 2000, 5)]
+    bfgs, nelder_mead = (
+        from_gram(updates, n, fedavgopt(updates, n, s)[1]) for s in ("bfgs", "nelder-mead")
+    )
+    assert bfgs <= nelder_mead + 1e-6
+
+
+def plain_nelder_mead(updates: Updates, n: list[int]) -> Any:
+    gram, weights = gram_of(updates), np.asarray(n, float) / sum(n)
+    return minimize(lambda a: objective(a * weights, gram), np.ones(len(n)), method="Nelder-Mead")
+
+
+@settings(max_examples=20, deadline=None)
+@given(cases(min_clients=2))
+def test_where_nelder_mead_ends_by_itself_its_factors_stand(
+    case: tuple[Updates, list[int]],
+) -> None:
+    updates, n = case
+    plain = plain_nelder_mead(updates, n)
+    if plain.success:
+        assert fedavgopt(updates, n)[1].tolist() == plain.x.tolist()
+
+
+@pytest.mark.parametrize("noise", [1e-3, 0.1, 1.0])
+def test_with_twenty_clients_the_search_goes_on_where_nelder_mead_gives_up(noise: float) -> None:
+    rng = np.random.default_rng(3)
+    common = [rng.standard_normal((8, 8)), rng.standard_normal((4, 30))]
+    updates = [[w + noise * rng.standard_normal(w.shape) for w in common] for _ in range(20)]
+    n = [int(x) for x in rng.integers(1, 900, 20)]
+    plain = plain_nelder_mead(updates, n)
+    assert not plain.success
+    value = from_gram(updates, n, fedavgopt(updates, n)[1])
+    assert value <= plain.fun * (1 + 1e-12)
+    assert value <= plain.fun - 1e-6 * noise  # it does go on
+    assert value <= from_gram(updates, n, fedavgopt(updates, n, "bfgs")[1]) * (1 + 1e-2)
+
+
+def _random(k: int, *shapes: tuple[int, ...]) -> Updates:
+    rng = np.random.default_rng(k)
+    return [[rng.standard_normal(s) for s in shapes] for _ in range(k)]
+
+
+_X = np.arange(1.0, 7.0).reshape(2, 3)
+_ZERO = np.zeros((2, 3))
+DEGENERATE: dict[str, tuple[Updates, list[int]]] = {
+    "one client": ([[_X, _ZERO]], [5]),
+    "one client of zeros": ([[_ZERO]], [5]),
+    "identical clients": ([[_X, 2 * _X]] * 4, [1, 2, 3, 4]),
+    "two of three identical": ([[_X], [_X], [_X + 1]], [1, 2, 3]),
+    "parallel clients": ([[_X], [2 * _X], [3 * _X]], [1, 2, 3]),
+    "a layer zero everywhere": ([[u[0], _ZERO] for u in _random(3, (4, 4))], [1, 2, 3]),
+    "a layer zero for one": ([[_X, _ZERO], [_X + 1, _X], [_X, 2 * _X]], [1, 2, 3]),
+    "each layer zero but for one": ([[_X, _ZERO], [_ZERO, _X]], [1, 1]),
+    "all zero": ([[_ZERO, _ZERO]] * 3, [1, 2, 3]),
+    "one zero client": ([[_ZERO], [_X], [_X + 1]], [1, 2, 3]),
+    "all but one zero": ([[_ZERO], [_ZERO], [_X]], [1, 2, 3]),
+    "one without examples": (_random(3, (4, 4)), [0, 2, 3]),
+    "all but one without examples": (_random(4, (4, 4), (3,)), [0, 0, 3, 0]),
+    "more clients than dimensions": (_random(6, (1, 2)), [1, 2, 3, 4, 5, 6]),
+    "single numbers": ([[np.array([x])] for x in (1.0, 2.0, -3.0)], [1, 2, 3]),
+    "opposite clients": ([[_X], [-_X]], [1, 1]),
+    "nearly opposite clients": ([[_X], [-_X + 1e-9]], [1, 1]),
+    # Their mean is minus the first of them, where the objective is infinite.
+    "a mean opposite to one": ([[_X], [-3 * _X]], [1, 1]),
+    "one very large": ([[_X], [_X + 1], [1e6 * (_X - 2)]], [1, 2, 3]),
+    "one very small": ([[1e-30 * _X], [_X], [_X + 1]], [1, 2, 3]),
+    "all very large": ([[1e30 * a for a in u] for u in _random(3, (4, 4))], [1, 2, 3]),
+    "all very small": ([[1e-30 * a for a in u] for u in _random(3, (4, 4))], [1, 2, 3]),
+    "examples of all sizes": (_random(3, (4, 4)), [1, 1000, 10**9]),
+}
+
+
+@both_solvers
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", DEGENERATE)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # scipy's, of infinite objectives
+def test_degenerate_clients_still_give_finite_factors_and_an_aggregate(
+    kind: str, dtype: Any, solver: str
+) -> None:
+    given_updates, n = DEGENERATE[kind]
+    updates = [[a.astype(dtype) for a in u] for u in given_updates]
+    aggregate, alphas = fedavgopt(updates, n, solver)
+    assert alphas.shape == (len(n),)
+    assert np.isfinite(alphas).all()
+    for got, own in zip(aggregate, updates[0], strict=True):
+        assert got.dtype == dtype
+        assert got.shape == own.shape
+        assert np.isfinite(got).all()
+    ones = [1.0] * len(n)
+    assert from_gram(updates, n, alphas) <= from_gram(updates, n, ones) * (1 + 1e-9)
+    if kind.startswith(("one client", "identical", "all zero")):
+        assert alphas.tolist() == ones
+
+
+@both_solvers
+def test_a_zero_client_pulls_nothing_but_its_share(solver: str) -> None:
+    # Against zero every w is as far as any other: the others alone decide.
+    updates = _random(3, (5, 5))
+    zero = [np.zeros((5, 5))]
+    n = [10, 20, 30]
+    _, alphas = fedavgopt(updates, n, solver)
+    with_zero, more = fedavgopt([*updates, zero], [*n, 40], solver)
+    expected = combined(updates, n, alphas)[0]
+    np.testing.assert_allclose(with_zero[0], expected, rtol=0, atol=2e-3)
+    assert more.shape == (4,)
+
+
+# --- sums and products ----------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 6),
+    st.integers(1, 300),
+    st.integers(1, 2000),
+    st.integers(0, 2**32),
+    st.sampled_from([np.float32, np.float64]),
+)
+def test_inner_products_are_those_of_the_differences_however_they_are_cut(
+    k: int, n: int, chunk: int, seed: int, dtype: Any
+) -> None:
+    rng = np.random.default_rng(seed)
+    origin = rng.standard_normal(n).astype(dtype)
+    vectors = [origin + (0.01 * rng.standard_normal(n)).astype(dtype) for _ in range(k)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app.fedavgopt, "_CHUNK", chunk)
+        products = inner_products(vectors, origin)
+    differences = np.array([v.astype(float) - origin for v in vectors]).reshape(k, n)
+    assert products.shape == (k, k)
+    assert products.dtype == np.float64
+    np.testing.assert_allclose(products, differences @ differences.T, rtol=1e-9, atol=1e-15)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 300), st.integers(1, 2000), st.integers(0, 2**32))
+def test_a_combination_is_summed_in_float64_however_it_is_cut(
+    k: int, n: int, chunk: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    vectors = [rng.standard_normal((n, 2)).astype(np.float32) for _ in range(k)]
+    factors = rng.standard_normal(k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app.fedavgopt, "_CHUNK", chunk)
+        got = combine(vectors, factors)
+    exact = np.tensordot(factors, np.stack(vectors).astype(float), 1)
+    assert got.dtype == np.float32
+    assert got.shape == (n, 2)
+    np.testing.assert_allclose(got, exact, rtol=2**-23, atol=1e-12)  # one rounding, at the end

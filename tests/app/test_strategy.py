@@ -1,6 +1,9 @@
 """A round on the server: who takes part, what is accepted, and what comes out."""
 
+import io
 import math
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,16 +12,22 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from app.adapter import Layout, Vector, initial_adapter
+from app.codec import BLOCK, decode, encode
+from app.config import CODECS, RunConfig
 from app.fedavgopt import fedavgopt
 from app.preflight import Sites
-from app.strategy import RoundError, Strategy
+from app.strategy import MB, RoundError, Strategy
 from tests.samples import run_config
 from tests.stand_in_grid import Node, StandInGrid
 
 LINEAR = {f"model.layers.{i}.self_attn.{n}_proj": [6, 4] for i in range(12) for n in "qv"}
+SITES: dict[str, Any] = {"lora_r": 2, "min_nodes": 2, "min_train_nodes": 2}
+LAYOUT = Layout.of(LINEAR, run_config(**SITES))
 Reply = Callable[[int, Vector], RecordDict]  # of a partition that received this adapter
+Change = Callable[[int, Vector], Vector]  # what a partition makes of the adapter it received
 
 
 def sites(partitions: list[int], holdout: dict[int, int] | None = None) -> Sites:
@@ -42,7 +51,7 @@ def strategy(
     **changes: Any,
 ) -> Strategy:
     """``nodes``: by partition id."""
-    config = run_config(**{"lora_r": 2, "min_nodes": 2, "min_train_nodes": 2} | changes)
+    config = run_config(**SITES | changes)
     known = sites(partitions, holdout)
     grid = StandInGrid({known.node_of[p]: n for p, n in (nodes or {}).items()}, reverse)
     return Strategy(grid, config, known, Layout.of(LINEAR, config))
@@ -94,6 +103,29 @@ def test_another_seed_samples_other_sites() -> None:
     assert len(samples) == 10
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 40), st.integers(1, 40), st.integers(0, 2**64 - 1), st.integers(1, 10_000))
+def test_the_first_attempt_samples_as_if_there_were_no_others(
+    sites: int, wanted: int, seed: int, server_round: int
+) -> None:
+    wanted = min(wanted, sites)
+    s = strategy(list(range(sites)), seed=seed, min_train_nodes=wanted, min_nodes=40)
+    rng = np.random.default_rng([seed, server_round])
+    expected = rng.choice(list(range(sites)), max(wanted, sites // 10), replace=False)
+    assert s.sample(server_round) == s.sample(server_round, 0) == sorted(expected.tolist())
+
+
+def test_each_attempt_samples_anew_as_a_function_of_seed_round_and_attempt() -> None:
+    s = strategy(list(range(20)), min_nodes=20)
+    again = strategy(list(range(20))[::-1], min_nodes=20)
+    seen = {(r, a): tuple(s.sample(r, a)) for r in range(1, 11) for a in range(5)}
+    assert seen == {(r, a): tuple(again.sample(r, a)) for r, a in seen}
+    assert {len(chosen) for chosen in seen.values()} == {2}
+    # 190 pairs of sites: 50 samples hold about 44 different ones; as few as 25 never.
+    assert len(set(seen.values())) > 25
+    assert sum(seen[r, 0] == seen[r, 1] for r in range(1, 11)) <= 1
+
+
 def test_evaluation_takes_the_same_sites_every_round_and_only_those_with_a_holdout() -> None:
     holdout = {p: 5 * (p % 3) for p in range(20)}
     s = strategy(
@@ -119,14 +151,17 @@ def test_without_a_fraction_or_a_holdout_nobody_is_evaluated(
 # --- a round ------------------------------------------------------------------------------------
 
 
-def received(message: Message) -> Vector:
-    return message.content.array_records["adapter"]["flat"].numpy()
+def received(message: Message, codec: str = "fp32") -> Vector:
+    payload = message.content.array_records["adapter"]["payload"].numpy()
+    assert payload.dtype == np.uint8
+    return decode(codec, payload.tobytes(), initial_adapter(LAYOUT, run_config().seed))
 
 
-def trained(partition_id: int, adapter: Vector) -> RecordDict:
-    """What an honest site replies: the adapter it got, moved by a step of its own."""
-    rng = np.random.default_rng(partition_id)
-    moved = adapter + 0.1 * rng.standard_normal(adapter.shape).astype(np.float32)
+def arrays_of(payload: bytes) -> ArrayRecord:
+    return ArrayRecord({"payload": Array(np.frombuffer(payload, np.uint8))})
+
+
+def metrics_of(partition_id: int) -> MetricRecord:
     metrics: dict[str, Any] = {
         "partition-id": partition_id,
         "num-examples": 10 * (partition_id + 1),
@@ -137,13 +172,32 @@ def trained(partition_id: int, adapter: Vector) -> RecordDict:
         "train-s": 2.5,
         "peak-memory-mb": 100.0,
     }
-    return RecordDict(
-        {"adapter": ArrayRecord({"flat": Array(moved)}), "metrics": MetricRecord(metrics)}
-    )
+    return MetricRecord(metrics)
 
 
-def node(partition_id: int, reply: Reply = trained) -> Node:
-    return lambda m: Message(reply(partition_id, received(m)), reply_to=m)
+def moved(partition_id: int, adapter: Vector) -> Vector:
+    """What an honest site makes of it: the adapter it got, moved by a step of its own."""
+    rng = np.random.default_rng(partition_id)
+    return adapter + 0.1 * rng.standard_normal(adapter.shape).astype(np.float32)
+
+
+def changed(change: Change, codec: str = "fp32") -> Reply:
+    def reply(partition_id: int, adapter: Vector) -> RecordDict:
+        payload = encode(codec, change(partition_id, adapter), adapter)
+        return RecordDict({"adapter": arrays_of(payload), "metrics": metrics_of(partition_id)})
+
+    return reply
+
+
+trained = changed(moved)
+
+
+def plus(step: Vector | float) -> Change:
+    return lambda _, adapter: adapter + np.float32(1) * step
+
+
+def node(partition_id: int, reply: Reply = trained, down: str = "fp32") -> Node:
+    return lambda m: Message(reply(partition_id, received(m, down)), reply_to=m)
 
 
 def failing(message: Message) -> Message:
@@ -158,6 +212,14 @@ def silent(message: Message) -> None:
     return None
 
 
+def aggregate_of(vectors: dict[int, Vector]) -> tuple[Vector, NDArray[np.float64]]:
+    """FedAvgOpt of these partitions' adapters, in their order."""
+    chosen = sorted(vectors)
+    updates = [list(LAYOUT.split(vectors[p]).values()) for p in chosen]
+    layers, alphas = fedavgopt(updates, [10 * (p + 1) for p in chosen])
+    return np.concatenate([layer.ravel() for layer in layers]), alphas
+
+
 ALL: dict[str, Any] = {"fraction_train": 1.0}
 
 
@@ -167,10 +229,7 @@ def test_a_round_aggregates_the_replies_whatever_their_order(reverse: bool) -> N
     start = initial_adapter(s.layout, 1)
     new, line = s.train_round(1, start)
 
-    sent = [trained(p, start) for p in range(3)]
-    vectors = [r.array_records["adapter"]["flat"].numpy() for r in sent]
-    layers, alphas = fedavgopt([list(s.layout.split(v).values()) for v in vectors], [10, 20, 30])
-    expected = np.concatenate([layer.ravel() for layer in layers])
+    expected, alphas = aggregate_of({p: moved(p, start) for p in range(3)})
     assert new.dtype == np.float32
     np.testing.assert_array_equal(new, expected)
     assert line["partitions"] == [0, 1, 2]
@@ -211,8 +270,7 @@ def test_sites_that_agree_give_what_they_agree_on() -> None:
     s = strategy([0, 1, 2], {p: node(p, same) for p in range(3)}, **ALL)
     start = initial_adapter(s.layout, 1)
     new, _ = s.train_round(1, start)
-    agreed = trained(0, start).array_records["adapter"]["flat"].numpy()
-    np.testing.assert_allclose(new, agreed, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(new, moved(0, start), rtol=1e-5, atol=1e-7)
 
 
 def with_metric(key: str, value: Any) -> Reply:
@@ -233,14 +291,25 @@ def without_metric(key: str) -> Reply:
     return reply
 
 
-def with_vector(change: Callable[[Vector], Any]) -> Reply:
+def with_array(array: Callable[[bytes, Vector], Array], codec: str = "fp32") -> Reply:
+    """``array``: from the payload of an honest reply and from the vector it stands for."""
+
     def reply(partition_id: int, adapter: Vector) -> RecordDict:
-        content = trained(partition_id, adapter)
-        vector = content.array_records["adapter"]["flat"].numpy().copy()
-        content.array_records["adapter"] = ArrayRecord({"flat": Array(change(vector))})
+        vector = moved(partition_id, adapter)
+        content = changed(moved, codec)(partition_id, adapter)
+        sent = array(encode(codec, vector, adapter), vector)
+        content.array_records["adapter"] = ArrayRecord({"payload": sent})
         return content
 
     return reply
+
+
+def with_bytes(change: Callable[[bytes], bytes], codec: str = "fp32") -> Reply:
+    return with_array(lambda b, _: Array(np.frombuffer(change(b), np.uint8)), codec)
+
+
+def with_vector(change: Callable[[Vector], NDArray[Any]]) -> Reply:
+    return with_array(lambda _, v: Array(np.frombuffer(change(v).tobytes(), np.uint8)))
 
 
 def with_value(value: float) -> Reply:
@@ -253,16 +322,73 @@ def with_value(value: float) -> Reply:
 
 def _cut(partition_id: int, adapter: Vector) -> RecordDict:
     content = trained(partition_id, adapter)
-    array = content.array_records["adapter"]["flat"]
+    array = content.array_records["adapter"]["payload"]
     array.data = array.data[: len(array.data) // 2]
     return content
 
 
+def _npy(array: NDArray[Any]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
+
+
+class _Pickled:
+    opened = False
+
+    def __setstate__(self, state: object) -> None:
+        _Pickled.opened = True
+
+
+def _huge(payload: bytes, _: Vector) -> Array:
+    """An array that says to hold a terabyte."""
+    file = io.BytesIO()
+    header = {"descr": "|u1", "fortran_order": False, "shape": (1 << 40,)}
+    np.lib.format.write_array_header_1_0(file, header)
+    return Array("uint8", (1 << 40,), "numpy.ndarray", file.getvalue() + payload)
+
+
+def _pickle(_: bytes, vector: Vector) -> Array:
+    objects = np.array([_Pickled()] * vector.size, dtype=object)
+    return Array("object", (vector.size,), "numpy.ndarray", _npy(objects))
+
+
+def times(factor: float) -> Change:
+    """An honest change, so many times as long."""
+    return lambda p, a: a + np.float32(factor) * (moved(p, a) - a)
+
+
+def zip_bomb(gigabytes: int) -> bytes:
+    """A valid zlib stream of zeros that is a thousandth of what it unfolds to."""
+    packer = zlib.compressobj(9, wbits=-15)
+    part = packer.compress(bytes(1 << 24)) + packer.flush(zlib.Z_FULL_FLUSH)
+    parts = gigabytes << 6
+    check = ((parts << 24) % 65521) << 16 | 1
+    return b"\x78\x01" + part * parts + b"\x03\x00" + check.to_bytes(4, "big")
+
+
+def scales_of(value: float) -> Callable[[bytes], bytes]:
+    """An int8 payload with the first block's bfloat16 scale replaced."""
+
+    def change(payload: bytes) -> bytes:
+        plain = bytearray(zlib.decompress(payload))
+        blocks = -(-LAYOUT.size // BLOCK)
+        plain[0], plain[blocks] = np.array([value], ">f4").tobytes()[:2]
+        return zlib.compress(bytes(plain))
+
+    return change
+
+
 BAD: dict[str, Reply] = {
     "nothing": lambda p, a: RecordDict(),
-    "no adapter": lambda p, a: RecordDict({"metrics": trained(p, a).metric_records["metrics"]}),
+    "no adapter": lambda p, a: RecordDict({"metrics": metrics_of(p)}),
     "no metrics": lambda p, a: RecordDict({"adapter": trained(p, a).array_records["adapter"]}),
-    "another record": lambda p, a: RecordDict({"adapter": ConfigRecord({"flat": 1})}),
+    "another record": lambda p, a: RecordDict(
+        {"adapter": ConfigRecord({"payload": 1}), "metrics": metrics_of(p)}
+    ),
+    "another array": lambda p, a: RecordDict(
+        {"adapter": ArrayRecord({"flat": Array(moved(p, a))}), "metrics": metrics_of(p)}
+    ),
     "no loss": without_metric("train-loss"),
     "no seconds": without_metric("train-s"),
     "loss is not a number": with_metric("train-loss", math.nan),
@@ -272,27 +398,132 @@ BAD: dict[str, Reply] = {
     "examples without end": with_metric("num-examples", math.inf),
     "examples as a list": with_metric("num-examples", [10, 20]),
     "too short": with_vector(lambda v: v[:-1]),
-    "a matrix": with_vector(lambda v: v.reshape(2, -1)),
+    "too long": with_vector(lambda v: np.append(v, np.float32(0))),
+    "a byte short": with_bytes(lambda b: b[:-1]),
+    "a byte long": with_bytes(lambda b: b + b"\0"),
+    "empty": with_bytes(lambda b: b""),
+    "a matrix": with_array(lambda b, _: Array(np.frombuffer(b, np.uint8).reshape(2, -1))),
+    "a single number": with_array(lambda b, _: Array(np.array(7, np.uint8))),
+    "float32 instead of bytes": with_array(lambda _, v: Array(v)),
+    "float64 instead of bytes": with_array(lambda _, v: Array(v.astype(np.float64))),
+    "signed bytes": with_array(lambda b, _: Array(np.frombuffer(b, np.int8))),
     "float64": with_vector(lambda v: v.astype(np.float64)),
-    "integers": with_vector(lambda v: v.astype(np.int32)),
+    "integers": with_array(lambda _, v: Array(v.astype(np.int32))),
+    "half the precision": with_vector(lambda v: v.astype(np.float16)),
+    "pickled": with_array(_pickle),
+    "a terabyte, it says": with_array(_huge),
+    "an array of another kind": with_array(
+        lambda b, v: Array("uint8", (len(b),), "no.such.kind", b)
+    ),
     "cut in transit": _cut,
     "nan": with_value(math.nan),
     "inf": with_value(math.inf),
+    "minus inf": with_value(-math.inf),
+    "1e6 times its size": changed(times(1e6)),
+    "above max-update-norm": changed(times(60)),  # 100 and more, if not 10 times the others
+    "too large to square in float32": changed(times(1e30)),
+    "bf16 in a run of fp32": with_bytes(lambda b: b, "bf16"),
+    "int8 in a run of fp32": with_bytes(lambda b: b, "int8"),
+    "int4 in a run of fp32": with_bytes(lambda b: b, "int4"),
+}
+# In a run of int8.
+BAD_INT8: dict[str, Reply] = {
+    "fp32": changed(moved),
+    "bf16": changed(moved, "bf16"),
+    "int4": changed(moved, "int4"),
+    "cut short": with_bytes(lambda b: b[:-1], "int8"),
+    "cut in half": with_bytes(lambda b: b[: len(b) // 2], "int8"),
+    "empty": with_bytes(lambda b: b"", "int8"),
+    "appended to": with_bytes(lambda b: b + b"\0", "int8"),
+    "twice": with_bytes(lambda b: b + b, "int8"),
+    "a value too many": with_bytes(lambda b: zlib.compress(zlib.decompress(b) + b"\1"), "int8"),
+    "a value too few": with_bytes(lambda b: zlib.compress(zlib.decompress(b)[:-1]), "int8"),
+    "not packed": with_bytes(zlib.decompress, "int8"),
+    "a scale is nan": with_bytes(scales_of(math.nan), "int8"),
+    "a scale is inf": with_bytes(scales_of(math.inf), "int8"),
+    "a scale of 1e38": with_bytes(scales_of(1e38), "int8"),
+    "1e6 times its size": changed(times(1e6), "int8"),
+    "a bomb": with_bytes(lambda b: zip_bomb(1), "int8"),
 }
 
 
-@pytest.mark.parametrize("kind", BAD)
-def test_a_bad_reply_alone_is_left_out_and_recorded_by_its_site(kind: str) -> None:
-    nodes = {0: node(0), 1: node(1, BAD[kind]), 2: node(2)}
-    s = strategy([0, 1, 2], nodes, **ALL)
+def is_left_out_alone(reply: Reply, codec: str, **changes: Any) -> str:
+    """Of three sites the second sends ``reply``. The reason recorded."""
+    good = changed(moved, codec)
+    nodes = {0: node(0, good), 1: node(1, reply), 2: node(2, good)}
+    s = strategy([0, 1, 2], nodes, codec_up=codec, **ALL | changes)
     start = initial_adapter(s.layout, 1)
     new, line = s.train_round(1, start)
     assert line["partitions"] == [0, 2]
     assert set(line["rejected"]) == {"site-01"}
     assert line["rejected"]["site-01"]
+    assert line["attempts"] == 1
     assert math.isfinite(line["train_loss"])
-    others = strategy([0, 2], {0: node(0), 2: node(2)}, **ALL)
-    assert new.tobytes() == others.train_round(1, start)[0].tobytes()
+    others = strategy([0, 2], {0: node(0, good), 2: node(2, good)}, codec_up=codec, **ALL)
+    alone, line_alone = others.train_round(1, start)
+    assert new.tobytes() == alone.tobytes()
+    for key in ("client_update_norms", "client_cosine", "weight_sum", "num_examples"):
+        assert line[key] == line_alone[key], key
+    return str(line["rejected"]["site-01"])
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_reply_alone_is_left_out_and_recorded_by_its_site(kind: str) -> None:
+    is_left_out_alone(BAD[kind], "fp32")
+    assert not _Pickled.opened
+
+
+@pytest.mark.parametrize("kind", BAD_INT8)
+def test_a_bad_coarse_reply_alone_is_left_out_and_recorded_by_its_site(kind: str) -> None:
+    assert is_left_out_alone(BAD_INT8[kind], "int8")
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "int4"])
+def test_a_small_payload_that_unfolds_to_gigabytes_is_not_unfolded(codec: str) -> None:
+    bomb = zip_bomb(4)
+    assert len(bomb) < 5 * MB
+    tracemalloc.start()
+    try:
+        why = is_left_out_alone(with_bytes(lambda b: bomb, codec), codec)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "adapter" in why
+    assert peak < 48 * MB  # copies of the bomb as it is
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.binary(max_size=3000))
+def test_whatever_bytes_a_site_sends_it_is_used_or_left_out_never_a_crash(
+    codec: str, data: bytes
+) -> None:
+    good = changed(moved, codec)
+    nodes = {0: node(0, good), 1: node(1, with_bytes(lambda b: data))}
+    s = strategy([0, 1], nodes, codec_up=codec, **ALL)
+    new, line = s.train_round(1, initial_adapter(s.layout, 1))
+    assert 0 in line["partitions"]
+    assert ("site-01" in line["rejected"]) == (1 not in line["partitions"])
+    assert np.isfinite(new).all()
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "int4"])
+@settings(max_examples=60, deadline=None)
+@given(data=st.binary(max_size=3000))
+def test_whatever_a_site_packs_it_is_used_or_left_out_never_a_crash(
+    codec: str, data: bytes
+) -> None:
+    size = len(zlib.decompress(encode(codec, np.ones(480, np.float32), np.zeros(480, np.float32))))
+    plain = (data * (size // max(len(data), 1) + 1))[:size] or bytes(size)
+    nodes = {
+        0: node(0, changed(moved, codec)),
+        1: node(1, with_bytes(lambda b: zlib.compress(plain))),
+    }
+    s = strategy([0, 1], nodes, codec_up=codec, **ALL)
+    assert s.layout.size == 480
+    new, line = s.train_round(1, initial_adapter(s.layout, 1))
+    assert line["partitions"]
+    assert np.isfinite(new).all()
 
 
 @pytest.mark.parametrize(
@@ -321,6 +552,387 @@ def test_fewer_usable_replies_than_wanted_end_the_run_naming_everyone_who_failed
     for part in ("round 3", "1 usable", "min-replies", "site-01", "site-02"):
         assert part in message
     assert "site-00" not in message
+
+
+# --- another attempt ----------------------------------------------------------------------------
+
+
+def of_twenty(bad: set[int], reply: Node, **changes: Any) -> tuple[Strategy, StandInGrid]:
+    nodes = {p: reply if p in bad else node(p) for p in range(20)}
+    s = strategy(list(range(20)), nodes, min_nodes=20, **changes)
+    assert isinstance(s.grid, StandInGrid)
+    return s, s.grid
+
+
+def asked(s: Strategy, grid: StandInGrid) -> list[int]:
+    partition_of = {n: p for p, n in s.sites.node_of.items()}
+    return [partition_of[m.metadata.dst_node_id] for m in grid.sent]
+
+
+@pytest.mark.parametrize(
+    "bad", [failing, silent, node(0, BAD["nan"])], ids=["error", "late", "nan"]
+)
+def test_a_round_without_usable_replies_is_repeated_with_the_next_sample(bad: Node) -> None:
+    first, second = (set(strategy(list(range(20))).sample(4, a)) for a in (0, 1))
+    assert not first & second  # or this test needs another round
+    s, grid = of_twenty(first, bad)
+    new, line = s.train_round(4, initial_adapter(s.layout, 1))
+    assert asked(s, grid) == sorted(first) + sorted(second)
+    assert line["attempts"] == 2
+    assert line["partitions"] == sorted(second)
+    assert sorted(line["rejected"]) == [f"site-{p:02}" for p in sorted(first)]
+    assert all(line["rejected"].values())
+    # Each attempt starts from the same adapter, and what failed leaves no trace in the result.
+    assert len({m.content.array_records["adapter"]["payload"].data for m in grid.sent}) == 1
+    expected, _ = aggregate_of({p: moved(p, initial_adapter(s.layout, 1)) for p in second})
+    assert new.tobytes() == expected.tobytes()
+
+
+def test_one_usable_reply_is_enough_unless_more_are_wanted() -> None:
+    one = {strategy(list(range(20))).sample(1)[0]}
+    s, grid = of_twenty(one, failing, min_replies=1)
+    assert s.train_round(1, initial_adapter(s.layout, 1))[1]["attempts"] == 1
+    assert len(grid.sent) == 2
+    s, grid = of_twenty(one, failing, min_replies=2)
+    assert s.train_round(1, initial_adapter(s.layout, 1))[1]["attempts"] == 2
+    assert len(grid.sent) == 4
+
+
+def test_the_bytes_of_all_attempts_are_counted_those_of_unused_replies_as_well() -> None:
+    one = {strategy(list(range(20))).sample(1)[0]}
+    s, _ = of_twenty(one, failing, min_replies=2)
+    _, line = s.train_round(1, initial_adapter(s.layout, 1))
+    assert line["attempts"] == 2
+    assert line["bytes_down"] == 4 * 4 * s.layout.size
+    assert line["bytes_up"] == 3 * 4 * s.layout.size
+    assert s.bytes_sent == line["bytes_down"] + line["bytes_up"]
+
+
+def test_a_site_that_failed_once_may_take_part_in_the_next_attempt() -> None:
+    calls: list[int] = []
+
+    def second_time_lucky(partition_id: int) -> Node:
+        def answer(message: Message) -> Message | None:
+            calls.append(partition_id)
+            at_first = calls.count(partition_id) == 1
+            return (failing if at_first else node(partition_id))(message)
+
+        return answer
+
+    s = strategy([0, 1], {p: second_time_lucky(p) for p in (0, 1)}, **ALL)
+    _, line = s.train_round(1, initial_adapter(s.layout, 1))
+    assert calls == [0, 1, 0, 1]
+    assert line["partitions"] == [0, 1]
+    assert line["attempts"] == 2
+    assert sorted(line["rejected"]) == ["site-00", "site-01"]  # as it was, once
+
+
+@pytest.mark.parametrize("max_retries", [0, 1, 3])
+def test_after_max_retries_the_round_fails_and_names_everyone(max_retries: int) -> None:
+    s, grid = of_twenty(set(range(20)), failing, max_retries=max_retries)
+    with pytest.raises(RoundError) as caught:
+        s.train_round(2, initial_adapter(s.layout, 1))
+    samples = [s.sample(2, a) for a in range(max_retries + 1)]
+    assert asked(s, grid) == [p for sample in samples for p in sample]
+    message = str(caught.value)
+    everyone = {p for sample in samples for p in sample}
+    for partition_id in range(20):
+        assert (f"site-{partition_id:02}: " in message) == (partition_id in everyone)
+    for part in ("round 2", "0 usable", "min-replies", "max-retries", "FloatingPointError"):
+        assert part in message
+    assert "\n" not in message
+    assert s.bytes_sent == len(grid.sent) * 4 * s.layout.size  # also of a round that failed
+
+
+# --- changes out of all proportion --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize("honest_rounds", [0, 1, 4])
+@pytest.mark.parametrize("factor", [1e6, 12.0])
+def test_of_two_sites_only_the_one_out_of_proportion_is_left_out(
+    bad: int, honest_rounds: int, factor: float
+) -> None:
+    large = changed(times(factor))
+    rounds = 0
+
+    def turning(partition_id: int, adapter: Vector) -> RecordDict:
+        return (large if rounds >= honest_rounds else trained)(partition_id, adapter)
+
+    nodes = {p: node(p, turning if p == bad else trained) for p in (0, 1)}
+    # Large enough for factor 12: the relative bound must see it.
+    s = strategy([0, 1], nodes, max_update_norm=1e4, **ALL)
+    adapter = initial_adapter(s.layout, 1)
+    for server_round in range(1, honest_rounds + 3):
+        adapter, line = s.train_round(server_round, adapter)
+        if rounds < honest_rounds:
+            assert line["partitions"] == [0, 1]
+            assert line["rejected"] == {}
+        else:
+            assert line["partitions"] == [1 - bad]
+            assert set(line["rejected"]) == {f"site-{bad:02}"}
+        rounds += 1
+    if factor == 12.0:
+        assert "strategy.max-norm-ratio = 10" in line["rejected"][f"site-{bad:02}"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 7), st.data(), st.floats(20, 1e6))
+def test_up_to_half_of_the_sites_out_of_proportion_are_left_out_and_no_other(
+    k: int, data: st.DataObject, factor: float
+) -> None:
+    bad = data.draw(st.sets(st.integers(0, k - 1), max_size=k // 2))
+    large = changed(times(factor))
+    nodes = {p: node(p, large if p in bad else trained) for p in range(k)}
+    s = strategy(list(range(k)), nodes, max_update_norm=1e9, **ALL)
+    _, line = s.train_round(1, initial_adapter(s.layout, 1))
+    assert set(line["partitions"]) == set(range(k)) - bad
+    assert set(line["rejected"]) == {f"site-{p:02}" for p in bad}
+    norms = [float(np.linalg.norm(moved(p, np.zeros(480, np.float32)))) for p in line["partitions"]]
+    assert line["client_update_norms"] == pytest.approx(norms, rel=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(1, 10), min_size=1, max_size=6), st.sampled_from([1e-6, 1.0, 20.0]))
+def test_changes_within_the_ratio_of_each_other_all_take_part(
+    factors: list[float], unit: float
+) -> None:
+    step = np.full(480, 480**-0.5, np.float32)  # of norm 1
+    nodes = {p: node(p, changed(plus(unit * f * step * 0.99))) for p, f in enumerate(factors)}
+    s = strategy(list(range(len(factors))), nodes, max_update_norm=1e4, **ALL)
+    _, line = s.train_round(1, np.zeros(480, np.float32))
+    assert line["rejected"] == {}
+    assert len(line["partitions"]) == len(factors)
+
+
+@pytest.mark.parametrize("step", [0.0, 1e-3], ids=["zero", "equal"])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_changes_that_are_all_equal_or_all_zero_are_none_out_of_proportion(
+    step: float, k: int
+) -> None:
+    s = strategy(list(range(k)), {p: node(p, changed(plus(step))) for p in range(k)}, **ALL)
+    adapter = initial_adapter(s.layout, 1)
+    for server_round in range(1, 4):
+        adapter, line = s.train_round(server_round, adapter)
+        assert line["partitions"] == list(range(k))
+        assert line["rejected"] == {}
+        assert np.isfinite(adapter).all()
+
+
+def test_a_site_that_changes_nothing_puts_no_other_out_of_proportion() -> None:
+    s = strategy([0, 1], {0: node(0, changed(plus(0.0))), 1: node(1)}, **ALL)
+    _, line = s.train_round(1, initial_adapter(s.layout, 1))
+    assert line["rejected"] == {}
+
+
+def test_once_there_is_a_usual_change_even_a_site_alone_is_held_to_it() -> None:
+    s = strategy([0], {0: node(0)}, max_retries=0, max_update_norm=1e9, **ALL)
+    start = initial_adapter(s.layout, 1)
+    for server_round in (1, 2, 3):
+        s.train_round(server_round, start)
+    assert isinstance(s.grid, StandInGrid)
+    s.grid.nodes[s.sites.node_of[0]] = node(0, changed(times(1e3)))
+    with pytest.raises(RoundError, match=r"site-00: .*max-norm-ratio"):
+        s.train_round(4, start)
+    # What was left out is no measure for what comes later.
+    s.grid.nodes[s.sites.node_of[0]] = node(0)
+    s.train_round(5, start)
+    s.grid.nodes[s.sites.node_of[0]] = node(0, changed(times(1e3)))
+    with pytest.raises(RoundError, match=r"site-00: .*max-norm-ratio"):
+        s.train_round(6, start)
+
+
+@pytest.mark.parametrize(("factor", "used"), [(0.999, True), (1.001, False)])
+def test_no_change_may_be_longer_than_max_update_norm(factor: float, used: bool) -> None:
+    step = np.full(480, factor * 3 * 480**-0.5, np.float32)
+    nodes = {p: node(p, changed(plus(step))) for p in range(2)}  # none out of proportion
+    s = strategy([0, 1], nodes, max_update_norm=3.0, max_retries=0, **ALL)
+    if used:
+        assert s.train_round(1, initial_adapter(s.layout, 1))[1]["rejected"] == {}
+    else:
+        with pytest.raises(RoundError, match="max-update-norm = 3") as caught:
+            s.train_round(1, initial_adapter(s.layout, 1))
+        assert "site-00" in str(caught.value)
+        assert "site-01" in str(caught.value)
+
+
+# --- what a round's line says -------------------------------------------------------------------
+
+UNIT = np.eye(480, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("steps", "cosine"),
+    [
+        ([UNIT[3], UNIT[3]], 1.0),
+        ([UNIT[3], 2 * UNIT[3], 5 * UNIT[3]], 1.0),
+        ([UNIT[3], UNIT[7]], 0.0),
+        ([UNIT[3], -UNIT[3]], -1.0),
+        ([UNIT[3], UNIT[3] + UNIT[9]], 0.5**0.5),
+        ([UNIT[3], UNIT[3], UNIT[7]], 1 / 3),
+        ([UNIT[3], 0 * UNIT[3]], 0.0),
+        ([UNIT[3]], None),
+    ],
+    ids=["identical", "parallel", "orthogonal", "opposite", "45 degrees", "three", "zero", "one"],
+)
+def test_the_cosine_between_the_sites_changes(steps: list[Vector], cosine: float | None) -> None:
+    nodes = {p: node(p, changed(plus(s))) for p, s in enumerate(steps)}
+    s = strategy(list(nodes), nodes, strategy_name="fedavg", **ALL)
+    # Their adapters have nearly the same direction; it is their changes that count.
+    _, line = s.train_round(1, np.full(480, 64, np.float32))
+    if cosine is None:
+        assert line["client_cosine"] is None
+    else:
+        assert line["client_cosine"] == pytest.approx(cosine, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "fedavgopt", "fedavgopt-delta"])
+def test_every_strategy_says_what_the_sites_weights_add_up_to(name: str) -> None:
+    s = strategy([0, 1, 2], {p: node(p) for p in range(3)}, strategy_name=name, **ALL)
+    start = initial_adapter(s.layout, 1)
+    new, line = s.train_round(1, start)
+    shares = np.array(line["alphas"]) * [10, 20, 30] / 60
+    assert line["weight_sum"] == pytest.approx(float(shares.sum()))
+    vectors = np.stack([moved(p, start) for p in range(3)]).astype(float)
+    if name in ("fedavg", "fedprox"):
+        assert line["alphas"] == [1.0, 1.0, 1.0]
+        assert line["weight_sum"] == pytest.approx(1)
+    else:
+        assert line["weight_sum"] > 1.01  # it undoes what averaging shortens
+    origin = start.astype(float) if name == "fedavgopt-delta" else np.zeros(480)
+    np.testing.assert_allclose(new, origin + shares @ (vectors - origin), atol=1e-5)
+
+
+def test_the_norm_of_the_weight_change_is_that_of_the_matrices_themselves() -> None:
+    alpha = 7
+    s = strategy([0, 1], {p: node(p) for p in range(2)}, lora_alpha=alpha, **ALL)
+    start = initial_adapter(s.layout, 1)
+    assert not any(a.any() for n, a in s.layout.split(start).items() if "lora_B" in n)
+    new, line = s.train_round(1, start)
+    arrays, squares = s.layout.split(new), 0.0
+    for name in LINEAR:
+        a, b = (arrays[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        change = alpha / 2 * b.astype(float) @ a.astype(float)
+        assert change.shape == (6, 4)
+        squares += float((change**2).sum())
+    assert line["weight_change_norm"] == pytest.approx(squares**0.5, rel=1e-9)
+    norms = [float(np.linalg.norm(moved(p, start) - start)) for p in (0, 1)]
+    assert line["client_update_norms"] == pytest.approx(norms, rel=1e-5)
+
+
+def test_the_budget_is_used_up_by_every_payload_both_ways() -> None:
+    down = "int4"
+    nodes = {p: node(p, changed(moved, "int8"), down) for p in range(3)}
+    s = strategy(
+        [0, 1, 2], nodes, codec_down=down, codec_up="int8", budget_mb=0.5, fraction_evaluate=1.0,
+        **ALL,
+    )  # fmt: skip
+    assert s.budget() == {"mb_sent": 0.0, "mb_left": 0.5}
+    assert isinstance(s.grid, StandInGrid)
+    scoring = {n: node(p, scored, down) for p, n in s.sites.node_of.items()}
+    training, adapter = s.grid.nodes, initial_adapter(s.layout, 1)
+    lines: list[dict[str, Any]] = []
+    total = 0
+    for server_round in (1, 2):
+        s.grid.nodes = training
+        before = adapter
+        adapter, line = s.train_round(server_round, before)
+        payload = encode(down, before, initial_adapter(s.layout, s.config.seed))
+        held = received_of(payload, s.config)
+        up = sum(len(encode("int8", moved(p, held), held)) for p in range(3))
+        assert line["bytes_down"] == 3 * len(payload)
+        assert line["bytes_up"] == up
+        s.grid.nodes = scoring
+        line |= s.evaluate(server_round, adapter)
+        payload = encode(down, adapter, initial_adapter(s.layout, s.config.seed))
+        assert line["eval_bytes_down"] == 3 * len(payload)
+        total += line["bytes_down"] + line["bytes_up"] + line["eval_bytes_down"]
+        lines.append(line | s.budget())
+        assert lines[-1]["mb_sent"] == pytest.approx(total / MB, rel=1e-12)
+        assert lines[-1]["mb_sent"] + lines[-1]["mb_left"] == pytest.approx(0.5, rel=1e-12)
+    assert lines[0]["mb_sent"] < lines[1]["mb_sent"]
+
+
+# --- coarse transfers ---------------------------------------------------------------------------
+
+
+def received_of(payload: bytes, config: RunConfig) -> Vector:
+    return decode(config.down, payload, initial_adapter(LAYOUT, config.seed))
+
+
+def far_from_the_start() -> Vector:
+    """Where a run may be after some rounds: the initial adapter moved."""
+    return moved(99, initial_adapter(LAYOUT, run_config().seed))
+
+
+COARSE = ("bf16", "int8", "int4")
+
+
+@pytest.mark.parametrize("name", ["fedavgopt", "fedavg", "fedavgopt-delta"])
+@pytest.mark.parametrize("up", ["fp32", "int4"])
+@pytest.mark.parametrize("down", COARSE)
+def test_sites_that_change_nothing_leave_the_adapter_as_it_was(
+    down: str, up: str, name: str
+) -> None:
+    nodes = {p: node(p, changed(plus(0.0), up), down) for p in range(2)}
+    s = strategy([0, 1], nodes, codec_down=down, codec_up=up, strategy_name=name, **ALL)
+    start = far_from_the_start()
+    coarse = received_of(encode(down, start, initial_adapter(LAYOUT, s.config.seed)), s.config)
+    lost = float(np.abs(coarse - start).max())
+    assert lost > 1e-4  # the sites do get a coarse copy
+    adapter = start
+    for server_round in range(1, 21):
+        adapter, line = s.train_round(server_round, adapter)
+        assert line["partitions"] == [0, 1]
+    # A last digit of float32 a round, at most.
+    np.testing.assert_allclose(adapter, start, rtol=0, atol=20 * 2**-23)
+
+
+@pytest.mark.parametrize("down", ["fp32", *COARSE])
+def test_the_roundings_on_the_way_down_do_not_add_up(down: str) -> None:
+    rng = np.random.default_rng(7)
+    steps = 0.01 * rng.standard_normal((12, 480)).astype(np.float32)
+    current = 0
+
+    def step(partition_id: int, adapter: Vector) -> Vector:
+        return np.asarray(adapter + steps[current] * np.float32(partition_id + 1), np.float32)
+
+    nodes = {p: node(p, changed(step), down) for p in range(2)}
+    s = strategy([0, 1], nodes, codec_down=down, strategy_name="fedavg", **ALL)
+    adapter = start = far_from_the_start()
+    for current in range(12):
+        adapter, _ = s.train_round(current + 1, adapter)
+    moves = steps.astype(float).sum(axis=0) * (10 * 1 + 20 * 2) / 30
+    np.testing.assert_allclose(adapter, start + moves, rtol=0, atol=50 * 2**-23)
+
+
+@pytest.mark.parametrize("up", CODECS)
+@pytest.mark.parametrize("down", CODECS)
+def test_a_round_works_in_every_codec_each_way(down: str, up: str) -> None:
+    nodes = {p: node(p, changed(moved, up), down) for p in range(3)}
+    s = strategy([0, 1, 2], nodes, codec_down=down, codec_up=up, strategy_name="fedavg", **ALL)
+    start = far_from_the_start()
+    new, line = s.train_round(1, start)
+    assert line["partitions"] == [0, 1, 2]
+    steps = np.stack([moved(p, start) - start for p in range(3)])
+    exact = start + np.array([10, 20, 30]) @ steps.astype(float) / 60
+    # Half a step of the changes' own codec; the way down costs the result nothing.
+    bound = {"fp32": 0, "bf16": 2**-8, "int8": 0.51 / 127, "int4": 0.51 / 7}[up]
+    assert np.abs(new - exact).max() <= bound * np.abs(steps).max() + 1e-6
+    norms = np.linalg.norm(steps, axis=1)
+    assert line["client_update_norms"] == pytest.approx(norms.tolist(), rel=0.1)
+    assert line["client_cosine"] == pytest.approx(0, abs=0.2)
+
+
+@pytest.mark.parametrize("codec", COARSE)
+def test_the_first_download_is_next_to_nothing(codec: str) -> None:
+    s = strategy([0, 1], {p: node(p, down=codec) for p in range(2)}, codec_down=codec, **ALL)
+    start = initial_adapter(s.layout, s.config.seed)
+    _, line = s.train_round(1, start)
+    assert line["bytes_down"] < 2 * 40  # of 480 values
+    assert isinstance(s.grid, StandInGrid)
+    for message in s.grid.sent:
+        assert received(message, codec).tobytes() == start.tobytes()
 
 
 # --- evaluation ---------------------------------------------------------------------------------

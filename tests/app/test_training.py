@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from app.adapter import Layout, Vector, initial_adapter
 from app.base_model import find, get_adapter, load_with_lora, set_adapter
 from app.config import RunConfig
 from app.examples import IGNORED, Example, encode_all
 from app.partition import Row
-from app.training import Trained, evaluate, train
+from app.training import Trained, _Proximal, evaluate, train
 from tests.samples import ROWS, run_config
 
 LR = 1e-2
@@ -227,3 +229,106 @@ def test_evaluation_ignores_dropout_and_changes_nothing(models_dir: Path, tiny_m
     first, second = evaluate(s.model, s.examples, 4), evaluate(s.model, s.examples, 4)
     assert first == second
     assert s.adapter.tobytes() == before.tobytes()
+
+
+# --- FedProx: near the received adapter -----------------------------------------------------------
+
+
+def distance_after(s: Site, **proximal: float) -> float:
+    start = s.adapter
+    train(s.model, s.examples, s.config, LR, 1, **proximal)
+    return float(np.linalg.norm(s.adapter - start))
+
+
+@BITS
+def test_the_larger_mu_is_the_nearer_the_adapter_stays(
+    models_dir: Path, tiny_model: Path, bits: int
+) -> None:
+    far, nearer, near = (
+        distance_after(site(models_dir, tiny_model, bits, max_steps=10), proximal_mu=mu)
+        for mu in (0.0, 1.0, 100.0)
+    )
+    assert near < 0.5 * far
+    assert near < nearer < far
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_mu_of_zero_is_no_mu_bit_by_bit(
+    models_dir: Path, tiny_model: Path, dropout: float
+) -> None:
+    results: list[tuple[bytes, float]] = []
+    for proximal in ({}, {"proximal_mu": 0.0}, {"proximal_mu": 1.0}):
+        s = site(models_dir, tiny_model, lora_dropout=dropout)
+        trained = train(s.model, s.examples, s.config, LR, 1, **proximal)
+        results.append((s.adapter.tobytes(), trained.loss))
+    assert results[0] == results[1]
+    assert results[0][0] != results[2][0]
+
+
+def test_the_first_step_does_not_feel_mu_as_nothing_has_moved_yet(
+    models_dir: Path, tiny_model: Path
+) -> None:
+    results: list[Vector] = []
+    for mu in (0.0, 1e6):
+        s = site(models_dir, tiny_model, max_steps=1)
+        train(s.model, s.examples, s.config, LR, 1, mu)
+        results.append(s.adapter)
+    assert results[0].tobytes() == results[1].tobytes()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32), mu=st.floats(1e-6, 1e3), steps=st.integers(1, 4))
+def test_the_gradient_added_is_mu_times_the_distance_moved(
+    seed: int, mu: float, steps: int
+) -> None:
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    for parameter in model[0].parameters():
+        parameter.requires_grad_(False)  # the base model
+    received = [p.detach().clone() for p in model.parameters()]
+    callback = _Proximal(model, mu)
+    trained = list(model[1].parameters())
+    for step in range(steps):
+        gradients = [torch.randn_like(p) for p in trained]
+        with torch.no_grad():
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.add_(torch.randn_like(parameter), alpha=1 if step else 0)
+                parameter.grad = gradient.clone()
+        before = [p.detach().clone() for p in model.parameters()]
+        callback.on_pre_optimizer_step(None, None, None)
+        for parameter, gradient, start in zip(trained, gradients, received[2:], strict=True):
+            assert parameter.grad is not None
+            expected = gradient + mu * (parameter.detach() - start)
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-5, atol=1e-6 * mu)
+        # Neither the weights move, nor what they are held to, nor is the base model trained.
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        assert all(p.grad is None for p in model[0].parameters())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_proximal_gradient_is_added_once_a_step_behind_the_clipping(
+    models_dir: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    seen: list[tuple[float, float, float]] = []
+    added = _Proximal.on_pre_optimizer_step
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> None:
+        def norm(values: list[torch.Tensor]) -> float:
+            return float(torch.cat([v.detach().ravel() for v in values]).norm())
+
+        before = [p.grad.clone() for p, _ in self.pairs]
+        added(self, *args, **kwargs)
+        moved = norm([p - r for p, r in self.pairs])
+        more = norm([p.grad - g for (p, _), g in zip(self.pairs, before, strict=True)])
+        seen.append((norm(before), moved, more))
+
+    monkeypatch.setattr(_Proximal, "on_pre_optimizer_step", watched)
+    s = site(models_dir, tiny_model, max_steps=4, gradient_accumulation_steps=accumulation)
+    train(s.model, s.examples, s.config, LR, 1, 50.0)
+    assert len(seen) == 4
+    clipped, moved, more = (np.array(x) for x in zip(*seen, strict=True))
+    assert clipped.max() <= 1 + 1e-4  # the Trainer's max_grad_norm, of the loss alone
+    assert moved[0] == 0
+    assert (moved[1:] > 0).all()
+    assert more.max() > 1
+    np.testing.assert_allclose(more, 50 * moved, rtol=1e-3)

@@ -1,0 +1,174 @@
+"""A site's side of a round, in this process: what it receives, trains and sends back."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+
+from app import client_app, training
+from app.adapter import Layout, Vector, initial_adapter
+from app.base_model import find
+from app.codec import encode
+from app.config import CODECS, STRATEGIES, RunConfig
+from app.partition import SiteError
+from app.preflight import Sites
+from app.strategy import Strategy
+from tests.samples import ROWS, run_config, write_jsonl
+from tests.stand_in_grid import Node, StandInGrid
+
+PARTITION, NODE_ID = 0, 1000
+
+
+@pytest.fixture
+def site(tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A SuperNode's environment around this folder."""
+    folder = tmp_path / "site"
+    for part, rows in (("train", ROWS[:8]), ("holdout", ROWS[8:10])):
+        write_jsonl(folder / "data" / f"{part}.jsonl", rows)
+    for name, value in (
+        ("SITE_DIR", folder),
+        ("MODELS_DIR", models_dir),
+        ("DEVICE", "cpu"),
+        ("LOCK_DIR", tmp_path),
+    ):
+        monkeypatch.setenv(name, str(value))
+    return folder
+
+
+@pytest.fixture
+def base(tiny_model: Path) -> dict[str, Any]:
+    return {
+        "model_name": str(tiny_model), "quantization": 0, "lora_r": 4, "lora_alpha": 8,
+        "batch_size": 4, "max_steps": 2, "gradient_checkpointing": False, "lr_max": 0.01,
+        "min_nodes": 1, "min_train_nodes": 1, "fraction_evaluate": 1.0, "max_retries": 0,
+    }  # fmt: skip
+
+
+def strategy(models_dir: Path, config: RunConfig) -> Strategy:
+    """The server's side, whose only node is the site of this process."""
+    linear = find(models_dir, config.model_name, config.quantization).linear_layers
+    sites = Sites({PARTITION: NODE_ID}, {PARTITION: 8}, {PARTITION: 2}, "aaaa", linear, {}, {})
+    layout = Layout.of(linear, config)
+    return Strategy(StandInGrid({NODE_ID: node(config)}), config, sites, layout)
+
+
+def node(config: RunConfig) -> Node:
+    run_config = cast(dict[str, Any], config.flat())
+    context = Context(
+        7, NODE_ID, {"partition-id": PARTITION, "num-partitions": 1}, RecordDict(), run_config
+    )
+    handlers = {"train": client_app.train, "evaluate": client_app.evaluate}
+    return lambda m: handlers[m.metadata.message_type](m, context)
+
+
+def moved(layout: Layout, config: RunConfig) -> Vector:
+    noise = np.random.default_rng(1).standard_normal(layout.size).astype(np.float32)
+    return initial_adapter(layout, config.seed) + np.float32(0.01) * noise
+
+
+def message(payload: bytes, layout_hash: str) -> Message:
+    content = RecordDict(
+        {
+            "adapter": ArrayRecord({"payload": Array(np.frombuffer(payload, np.uint8))}),
+            "job": ConfigRecord({"round": 1, "layout": layout_hash}),
+        }
+    )
+    return Message(content, dst_node_id=NODE_ID, message_type="train")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_site_and_server_agree_on_a_whole_round_in_every_codec(
+    site: Path, models_dir: Path, base: dict[str, Any], codec: str
+) -> None:
+    config = run_config(**base, codec=codec)
+    s = strategy(models_dir, config)
+    start = moved(s.layout, config)
+    new, line = s.train_round(1, start)
+    assert line["partitions"] == [PARTITION]
+    assert line["rejected"] == {}
+    assert line["num_examples"] == [8]
+    assert line["update_norm"] > 0.01
+    # What is sent coarsely is kept, and read again by the next round.
+    state = site / "state"
+    assert state.exists() == (codec != "fp32")
+    s.train_round(2, new)
+    assert len(list(state.glob("*"))) == (codec != "fp32")
+    scored = s.evaluate(2, new)
+    assert scored["eval_partitions"] == [PARTITION]
+    assert 0 < scored["eval_loss"] < 20
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_site_trains_what_the_server_believes_it_does(
+    site: Path, models_dir: Path, base: dict[str, Any], codec: str
+) -> None:
+    config = run_config(**base, codec_down=codec)
+    s = strategy(models_dir, config)
+    start = moved(s.layout, config)
+    gathered = s._ask("train", [PARTITION], 1, start)
+    assert isinstance(s.grid, StandInGrid)
+    _, layout, vector, job = client_app._received(s.grid.sent[0], config)
+    assert layout == s.layout
+    assert job["round"] == 1
+    assert vector.tobytes() == gathered.sent.tobytes()
+    assert (vector.tobytes() == start.tobytes()) == (codec == "fp32")
+    assert np.abs(vector - start).max() < 0.01
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_only_fedprox_holds_the_site_to_what_it_received(
+    site: Path,
+    models_dir: Path,
+    base: dict[str, Any],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[float] = []
+    real = training.train
+
+    def watched(model: Any, examples: Any, config: Any, lr: Any, seed: Any, mu: float = 0.0) -> Any:
+        seen.append(mu)
+        return real(model, examples, config, lr, seed, mu)
+
+    monkeypatch.setattr(training, "train", watched)
+    config = run_config(**base, strategy_name=name, proximal_mu=0.7)
+    s = strategy(models_dir, config)
+    _, line = s.train_round(1, initial_adapter(s.layout, config.seed))
+    assert line["rejected"] == {}
+    assert seen == [0.7 if name == "fedprox" else 0.0]
+
+
+@pytest.fixture
+def site_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    logging.getLogger("app").addHandler(caplog.handler)
+    yield caplog
+    logging.getLogger("app").removeHandler(caplog.handler)
+
+
+def test_an_adapter_of_another_layout_is_refused_by_the_site(
+    site: Path, models_dir: Path, base: dict[str, Any]
+) -> None:
+    config = run_config(**base)
+    s = strategy(models_dir, config)
+    other = Layout.of(s.sites.linear_layers, run_config(**base | {"lora_r": 8}))
+    payload = encode("fp32", moved(other, config), moved(other, config))
+    with pytest.raises(SiteError, match=other.hash) as caught:
+        node(config)(message(payload, other.hash))
+    assert s.layout.hash in str(caught.value)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_damaged_download_is_an_error_without_a_word_of_the_data(
+    site: Path, models_dir: Path, base: dict[str, Any], codec: str,
+    site_log: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    config = run_config(**base, codec=codec)
+    s = strategy(models_dir, config)
+    payload = encode(codec, moved(s.layout, config), initial_adapter(s.layout, config.seed))
+    with pytest.raises(SiteError, match="PayloadError"):
+        node(config)(message(payload[:-1], s.layout.hash))
+    assert "_received" in site_log.text
