@@ -59,7 +59,8 @@ def decode(codec: str, payload: bytes, reference: Vector) -> Vector:
     if codec == "fp32":
         vector: Vector = np.frombuffer(plain, "<f4").astype(np.float32)
     elif codec == "bf16":
-        vector = reference + _from_bf16(_unplanes(plain))
+        with np.errstate(invalid="ignore"):  # a damaged value; seen below
+            vector = reference + _from_bf16(_unplanes(plain))
     else:
         scales = _from_bf16(_unplanes(plain[: 2 * blocks]))
         codes = np.frombuffer(plain, np.uint8, offset=2 * blocks)

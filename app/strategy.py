@@ -5,11 +5,10 @@ and end "completed" even when nothing was; this one does none of that.
 """
 
 import logging
-import math
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
@@ -17,17 +16,14 @@ from flwr.serverapp import Grid
 
 from app.adapter import Layout, Vector, initial_adapter
 from app.aggregation import aggregate, mean_cosine, weight_change_norm
-from app.codec import PayloadError, decode, encode
+from app.codec import decode, encode
 from app.config import RunConfig
-from app.fedavgopt import Floats, inner_products
+from app.guards import Gathered, number, usable
 from app.preflight import Sites, site_name
 
 logger = logging.getLogger(__name__)
 
-# What a reply must hold, beside the adapter.
-TRAIN_METRICS = (
-    "num-examples", "train-loss", "num-tokens", "steps", "load-s", "train-s", "peak-memory-mb",
-)  # fmt: skip
+# What a reply to an evaluation must hold.
 EVAL_METRICS = ("num-tokens", "loss-sum", "num-correct")
 MB = 2**20  # as the leaderboard counts
 NPY_HEADER_BYTES = 128  # that Flower puts in front of an array; framing, not counted
@@ -35,18 +31,6 @@ NPY_HEADER_BYTES = 128  # that Flower puts in front of an array; framing, not co
 
 class RoundError(Exception):
     """Too few usable replies; the adapter of the round before stands."""
-
-
-@dataclass
-class Gathered:
-    """What came back for one message to each of some sites."""
-
-    replies: dict[int, RecordDict] = field(default_factory=dict)  # partition id -> content
-    failed: dict[int, str] = field(default_factory=dict)  # partition id -> reason
-    bytes_down: int = 0
-    bytes_up: int = 0
-    # The adapter as the sites received it: the server's own, but for the codec's roundings.
-    sent: Vector = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
 @dataclass
@@ -112,7 +96,7 @@ class Strategy:
             gathered = self._ask(MessageType.TRAIN, partitions, server_round, adapter)
             down += gathered.bytes_down
             up += gathered.bytes_up
-            updates, products, bad = self._usable(gathered, adapter)
+            updates, products, bad = usable(gathered, adapter, self.config, self._usual_norms)
             for partition_id, why in sorted(bad.items()):
                 name = site_name(partition_id)
                 logger.warning("[round %d/%d] without %s: %s", server_round, total, name, why)
@@ -128,7 +112,7 @@ class Strategy:
             )
 
         def column(key: str) -> list[float]:
-            return [round(_number(gathered.replies[p], key), 6) for p in updates]
+            return [round(number(gathered.replies[p], key), 6) for p in updates]
 
         num_examples = [int(n) for n in column("num-examples")]
         config = self.config
@@ -177,14 +161,14 @@ class Strategy:
         started = time.monotonic()
         gathered = self._ask(MessageType.EVALUATE, partitions, server_round, adapter)
         for partition_id, content in list(gathered.replies.items()):
-            if not np.isfinite([_number(content, key) for key in EVAL_METRICS]).all():
+            if not np.isfinite([number(content, key) for key in EVAL_METRICS]).all():
                 gathered.failed[partition_id] = "a metric is missing or not finite"
                 del gathered.replies[partition_id]
         for partition_id, why in sorted(gathered.failed.items()):
             logger.warning("[evaluation] without %s: %s", site_name(partition_id), why)
 
         def total(key: str) -> float:
-            return sum(_number(reply, key) for reply in gathered.replies.values())
+            return sum(number(reply, key) for reply in gathered.replies.values())
 
         tokens = total("num-tokens")
         if not tokens:
@@ -241,70 +225,3 @@ class Strategy:
                     gathered.bytes_up += sum(max(size, 0) for size in sizes)
         self.bytes_sent += gathered.bytes_down + gathered.bytes_up
         return gathered
-
-    def _usable(
-        self, gathered: Gathered, adapter: Vector
-    ) -> tuple[dict[int, Vector], Floats, dict[int, str]]:
-        """What takes part in the round.
-
-        Returns:
-            Adapters by partition id (sorted), the inner products of their changes [K, K], and
-            why the other sites take no part.
-        """
-        updates: dict[int, Vector] = {}
-        rejected = dict(gathered.failed)
-        for partition_id, content in sorted(gathered.replies.items()):
-            numbers = {key: _number(content, key) for key in TRAIN_METRICS}
-            if not np.isfinite(list(numbers.values())).all() or numbers["num-examples"] < 1:
-                rejected[partition_id] = f"metrics {numbers}"
-                continue
-            try:
-                payload = content.array_records["adapter"]["payload"].numpy()
-                if payload.dtype != np.uint8 or payload.ndim != 1:
-                    raise PayloadError(f"payload of shape {payload.shape}, {payload.dtype}")
-                vector = decode(self.config.up, payload.tobytes(), gathered.sent)
-            except PayloadError as err:
-                rejected[partition_id] = f"adapter: {err}"
-            except Exception as err:  # whatever a site may have sent: numpy's errors are many
-                rejected[partition_id] = f"reply without a readable adapter ({type(err).__name__})"
-            else:
-                if gathered.sent is not adapter:
-                    # The site started from a coarse copy. Its change is applied to the adapter
-                    # itself, so that the copy's roundings do not add up over the rounds.
-                    vector += adapter - gathered.sent
-                updates[partition_id] = vector
-        products = inner_products(list(updates.values()), adapter)
-        norms = dict(zip(updates, np.sqrt(np.diag(products)), strict=True))
-        too_long = self._too_long(norms)
-        chosen = [n for n, p in enumerate(updates) if p not in too_long]
-        for partition_id in too_long:
-            del updates[partition_id]
-        return updates, products[np.ix_(chosen, chosen)], rejected | too_long
-
-    def _too_long(self, norms: dict[int, float]) -> dict[int, str]:
-        """Sites whose change is out of all proportion, with the reason.
-
-        Compared with the median of this round's and the earlier rounds' changes; the lower one
-        of two, so that one of two sites cannot lift it.
-        """
-        config, rejected = self.config, {}
-        usual = sorted([*self._usual_norms, *norms.values()])
-        median = usual[(len(usual) - 1) // 2] if usual else 0.0
-        for partition_id, norm in norms.items():
-            if norm > config.max_update_norm:
-                limit = f"strategy.max-update-norm = {config.max_update_norm:g}"
-            elif norm > config.max_norm_ratio * median > 0:
-                limit = f"{norm / median:.3g} times the median, above strategy.max-norm-ratio = "
-                limit += f"{config.max_norm_ratio:g}"
-            else:
-                continue
-            rejected[partition_id] = f"update of norm {norm:.3g}: {limit}"
-        return rejected
-
-
-def _number(reply: RecordDict, key: str) -> float:
-    """The metric as a float; NaN where the reply does not hold it as a number."""
-    try:
-        return float(cast(float, reply.metric_records["metrics"][key]))
-    except (KeyError, ValueError, TypeError, OverflowError):
-        return math.nan

@@ -2,12 +2,8 @@
 
 import hashlib
 import json
-import resource
 import shutil
-import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +12,7 @@ from safetensors.numpy import load_file
 
 from app.adapter import Layout, initial_adapter
 from app.checkpoint import ResultsError, RunFolder, rounds
+from tests.full_disk import full_disk
 from tests.samples import run_config
 
 CONFIG = run_config(lora_r=4)
@@ -83,24 +80,11 @@ def test_saving_a_round_again_replaces_it_as_a_whole(tmp_path: Path) -> None:
     assert LAYOUT.join(arrays).tobytes() == initial_adapter(LAYOUT, 2).tobytes()
 
 
-@contextmanager
-def _full_disk(max_bytes: int) -> Iterator[None]:
-    """Let no file of this process grow beyond ``max_bytes``: writes fail as on a full disk."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 @pytest.mark.parametrize("room", [0, 4096])
 def test_a_full_disk_is_a_results_error_and_the_last_round_stays(tmp_path: Path, room: int) -> None:
     folder = RunFolder(tmp_path, 7)
     save(folder, 1)
-    with _full_disk(room), pytest.raises(ResultsError, match="round 2"):
+    with full_disk(room), pytest.raises(ResultsError, match="round 2"):
         save(folder, 2)
     assert list(rounds(folder.path)) == [1]
     assert not list(folder.path.glob(".peft*")), "the half-written round takes room"
@@ -108,7 +92,7 @@ def test_a_full_disk_is_a_results_error_and_the_last_round_stays(tmp_path: Path,
 
 
 def test_a_full_disk_is_noticed_at_the_start_of_a_run(tmp_path: Path) -> None:
-    with _full_disk(0), pytest.raises(ResultsError, match=str(tmp_path / "7")):
+    with full_disk(0), pytest.raises(ResultsError, match=str(tmp_path / "7")):
         RunFolder(tmp_path, 7)
 
 

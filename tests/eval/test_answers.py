@@ -2,10 +2,6 @@
 
 import gc
 import json
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ from eval import EvalError
 from eval.answers import Journal, write_results
 from eval.benchmarks import Question
 from eval.inference import Answer
+from tests.full_disk import full_disk
 
 FACTS = {"name": "m", "adapter": None, "batch_size": 16}
 QUESTIONS = [Question(f"Question {n}", "A") for n in range(6)]
@@ -121,25 +118,12 @@ def test_the_order_of_the_facts_does_not_matter(tmp_path: Path) -> None:
     assert read(tmp_path, dict(reversed(FACTS.items()))) == ANSWERS
 
 
-@contextmanager
-def _full_disk(max_bytes: int) -> Iterator[None]:
-    """Let no file of this process grow beyond ``max_bytes``: writes fail as on a full disk."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_is_an_eval_error_and_what_is_answered_is_kept(tmp_path: Path) -> None:
     write(tmp_path, ANSWERS)
     path = journal_of(tmp_path)
     journal = Journal(tmp_path, "set_fl", FACTS, QUESTIONS)
-    with _full_disk(path.stat().st_size + 5):
+    with full_disk(path.stat().st_size + 5):
         with pytest.raises(EvalError, match="make room") as caught:
             journal.add(5, Answer("x" * 100, None))
         assert str(path) in str(caught.value)
@@ -153,7 +137,7 @@ def test_closing_on_a_full_disk_does_not_hide_the_eval_error(tmp_path: Path) -> 
     """``close`` stands in a finally: an error of its own would replace the one for the user."""
     write(tmp_path, ANSWERS)
     size = journal_of(tmp_path).stat().st_size
-    with _full_disk(size + 5), pytest.raises(EvalError, match="make room"):
+    with full_disk(size + 5), pytest.raises(EvalError, match="make room"):
         write(tmp_path, {5: Answer("x" * 100, None)})
 
 
@@ -161,7 +145,7 @@ def test_closing_on_a_full_disk_does_not_hide_the_eval_error(tmp_path: Path) -> 
 @pytest.mark.parametrize("room", [0, 70])
 def test_a_full_disk_on_opening_loses_no_answer(tmp_path: Path, room: int) -> None:
     write(tmp_path, ANSWERS)
-    with _full_disk(room):
+    with full_disk(room):
         try:
             Journal(tmp_path, "set_fl", FACTS, QUESTIONS).close()
         except (EvalError, OSError):  # which of them, the tests above say
@@ -239,7 +223,7 @@ def test_a_folder_in_the_way_is_an_eval_error(tmp_path: Path, file: str) -> None
 def test_a_full_disk_leaves_the_results_before_as_they_were(tmp_path: Path) -> None:
     write_results(tmp_path, "medqa", "fl", GOLDEN_QUESTIONS, ["x", "y"], 0.5)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with _full_disk(10), pytest.raises(EvalError, match="cannot write"):
+    with full_disk(10), pytest.raises(EvalError, match="cannot write"):
         write_results(tmp_path, "medqa", "fl", GOLDEN_QUESTIONS, ["u", "v"], 0.25)
     after = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name in before}
     assert after == before

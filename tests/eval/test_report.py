@@ -4,12 +4,9 @@ import errno
 import json
 import math
 import re
-import resource
 import shutil
 import subprocess
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from eval.report import page, text_table, write_report
+from tests.full_disk import full_disk
 
 SETS = {"pubmedqa": "PubMedQA", "medmcqa": "MedMCQA", "medqa": "MedQA", "careqa": "CareQA"}
 REFERENCE = {
@@ -450,22 +448,11 @@ def test_write_report_writes_the_report_and_its_page(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"report.json", "report.html"}
 
 
-@contextmanager
-def disk_full_after(size: int) -> Iterator[None]:
-    """Every file that this process writes ends at ``size`` bytes with an OSError (EFBIG)."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("room", [0, 1000])
 def test_a_full_disk_leaves_the_report_before_intact(tmp_path: Path, room: int) -> None:
     write_report(tmp_path, report(5))
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with pytest.raises(OSError, match="File too large"), disk_full_after(room):
+    with pytest.raises(OSError, match="File too large"), full_disk(room):
         write_report(tmp_path, report(10))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
