@@ -145,8 +145,9 @@ def _evaluate(arguments: list[str]) -> int:
     _quiet()
     from eval.evaluation import evaluate
     from eval.model import base_model_name, load_base
-    from eval.report import PUBLISHED, text_table, write_report
+    from eval.report import write_report
     from eval.results import metrics, state
+    from eval.summary import PUBLISHED, text_table
 
     run, adapters = _adapters(args)
     name = args.base_model_name_path or (base_model_name(adapters[0]) if adapters else None)

@@ -1,42 +1,31 @@
-"""The report of an evaluation: report.json, report.html and a table for the terminal.
+"""The report of an evaluation: report.json and report.html.
 
 The page is one file that loads nothing, so it can be mailed, archived and opened in a hospital's
 network. Accuracies are fractions in the report, percent on the page and in the table.
 """
 
 import json
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from eval.answers import replace_file
 from eval.charts import chart, diamond, figure, label, legend, stroke, whisker
+from eval.summary import (
+    Report,
+    alpha,
+    caveat,
+    correction,
+    decimals,
+    kind_of,
+    p_text,
+    sentence,
+    shown_subjects,
+    table_rows,
+    traffic_by_round,
+)
 
-Report = dict[str, Any]
-
-MB = 2**20  # what the published 2080.62 "MB" can only be (README); both share one column
 LEFT, RIGHT = 122, 290  # where 0 % and 100 % are in the bar charts; every chart is 340 wide
-ALPHA = 0.05
-# In percent, as the board had them in 2026 (flower.ai/benchmarks/llm-leaderboard/medical).
-_BOARD = "https://flower.ai/benchmarks/llm-leaderboard/medical"
-PUBLISHED = [
-    {
-        "name": "reference (AI4EOSC)", "pubmedqa": 70.80, "medmcqa": 58.04, "medqa": 62.84,
-        "careqa": 52.87, "communication_mb": 2080.62,
-        "source": "https://github.com/judithspd/ai4os-fedllm-medical",
-    },
-    {
-        "name": "best with this base model (FL-finetune-JB-DC)", "pubmedqa": 70.40,
-        "medmcqa": 60.93, "medqa": 65.82, "careqa": 55.36,
-        "source": _BOARD,
-    },
-    {
-        "name": "board's first (ZeroOne.AI, another base model)", "pubmedqa": 74.80,
-        "medmcqa": 55.39, "medqa": 59.31, "careqa": 64.79, "communication_mb": 2080.93,
-        "source": _BOARD,
-    },
-]  # fmt: skip
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--ink:#1b2430;--soft:#586473;--line:#d3d9e0;
 --panel:#f5f7f9;--base:#98a2ae;--adapter:#3b8fc4;--mark:#b8480a;--warn:#fff1cc;--link:#0a5c94}
@@ -76,137 +65,8 @@ print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of the main table: percent, by dataset; None where there is no number."""
-
-    name: str
-    kind: str  # "published", "base" or "adapter"
-    percents: list[float | None]
-    average: float | None  # over all datasets of the report or not at all
-    megabytes: float | None
-    tests: dict[str, Any]  # dataset -> paired test against base
-
-
-def _rows(report: Report) -> list[Row]:
-    """The main table; published rows that share no dataset with the report are left out."""
-    names, traffic, rows = list(report["datasets"]), _traffic(report["rounds"]), []
-    for known in report["published"]:
-        percents = [known.get(d) for d in names]
-        numbers = [p for p in percents if p is not None]
-        if numbers:
-            average = sum(numbers) / len(numbers) if len(numbers) == len(names) else None
-            sent = known.get("communication_mb")
-            rows.append(Row(known["name"], "published", percents, average, sent, {}))
-    for s in report["subjects"]:
-        tests = s.get("against_base", {})
-        percents = [100 * s["scores"][d]["accuracy"] for d in names]
-        sent = traffic.get(s["round"])
-        rows.append(Row(s["name"], _kind(s), percents, 100 * s["average"], sent, tests))
-    return rows
-
-
-def _traffic(rounds: list[dict[str, Any]]) -> dict[int, float]:
-    """MB moved up to each round; ends before the first round that was not counted."""
-    total, traffic = 0, {}
-    for number, line in enumerate(rounds, 1):
-        if line["round"] != number or not {"bytes_down", "bytes_up"} <= line.keys():
-            break
-        total += line["bytes_down"] + line["bytes_up"] + line.get("eval_bytes_down", 0)
-        traffic[number] = total / MB
-    return traffic
-
-
-def _shown(report: Report) -> list[dict[str, Any]]:
-    """What the page is about, where evaluated: base, and the best adapter, else the last."""
-    base = [s for s in report["subjects"] if s["adapter"] is None]
-    adapters = [s for s in report["subjects"] if s["adapter"] is not None]
-    best = [s for s in adapters if s["name"] == report["best"]]
-    return base[:1] + (best or adapters[-1:])
-
-
-def _kind(subject: dict[str, Any]) -> str:
-    return "base" if subject["adapter"] is None else "adapter"
-
-
-def _number(value: float | None, absent: str = "") -> str:
-    return absent if value is None else f"{value:.2f}"
-
-
-def _alpha(report: Report) -> float:
-    """What a p-value must be below: 5 % over all tests of the report together (Bonferroni)."""
-    return ALPHA / max(1, sum(len(s.get("against_base", {})) for s in report["subjects"]))
-
-
-def _corrected(report: Report) -> str:
-    tests = round(ALPHA / _alpha(report))
-    return f", 5 % over all {tests} tests together (Bonferroni)" if tests > 1 else ""
-
-
-def _p(test: dict[str, float]) -> str:
-    return "p < 0.001" if test["p_value"] < 0.001 else f"p = {test['p_value']:.3g}"
-
-
-def _caveat(report: Report) -> str:
-    """Why the figures are not comparable with published ones; "" where they are."""
-    limit, quantization = report["settings"].get("limit"), report["model"]["quantization"]
-    reasons = []
-    if limit is not None:
-        reasons.append(f"only the first {limit} questions of each dataset were used")
-    odd = [
-        d for d in report["datasets"].values() if d.get("expected") not in (None, d["questions"])
-    ]
-    if odd and limit is None:
-        numbers = ", ".join(f"{d['title']} {d['questions']} of {d['expected']}" for d in odd)
-        reasons.append(f"the number of questions differs ({numbers})")
-    if quantization != "4":
-        reasons.append(f"the leaderboard asks for 4-bit weights, these are {quantization}")
-    text = "; ".join(reasons)
-    return f"Not comparable with published figures: {text}." if text else ""
-
-
-def _summary(report: Report) -> str:
-    """The main result in one sentence, as plain text."""
-    titles = {d: str(about["title"]) for d, about in report["datasets"].items()}
-    count = len(titles)
-    over = f"on average over {count} datasets" if count > 1 else "on " + "".join(titles.values())
-    *base, last = _shown(report)
-    reached = f"reaches {100 * last['average']:.2f} % {over}"
-    if last["adapter"] is None:
-        return f"The base model {reached}; no adapter was evaluated."
-    adapters = sum(s["adapter"] is not None for s in report["subjects"])
-    who = f"The best of {adapters} adapters," if report["best"] else "The adapter"
-    reached = f"{who} {last['name']}{',' if report['best'] else ''} {reached}"
-    if not base:
-        return f"{reached}; the base model was not evaluated."
-    points = 100 * (last["average"] - base[0]["average"])
-    tests = [
-        f"{titles[d]} {100 * t['difference']:+.2f} ({_p(t)}, "
-        f"{'more than chance' if t['p_value'] < _alpha(report) else 'may be chance'})"
-        for d, t in last.get("against_base", {}).items()
-    ]
-    how = "the exact McNemar test" + _corrected(report)
-    by_test = f": {'; '.join(tests)}, by {how}" if tests else ""
-    side = "above" if points >= 0 else "below"
-    percent = 100 * base[0]["average"]
-    return f"{reached}, {abs(points):.2f} points {side} the base model's {percent:.2f} %{by_test}."
-
-
-def text_table(report: Report) -> str:
-    """The main table in plain ASCII: accuracies in percent, ``-`` where there is none."""
-    lines = [["accuracy in %", *(a["title"] for a in report["datasets"].values()), "average"]]
-    for row in _rows(report):
-        best = " (best)" if row.kind == "adapter" and row.name == report["best"] else ""
-        lines.append([row.name + best, *(_number(p, "-") for p in (*row.percents, row.average))])
-    # Names come from folders: none of their control characters may reach the terminal.
-    lines = [["".join(c if " " <= c <= "~" else "?" for c in t) for t in line] for line in lines]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ["  ".join([x[0].ljust(widths[0]), *map(str.rjust, x[1:], widths[1:])]) for x in lines]
-    return "\n".join(([_caveat(report)] if _caveat(report) else []) + table)
-
-
 def _main_table(report: Report) -> str:
-    rows, chosen = _rows(report), _shown(report)[-1]["name"]
+    rows, chosen = table_rows(report), shown_subjects(report)[-1]["name"]
     sent = any(row.megabytes is not None for row in rows)
     head = ["Model", *(a["title"] for a in report["datasets"].values()), "Average"]
     head += ["MB sent"] * sent
@@ -217,14 +77,14 @@ def _main_table(report: Report) -> str:
             css += " chosen"
             cells[0] += ' <span class="best">best</span>' if report["best"] else ""
         for dataset, percent in zip(report["datasets"], row.percents, strict=True):
-            star = row.tests.get(dataset, {"p_value": 1})["p_value"] < _alpha(report)
+            star = row.tests.get(dataset, {"p_value": 1})["p_value"] < alpha(report)
             starred |= star
-            cells.append(_number(percent) + "<sup>*</sup>" * star)
-        cells += [_number(row.average)] + [_number(row.megabytes)] * sent
+            cells.append(decimals(percent) + "<sup>*</sup>" * star)
+        cells += [decimals(row.average)] + [decimals(row.megabytes)] * sent
         body += f'<tr class="{css}">{"".join(f"<td>{c}</td>" for c in cells)}</tr>\n'
     notes = "Accuracy in percent. "
     if starred:
-        notes += f"* differs from base by more than chance{_corrected(report)}. "
+        notes += f"* differs from base by more than chance{correction(report)}. "
     if report["best"]:
         notes += "The best adapter was picked by these same questions, which flatters it. "
     if sent:
@@ -244,13 +104,13 @@ def _bars(report: Report, column: int, dataset: str) -> str:
         return LEFT + (RIGHT - LEFT) * fraction
 
     lanes: list[tuple[str, float, str]] = []
-    for subject in _shown(report):
+    for subject in shown_subjects(report):
         score, y = subject["scores"][dataset], 28 * len(lanes) + 16
         box = f'x="{LEFT}" y="{y - 9}" width="{at(score["accuracy"]) - LEFT:.1f}" height="18"'
         low, high = map(at, score["ci95"])
-        drawn = f'<rect {box} class="{_kind(subject)}"/>{whisker(low, high, y)}'
+        drawn = f'<rect {box} class="{kind_of(subject)}"/>{whisker(low, high, y)}'
         lanes.append((subject["name"], 100 * score["accuracy"], drawn))
-    for row in _rows(report):
+    for row in table_rows(report):
         percent = row.percents[column]
         if row.kind == "published" and percent is not None:
             lanes.append((row.name, percent, diamond(at(percent / 100), 28 * len(lanes) + 16)))
@@ -277,7 +137,7 @@ def _charts(report: Report) -> str:
     }
     held_out = [(0, y) for x, y in column["eval_loss_before"] if x == 1] + column["eval_loss"]
     html = chart("Loss", "", {"training": column["train_loss"], "held out": held_out})
-    if traffic := _traffic(rounds):
+    if traffic := traffic_by_round(rounds):
         html += chart("MB sent so far", "", {"": [(0, 0), *traffic.items()]})
     scores = {  # base is what training starts from: round 0
         s["round"] or 0: 100 * s["average"]
@@ -285,7 +145,7 @@ def _charts(report: Report) -> str:
         if s["adapter"] is None or s["round"]
     }
     if sum(s["adapter"] is not None for s in report["subjects"]) > 1 and len(scores) > 1:
-        number, more = _shown(report)[-1]["round"], f"best: {report['best']}"
+        number, more = shown_subjects(report)[-1]["round"], f"best: {report['best']}"
         best = (number, scores[number]) if report["best"] and number else None
         points = sorted(scores.items())
         html += chart("Average accuracy in percent", more if best else "", {"": points}, best)
@@ -314,7 +174,7 @@ def _card(subject: dict[str, Any], dataset: str) -> str:
         f"Always “{score['majority']['label']}”": f"{100 * score['majority']['accuracy']:.2f} %",
     }
     if test := subject.get("against_base", {}).get(dataset):
-        facts["Against base"] = f"{100 * test['difference']:+.2f} points, {_p(test)}"
+        facts["Against base"] = f"{100 * test['difference']:+.2f} points, {p_text(test)}"
         facts["Right only here"] = test["only_adapter"]
         facts["Right only in base"] = test["only_base"]
     confusion: dict[str, dict[str, int]] = score["confusion"]
@@ -338,13 +198,13 @@ def _card(subject: dict[str, Any], dataset: str) -> str:
 
 def page(report: Report) -> str:
     """The self-contained HTML page of a report with at least one subject."""
-    model, rows, shown = report["model"], _rows(report), _shown(report)
-    title, note = escape(f"Evaluation of {model['name']}"), escape(_caveat(report))
+    model, rows, shown = report["model"], table_rows(report), shown_subjects(report)
+    title, note = escape(f"Evaluation of {model['name']}"), escape(caveat(report))
     run = f"Run {report['run']}, {report['status']} · " if report["run"] else ""
     facts = f"{run}base model in {model['kind']} on {model['device']} · {report['created']}"
     bars = details = keys = ""
     for subject in shown:
-        box = f'<rect y="1" width="22" height="12" class="{_kind(subject)}"/>'
+        box = f'<rect y="1" width="22" height="12" class="{kind_of(subject)}"/>'
         keys += legend(box, subject["name"])
     keys += legend(whisker(2, 20, 7), "95 % interval")
     keys += legend(stroke(11, 0, 11, 14, "majority"), "always the most frequent answer")
@@ -371,7 +231,7 @@ content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <title>{title}</title><style>{STYLE}</style></head><body>
 <h1>{title}</h1><p class="soft">{escape(facts)}</p>
-<p class="main">{escape(_summary(report))}</p>
+<p class="main">{escape(sentence(report))}</p>
 {f'<p class="warn">{note}</p>' if note else ""}
 {_main_table(report)}
 <h2>Accuracy in percent</h2><p>{keys}</p><div class="grid">{bars}</div>

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from eval.report import page, text_table, write_report
+from eval.report import page, write_report
+from eval.summary import text_table
 from tests.full_disk import full_disk
 
 SETS = {"pubmedqa": "PubMedQA", "medmcqa": "MedMCQA", "medqa": "MedQA", "careqa": "CareQA"}
