@@ -11,7 +11,7 @@ from typing import Any
 import docker
 import pytest
 
-from superlink.local import free_port
+from superlink.processes import free_port
 from tests.containers.conftest import compose
 from tests.containers.test_compose_file import CPU, NODES
 

@@ -24,7 +24,7 @@ from app.checkpoint import rounds
 from app.codec import unpacked_bytes
 from app.config import RunConfig, merged_config
 from app.strategy import MB
-from superlink.local import LocalFederation
+from superlink.processes import LocalFederation
 from superlink.submit import submit
 from supernode.partitions import Split, prepare_data
 from tests.samples import REPOSITORY, ROWS
