@@ -22,16 +22,6 @@ class ResultsError(Exception):
     """The results folder cannot take this run; the message says what to do."""
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as err:
-        raise ResultsError(
-            f"cannot write {path}: {err.strerror}; the checkpoints before it are intact"
-        ) from None
-
-
 class RunFolder:
     """The results of one run; the only writer in it."""
 
@@ -59,6 +49,17 @@ class RunFolder:
                 "check RESULTS_DIR, its owner and the disk"
             ) from None
 
+    @contextmanager
+    def writing(self, name: str = "") -> Iterator[None]:
+        """Raises ResultsError in an OSError's place: ``name`` of this folder cannot be written."""
+        try:
+            yield
+        except OSError as err:
+            raise ResultsError(
+                f"cannot write {self.path / name}: {err.strerror}; the checkpoints before it are "
+                "intact"
+            ) from None
+
     def reserve(self, checkpoints: int, adapter_bytes: int) -> None:
         """Refuse to start a run whose checkpoints do not fit on the disk.
 
@@ -74,15 +75,14 @@ class RunFolder:
 
     def write_run(self, facts: dict[str, Any]) -> None:
         """Replace run.json. Raises ResultsError if it cannot be written."""
-        with _writing(self.path / "run.json"):
+        with self.writing("run.json"):
             part = self.path / ".run.json"
             part.write_text(json.dumps(facts, indent=2) + "\n")
             part.replace(self.path / "run.json")
 
     def add_metrics(self, line: dict[str, Any]) -> None:
         """Append one round to metrics.jsonl. Raises ResultsError if it cannot be written."""
-        path = self.path / "metrics.jsonl"
-        with _writing(path), path.open("a") as file:
+        with self.writing("metrics.jsonl"), (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def save_round(
@@ -107,11 +107,10 @@ class RunFolder:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             save_peft(part, layout, vector, config)
-            weights = (part / "adapter_model.safetensors").read_bytes()
             manifest = {
                 "round": server_round,
                 "layout": layout.hash,
-                "sha256": hashlib.sha256(weights).hexdigest(),
+                "sha256": sha256(part),
                 **facts,
             }
             (part / "round.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -120,7 +119,7 @@ class RunFolder:
             shutil.rmtree(target, ignore_errors=True)
             part.replace(target)
             _fsync(self.path)
-            self._point_latest_here()
+            self.point_latest_here()
         except OSError as err:
             shutil.rmtree(part, ignore_errors=True)
             raise ResultsError(
@@ -129,7 +128,8 @@ class RunFolder:
             ) from None
         return target
 
-    def _point_latest_here(self) -> None:
+    def point_latest_here(self) -> None:
+        """Make ``latest`` name this run. Raises OSError."""
         link = self.results / f".latest-{self.path.name}"
         link.unlink(missing_ok=True)
         link.symlink_to(self.path.name)  # relative: holds wherever the volume is mounted
@@ -142,6 +142,12 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sha256(checkpoint: Path) -> str:
+    """Of a checkpoint's weights. Raises OSError."""
+    with (checkpoint / "adapter_model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def rounds(run: Path) -> dict[int, Path]:

@@ -134,16 +134,17 @@ def _received(
 
 
 def _to_send(
-    trained: Vector, received: Vector, layout: Layout, config: RunConfig, run_id: int
+    trained: Vector, received: Vector, layout: Layout, config: RunConfig, job: ConfigRecord
 ) -> bytes:
     """The trained adapter in the run's codec; what that leaves out is kept for the next time."""
     if config.up == "fp32" or not config.error_feedback:
         return encode(config.up, trained, received)
-    feedback = Feedback(_site_dir() / "state", run_id, layout)
-    wanted = trained + feedback.read()
+    server_round = cast(int, job["round"])
+    feedback = Feedback(_site_dir() / "state", cast(str, job["run"]), layout)
+    wanted = trained + feedback.read(server_round)
     payload = encode(config.up, wanted, received)
     try:
-        feedback.write(wanted - decode(config.up, payload, received))
+        feedback.write(server_round, wanted - decode(config.up, payload, received))
     except OSError as err:
         logger.warning("no error feedback: state/ cannot be written: %s", err.strerror)
         return encode(config.up, trained, received)  # or the old rest would be added again
@@ -189,7 +190,7 @@ def train(message: Message, context: Context) -> Message:
                 "peak-memory-mb": training.peak_memory_mb(_device()),
             }
         )
-    payload = np.frombuffer(_to_send(trained, vector, layout, config, context.run_id), np.uint8)
+    payload = np.frombuffer(_to_send(trained, vector, layout, config, job), np.uint8)
     adapter = ArrayRecord({"payload": Array(payload)})
     content = RecordDict({"adapter": adapter, "metrics": metrics})
     return Message(content, reply_to=message)

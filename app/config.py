@@ -47,6 +47,10 @@ def _whole_from(low: int) -> tuple[str, Callable[[Any], bool]]:
 
 _POSITIVE = ("a number above 0", lambda v: 0 < v < math.inf)
 _NOT_EMPTY = ("a text that is not empty", lambda v: bool(v.strip()))
+_RUNS = (
+    'empty, or "latest" or run ids with commas between (0: start anew)',
+    lambda v: not v or re.fullmatch(r"(latest|\d+)(,(latest|\d+))*", v) is not None,
+)
 _YES_NO = ("true or false", lambda v: True)
 _ARGS = "train.training-arguments."
 
@@ -58,6 +62,8 @@ class RunConfig:
     num_server_rounds: int = _key("num-server-rounds", *_whole_from(1))
     # Seeds the initial adapter, the sampling of sites and the order of each site's rows.
     seed: int = _key("seed", *_whole_from(0))
+    # Go on after the last complete round of the first of these runs that has one.
+    resume: str = _key("resume", *_RUNS)
 
     model_name: str = _key("model.name", *_NOT_EMPTY)
     quantization: int = _key(

@@ -14,31 +14,49 @@ from app.adapter import Layout, Vector
 
 
 class Feedback:
-    """One run's rest at one site: a file in the site's own folder, lost without harm."""
+    """One run's rests at one site: a file in the site's own folder, lost without harm.
 
-    def __init__(self, folder: Path, run_id: int, layout: Layout) -> None:
+    The one of the round before stays too: a round that is repeated, in this run or in one that
+    resumes it, starts from the rest that it started from the first time.
+    """
+
+    def __init__(self, folder: Path, run: str, layout: Layout) -> None:
+        if not run.isdecimal():
+            raise ValueError(f"run {run!r} is no run id")
         self._folder, self._layout = folder, layout
-        self._path = folder / f"feedback-{run_id}.safetensors"
+        self._path = folder / f"feedback-{run}.safetensors"
 
-    def read(self) -> Vector:
-        """The rest [layout.size]; zeros where there is none, or none of this layout."""
-        zeros = np.zeros(self._layout.size, np.float32)
+    def read(self, server_round: int) -> Vector:
+        """The rest [layout.size] before this round; zeros where there is none of this layout."""
+        earlier = self._earlier(server_round)
+        return earlier[max(earlier)] if earlier else np.zeros(self._layout.size, np.float32)
+
+    def _earlier(self, server_round: int) -> dict[int, Vector]:
         try:
-            rest = load(self._path.read_bytes())[self._layout.hash]
-        except (OSError, SafetensorError, KeyError):
-            return zeros
-        usable = rest.shape == zeros.shape and rest.dtype == zeros.dtype
-        return rest if usable and np.isfinite(rest).all() else zeros
+            stored = load(self._path.read_bytes())
+        except (OSError, SafetensorError):
+            return {}
+        earlier = {}
+        for name, rest in stored.items():
+            layout, _, number = name.partition(".")
+            ours = layout == self._layout.hash and number.isdecimal()
+            whole = rest.shape == (self._layout.size,) and rest.dtype == np.float32
+            if ours and whole and int(number) < server_round and np.isfinite(rest).all():
+                earlier[int(number)] = rest
+        return earlier
 
-    def write(self, rest: Vector) -> None:
-        """Replace the rest, and forget those of other runs.
+    def write(self, server_round: int, rest: Vector) -> None:
+        """Keep what this round left out, and forget other runs.
 
         Raises:
             OSError: the folder cannot be written.
         """
+        earlier = self._earlier(server_round)
+        kept = {n: earlier[n] for n in [max(earlier)]} if earlier else {}
+        named = {f"{self._layout.hash}.{n}": v for n, v in (kept | {server_round: rest}).items()}
         self._folder.mkdir(parents=True, exist_ok=True)
         part = self._path.with_suffix(".part")
-        part.write_bytes(save({self._layout.hash: rest}))
+        part.write_bytes(save(named))
         part.replace(self._path)
         for old in self._folder.glob("feedback-*"):
             if old != self._path:

@@ -21,7 +21,8 @@ from app.adapter import Layout, initial_adapter
 from app.checkpoint import ResultsError, RunFolder
 from app.config import ConfigError, RunConfig
 from app.preflight import PreflightError, preflight, site_name
-from app.strategy import RoundError, Strategy
+from app.resume import adopt, find_earlier
+from app.strategy import MB, RoundError, Strategy
 
 app = ServerApp()
 logger = logging.getLogger("app")
@@ -70,6 +71,13 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
     """Preflight, then the rounds, each with a checkpoint; adds what it learns to ``facts``."""
     started = time.monotonic()
     facts["config"] = config.flat()
+    earlier = find_earlier(folder.results, config)
+    if earlier:
+        facts["resumed_from"] = earlier.chain
+        adopt(folder, earlier)
+        logger.info(
+            "[resume] after round %d of run %s", earlier.server_round, earlier.chain[-1]["run_id"]
+        )
     folder.write_run(facts)
 
     sites = preflight(grid, config)
@@ -77,8 +85,12 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
         layout = Layout.of(sites.linear_layers, config)
     except ValueError as err:
         raise ConfigError(str(err)) from None
-    adapter = initial_adapter(layout, config.seed)
-    folder.reserve(config.num_server_rounds, adapter.nbytes)
+    done, total = earlier.server_round if earlier else 0, config.num_server_rounds
+    if earlier:
+        adapter = earlier.adapter(layout, sites.fingerprint)
+    else:
+        adapter = initial_adapter(layout, config.seed)
+    folder.reserve(total - done, adapter.nbytes)
     logger.info(
         "[preflight] %d sites ready with %d rows; base model %s, fingerprint %s; "
         "adapter of %d parameters, %.1f MB",
@@ -106,16 +118,19 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
     }
     folder.write_run(facts)
 
-    strategy = Strategy(grid, config, sites, layout)
-    before = strategy.evaluate(0, adapter)
-    if before:
+    strategy = Strategy(grid, config, sites, layout, earlier.origin if earlier else facts["run_id"])
+    if earlier:
+        before = earlier.lines[-1]
+        strategy.bytes_sent = round(before["mb_sent"] * MB)
+        strategy.usual_norms = [n for m in earlier.lines for n in m["client_update_norms"]]
+    elif before := strategy.evaluate(0, adapter):
         logger.info(
             "[before] held-out loss %.4f, token accuracy %.4f",
             before["eval_loss"],
             before["eval_token_accuracy"],
         )
-    rounds_started, total = time.monotonic(), config.num_server_rounds
-    for server_round in range(1, total + 1):
+    rounds_started = time.monotonic()
+    for server_round in range(done + 1, total + 1):
         adapter, line = strategy.train_round(server_round, adapter)
         manifest = {
             "base_model_fingerprint": sites.fingerprint,
@@ -124,14 +139,14 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
         }
         folder.save_round(server_round, layout, adapter, config, manifest)
         after = strategy.evaluate(server_round, adapter)
-        if before and before.get("eval_partitions") == after.get("eval_partitions"):
+        if after and before.get("eval_partitions") == after["eval_partitions"]:
             line["eval_loss_before"] = before["eval_loss"]
             line["eval_token_accuracy_before"] = before["eval_token_accuracy"]
         line |= after
         before = after
         line |= strategy.budget()
         folder.add_metrics(line)
-        per_round = (time.monotonic() - rounds_started) / server_round
+        per_round = (time.monotonic() - rounds_started) / (server_round - done)
         left = per_round * (total - server_round)
         held_out = f", held-out loss {after['eval_loss']:.4f}" if after else ""
         logger.info(

@@ -38,15 +38,18 @@ class Strategy:
     """Samples, sends, collects and aggregates with seeds and deadlines of its own.
 
     Attributes:
+        run: names the run at the sites; of a resumed one, the run that it began as.
         bytes_sent: adapter bytes of this run so far, both ways, evaluation included.
+        usual_norms: of the changes that took part so far.
     """
 
     grid: Grid
     config: RunConfig
     sites: Sites
     layout: Layout
+    run: str
     bytes_sent: int = 0
-    _usual_norms: list[float] = field(default_factory=list)
+    usual_norms: list[float] = field(default_factory=list)
 
     @cached_property
     def _initial(self) -> Vector:
@@ -96,7 +99,7 @@ class Strategy:
             gathered = self._ask(MessageType.TRAIN, partitions, server_round, adapter)
             down += gathered.bytes_down
             up += gathered.bytes_up
-            updates, products, bad = usable(gathered, adapter, self.config, self._usual_norms)
+            updates, products, bad = usable(gathered, adapter, self.config, self.usual_norms)
             for partition_id, why in sorted(bad.items()):
                 name = site_name(partition_id)
                 logger.warning("[round %d/%d] without %s: %s", server_round, total, name, why)
@@ -121,7 +124,7 @@ class Strategy:
             config.solver,
         )  # fmt: skip
         norms = np.sqrt(np.diag(products))
-        self._usual_norms += norms.tolist()
+        self.usual_norms += norms.tolist()
         shares = alphas * num_examples / sum(num_examples)
         return new, {
             "round": server_round,
@@ -195,7 +198,7 @@ class Strategy:
         codec = self.config.down
         payload = encode(codec, adapter, self._initial)
         record = ArrayRecord({"payload": Array(np.frombuffer(payload, np.uint8))})
-        job = ConfigRecord({"round": server_round, "layout": self.layout.hash})
+        job = ConfigRecord({"round": server_round, "layout": self.layout.hash, "run": self.run})
         messages = []
         for partition_id in partitions:
             content = RecordDict({"adapter": record, "job": job})

@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from app.checkpoint import sha256
 from eval.answers import Journal, write_results
 from eval.benchmarks import Question, benchmark
 from eval.inference import Inference
@@ -40,12 +41,12 @@ def evaluate(
     base_right: dict[str, list[bool]] = {}
     for adapter in (None, *adapters):
         name = adapter.name if adapter else base_name
-        sha256 = adapter.sha256() if adapter else None
-        facts = {**base.facts, "adapter": sha256, "device": ""}  # a GPU gives the CPU's answers
+        weights = sha256(adapter.folder) if adapter else None
+        facts = {**base.facts, "adapter": weights, "device": ""}  # a GPU gives the CPU's answers
         subject: dict[str, Any] = {
             "name": name,
             "adapter": str(adapter.folder) if adapter else None,
-            "sha256": sha256,
+            "sha256": weights,
             "round": adapter.round if adapter else None,
             "scores": {},
         }

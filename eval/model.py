@@ -179,10 +179,6 @@ class Adapter:
     def weights(self) -> Path:
         return self.folder / "adapter_model.safetensors"
 
-    def sha256(self) -> str:
-        with self.weights.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 def base_model_name(adapter: Adapter) -> str:
     """The base model that the adapter says it is for. Raises EvalError if it says none."""

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from app.checkpoint import rounds
+from app.checkpoint import rounds, sha256
 from eval import EvalError
 from eval.model import Adapter
 
@@ -64,11 +64,11 @@ def adapters(run: Path, number: int | None, every: bool) -> list[Adapter]:
     for n in chosen:
         try:
             manifest = json.loads((there[n] / "round.json").read_text())
-            fingerprint, sha256 = manifest["base_model_fingerprint"], manifest["sha256"]
+            fingerprint, expected = manifest["base_model_fingerprint"], manifest["sha256"]
         except (ValueError, KeyError, TypeError):
             raise EvalError(f"{there[n] / 'round.json'} is not what the run wrote") from None
         adapter = Adapter(there[n], there[n].name, n, fingerprint)
-        if not adapter.weights.is_file() or adapter.sha256() != sha256:
+        if not adapter.weights.is_file() or sha256(adapter.folder) != expected:
             raise EvalError(f"{adapter.weights} is not what the run wrote (sha256 differs)")
         found.append(adapter)
     return found

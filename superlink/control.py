@@ -6,10 +6,12 @@ register 20 keys or to watch the nodes come online.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.common.serde import user_config_from_proto
 from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest, RegisterNodeRequest
 from flwr.proto.control_pb2_grpc import ControlStub
 from flwr.supercore.grpc import create_channel
@@ -99,6 +101,22 @@ class Control:
             f"{status.status}:{status.sub_status}" if status.sub_status else status.status,
             status.details,
         )
+
+    def unfinished(self) -> dict[int, dict[str, Any]]:
+        """Runs that have not ended, by run id: the config that each was given, newest first.
+
+        Raises:
+            ControlError: no answer.
+        """
+        try:
+            reply = self._stub.ListRuns(ListRunsRequest(), timeout=CALL_TIMEOUT_S)
+        except grpc.RpcError as err:
+            raise self._error(err) from None
+        going_on = [r for r in reply.run_dict.values() if r.status.status != "finished"]
+        return {
+            r.run_id: user_config_from_proto(r.override_config)
+            for r in sorted(going_on, key=lambda r: r.pending_at, reverse=True)
+        }
 
     def _error(self, err: grpc.RpcError) -> ControlError:
         return ControlError(f"SuperLink at {self.address}: {err.code().name}: {err.details()}")

@@ -3,9 +3,12 @@
     python -m superlink.submit [--run-config FILE.toml | 'key=value ...'] ...
 
 The exit code is 0 exactly if the run finished as completed. (``flwr run --stream`` returns 0
-even when the ServerApp died.) Unlike flwr's own --run-config, files and pairs can be mixed;
-later ones win, RUN_CONFIG (from the environment) last. CONTROL_ADDRESS and PUBLIC_DIR say where
-the SuperLink and its keys are.
+even when the ServerApp died.) A run that the SuperLink's or ServerApp's death ended, or that had
+too few usable replies, is resumed after its last complete round, MAX_RESUMES times at most. A run
+of this config that is going on already, because an earlier submission was cut off, is followed.
+
+Unlike flwr's own --run-config, files and pairs can be mixed; later ones win, RUN_CONFIG (from the
+environment) last. CONTROL_ADDRESS and PUBLIC_DIR say where the SuperLink and its keys are.
 """
 
 import argparse
@@ -20,9 +23,13 @@ from typing import Any
 
 from app.config import ConfigError, merged_config
 from superlink.connection import write_connection
-from superlink.control import Control, ControlError, public_keys
+from superlink.control import Control, ControlError, RunStatus, public_keys
 
 _POLL_S = 2
+MAX_RESUMES = 3
+# How Flower begins the details of a run that our own code ended.
+_RAISED, _TOO_FEW = "ServerApp failed with exception:", "usable replies, strategy.min-replies"
+DEAD_AFTER_S = 90  # Flower takes up to 60 s to see that a ServerApp is gone
 
 
 def wait_for_nodes(control: Control, public: Path, needed: int, timeout_s: float) -> None:
@@ -52,14 +59,12 @@ def wait_for_nodes(control: Control, public: Path, needed: int, timeout_s: float
 
 
 def submit(app_dir: Path, overrides: list[str], control: Control, public: Path) -> int:
-    """One run from start to end; returns the exit code.
+    """One run from start to end, resumed where it was cut off; returns the exit code.
 
     Raises:
         ConfigError, ControlError: it could not be started or followed.
     """
     flat, config = merged_config(app_dir, overrides)
-    control.wait_until_up(config.node_timeout_s)
-    wait_for_nodes(control, public, config.min_nodes, config.node_timeout_s)
     with tempfile.TemporaryDirectory() as home:
         write_connection(Path(home), control.address, public / "ca.crt")
         env = {
@@ -68,16 +73,50 @@ def submit(app_dir: Path, overrides: list[str], control: Control, public: Path) 
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
         }
-        run_id = _start(app_dir, flat, Path(home), env)
-        _say(f"run {run_id} started")
-        flwr = [_flwr(), "log", str(run_id), "deployment", "--stream"]
-        while subprocess.run(flwr, env=env, check=False).returncode:
-            # The log broke off (a SuperLink restart, say); the run itself may go on.
+        for resumes in range(MAX_RESUMES + 1):
             control.wait_until_up(config.node_timeout_s)
-            if control.run_status(run_id).status.startswith("finished"):
+            wait_for_nodes(control, public, config.min_nodes, config.node_timeout_s)
+            same = flat | {"resume": ""}
+            going_on = [n for n, f in control.unfinished().items() if f | {"resume": ""} == same]
+            run_id = going_on[0] if going_on else _start(app_dir, flat, Path(home), env)
+            _say(f"run {run_id} {'is going on; following it' if going_on else 'started'}")
+            state = _follow(control, run_id, env, config.node_timeout_s)
+            _say(f"run {run_id} {state.status}{': ' + state.details if state.details else ''}")
+            if not _worth_resuming(state) or resumes == MAX_RESUMES:
                 break
+            flat["resume"] = f"{run_id},{flat.get('resume') or config.resume or '0'}"
+            _say(f"going on after its last complete round ({resumes + 1} of {MAX_RESUMES} times)")
+    return 0 if state.status == "finished:completed" else 1
+
+
+def _worth_resuming(state: RunStatus) -> bool:
+    """It failed, and not for a reason that would end it again."""
+    explained = state.details.startswith(_RAISED) and _TOO_FEW not in state.details
+    return state.status == "finished:failed" and not explained
+
+
+def _follow(control: Control, run_id: int, env: dict[str, str], timeout_s: float) -> RunStatus:
+    """Print the run's log until the run has ended; a SuperLink that is away is waited for.
+
+    Raises:
+        ControlError: the SuperLink stays away for ``timeout_s``.
+    """
+    while True:
+        flwr = [_flwr(), "log", str(run_id), "deployment", "--stream"]
+        subprocess.run(flwr, env=env, check=False)
+        # The log ends a moment before the run's status is written; or it broke off, and the run
+        # goes on, or died with its SuperLink.
+        deadline = time.monotonic() + DEAD_AFTER_S
+        while time.monotonic() < deadline:
+            try:
+                state = control.run_status(run_id)
+                if state.status.startswith("finished"):
+                    return state
+            except ControlError:
+                _say("the SuperLink is away; waiting for it")
+                control.wait_until_up(timeout_s)
+                deadline = time.monotonic() + DEAD_AFTER_S
             time.sleep(_POLL_S)
-    return _verdict(control, run_id)
 
 
 def _start(app_dir: Path, flat: dict[str, Any], home: Path, env: dict[str, str]) -> int:
@@ -94,17 +133,6 @@ def _start(app_dir: Path, flat: dict[str, Any], home: Path, env: dict[str, str])
     except (ValueError, KeyError):
         output = (done.stdout + done.stderr).strip()
         raise ControlError(f"flwr run failed (exit code {done.returncode}):\n{output}") from None
-
-
-def _verdict(control: Control, run_id: int) -> int:
-    # The log ends a moment before the run's status is written.
-    for _ in range(45):
-        state = control.run_status(run_id)
-        if state.status.startswith("finished"):
-            break
-        time.sleep(_POLL_S)
-    _say(f"run {run_id} {state.status}{': ' + state.details if state.details else ''}")
-    return 0 if state.status == "finished:completed" else 1
 
 
 def _flwr() -> str:

@@ -53,7 +53,7 @@ def strategy(models_dir: Path, config: RunConfig) -> Strategy:
     linear = find(models_dir, config.model_name, config.quantization).linear_layers
     sites = Sites({PARTITION: NODE_ID}, {PARTITION: 8}, {PARTITION: 2}, "aaaa", linear, {}, {})
     layout = Layout.of(linear, config)
-    return Strategy(StandInGrid({NODE_ID: node(config)}), config, sites, layout)
+    return Strategy(StandInGrid({NODE_ID: node(config)}), config, sites, layout, "7")
 
 
 def node(config: RunConfig) -> Node:
@@ -74,7 +74,7 @@ def message(payload: bytes, layout_hash: str) -> Message:
     content = RecordDict(
         {
             "adapter": ArrayRecord({"payload": Array(np.frombuffer(payload, np.uint8))}),
-            "job": ConfigRecord({"round": 1, "layout": layout_hash}),
+            "job": ConfigRecord({"round": 1, "layout": layout_hash, "run": "7"}),
         }
     )
     return Message(content, dst_node_id=NODE_ID, message_type="train")

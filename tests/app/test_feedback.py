@@ -1,5 +1,6 @@
 """Error feedback: what a coarse upload leaves out reaches the server with a later one."""
 
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -24,7 +26,9 @@ COARSE = ("bf16", "int8", "int4")
 LAYOUT = Layout.of({"m.q_proj": [6, 10], "m.v_proj": [20, 10]}, run_config(lora_r=2))
 OTHER = Layout.of({"m.q_proj": [10, 6], "m.v_proj": [20, 10]}, run_config(lora_r=2))
 N = LAYOUT.size
+KEY = f"{LAYOUT.hash}.0"
 RUN = 7
+ROUNDS = itertools.count(1)  # each later than all before
 
 
 def rest_of(seed: int) -> Vector:
@@ -32,7 +36,7 @@ def rest_of(seed: int) -> Vector:
 
 
 def feedback(folder: Path, run_id: int = RUN, layout: Layout = LAYOUT) -> Feedback:
-    return Feedback(folder, run_id, layout)
+    return Feedback(folder, str(run_id), layout)
 
 
 def file(folder: Path, run_id: int = RUN) -> Path:
@@ -46,8 +50,8 @@ def test_what_is_written_is_read_by_the_next_process(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "state"
     assert OTHER.size == N  # so that only the hash tells the two apart
     for seed in (1, 2):
-        feedback(folder).write(rest_of(seed))
-        assert feedback(folder).read().tobytes() == rest_of(seed).tobytes()
+        feedback(folder).write(next(ROUNDS), rest_of(seed))
+        assert feedback(folder).read(next(ROUNDS)).tobytes() == rest_of(seed).tobytes()
     assert [p.name for p in folder.iterdir()] == [file(folder).name]
 
 
@@ -56,11 +60,11 @@ def nothing(folder: Path) -> None:
 
 
 def other_run(folder: Path) -> None:
-    feedback(folder, RUN + 1).write(rest_of(1))
+    feedback(folder, RUN + 1).write(next(ROUNDS), rest_of(1))
 
 
 def other_layout(folder: Path) -> None:
-    feedback(folder, layout=OTHER).write(rest_of(1))
+    feedback(folder, layout=OTHER).write(next(ROUNDS), rest_of(1))
 
 
 def stored(arrays: dict[str, NDArray[Any]]) -> Any:
@@ -74,7 +78,7 @@ def stored(arrays: dict[str, NDArray[Any]]) -> Any:
 def with_value(value: float) -> Any:
     rest = rest_of(1)
     rest[3] = value
-    return stored({LAYOUT.hash: rest})
+    return stored({KEY: rest})
 
 
 def a_folder_instead(folder: Path) -> None:
@@ -94,10 +98,10 @@ UNUSABLE = {
     "a folder": a_folder_instead,
     "nan": with_value(np.nan),
     "inf": with_value(np.inf),
-    "float64": stored({LAYOUT.hash: rest_of(1).astype(np.float64)}),
-    "int32 of the same size": stored({LAYOUT.hash: rest_of(1).view(np.int32)}),
-    "too short": stored({LAYOUT.hash: rest_of(1)[:-1]}),
-    "a matrix": stored({LAYOUT.hash: rest_of(1).reshape(2, -1)}),
+    "float64": stored({KEY: rest_of(1).astype(np.float64)}),
+    "int32 of the same size": stored({KEY: rest_of(1).view(np.int32)}),
+    "too short": stored({KEY: rest_of(1)[:-1]}),
+    "a matrix": stored({KEY: rest_of(1).reshape(2, -1)}),
     "no arrays": stored({}),
 }
 
@@ -106,29 +110,29 @@ UNUSABLE = {
 def test_without_a_usable_rest_there_is_none(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "state"
     UNUSABLE[kind](folder)
-    rest = feedback(folder).read()
+    rest = feedback(folder).read(next(ROUNDS))
     assert rest.dtype == np.float32
     assert rest.shape == (N,)
     assert not rest.any()
 
 
 def test_a_file_cut_anywhere_holds_no_rest(tmp_path: Path) -> None:
-    feedback(tmp_path).write(rest_of(1))
+    feedback(tmp_path).write(next(ROUNDS), rest_of(1))
     whole = file(tmp_path).read_bytes()
     for end in range(len(whole)):
         file(tmp_path).write_bytes(whole[:end])
-        assert not feedback(tmp_path).read().any(), end
+        assert not feedback(tmp_path).read(next(ROUNDS)).any(), end
 
 
 def test_a_file_with_any_bit_flipped_gives_a_finite_rest(tmp_path: Path) -> None:
-    feedback(tmp_path).write(rest_of(1))
+    feedback(tmp_path).write(next(ROUNDS), rest_of(1))
     whole = file(tmp_path).read_bytes()
     for at in range(len(whole)):
         for bit in range(8):
             damaged = bytearray(whole)
             damaged[at] ^= 1 << bit
             file(tmp_path).write_bytes(damaged)
-            rest = feedback(tmp_path).read()
+            rest = feedback(tmp_path).read(next(ROUNDS))
             assert rest.shape == (N,)
             assert rest.dtype == np.float32
             assert np.isfinite(rest).all()
@@ -141,28 +145,44 @@ def test_a_file_of_anything_gives_a_finite_rest(
 ) -> None:
     folder = tmp_path_factory.mktemp("state")
     file(folder).write_bytes(content)
-    assert np.isfinite(feedback(folder).read()).all()
+    assert np.isfinite(feedback(folder).read(next(ROUNDS))).all()
 
 
 def test_writing_forgets_other_runs_and_torn_files_and_nothing_else(tmp_path: Path) -> None:
     for run_id in (1, 2, 3):
-        feedback(tmp_path, run_id).write(rest_of(run_id))
-        assert not feedback(tmp_path, run_id - 1).read().any()
+        feedback(tmp_path, run_id).write(next(ROUNDS), rest_of(run_id))
+        assert not feedback(tmp_path, run_id - 1).read(next(ROUNDS)).any()
     file(tmp_path, 9).with_suffix(".part").write_bytes(b"torn")
     (tmp_path / "keys.json").write_text("{}")
-    feedback(tmp_path).write(rest_of(5))
+    feedback(tmp_path).write(next(ROUNDS), rest_of(5))
     assert sorted(p.name for p in tmp_path.iterdir()) == [file(tmp_path).name, "keys.json"]
-    assert feedback(tmp_path).read().tobytes() == rest_of(5).tobytes()
+    assert feedback(tmp_path).read(next(ROUNDS)).tobytes() == rest_of(5).tobytes()
+
+
+def test_a_round_that_is_repeated_starts_from_the_rest_it_started_from(tmp_path: Path) -> None:
+    for server_round in (2, 5, 9):
+        feedback(tmp_path).write(server_round, rest_of(server_round))
+    assert feedback(tmp_path).read(10).tobytes() == rest_of(9).tobytes()
+    for _ in range(2):  # the SuperLink died in round 9; the run is resumed, twice
+        assert feedback(tmp_path).read(9).tobytes() == rest_of(5).tobytes()
+        feedback(tmp_path).write(9, rest_of(1))
+    assert feedback(tmp_path).read(10).tobytes() == rest_of(1).tobytes()
+
+
+@pytest.mark.parametrize("name", ["../../other", "", "7/8", "latest"])
+def test_a_run_is_a_number_not_a_path(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="no run id"):
+        Feedback(tmp_path, name, LAYOUT)
 
 
 def test_a_write_that_fails_is_an_oserror_and_leaves_the_old_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    feedback(tmp_path).write(rest_of(1))
+    feedback(tmp_path).write(next(ROUNDS), rest_of(1))
     full_disk(monkeypatch)
     with pytest.raises(OSError, match="No space"):
-        feedback(tmp_path).write(rest_of(2))
-    assert feedback(tmp_path).read().tobytes() == rest_of(1).tobytes()
+        feedback(tmp_path).write(next(ROUNDS), rest_of(2))
+    assert feedback(tmp_path).read(next(ROUNDS)).tobytes() == rest_of(1).tobytes()
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,13 +211,17 @@ def site_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixt
     logging.getLogger("app").removeHandler(caplog.handler)
 
 
+def job(run_id: int = RUN) -> ConfigRecord:
+    return ConfigRecord({"round": next(ROUNDS), "run": str(run_id)})
+
+
 def config(codec: str, with_feedback: bool = True) -> RunConfig:
     return run_config(codec_up=codec, error_feedback=with_feedback)
 
 
 def upload(change: Vector, received: Vector, config: RunConfig, run_id: int = RUN) -> Vector:
     """The change that the server sees of a site that made this one."""
-    payload = client_app._to_send(received + change, received, LAYOUT, config, run_id)
+    payload = client_app._to_send(received + change, received, LAYOUT, config, job(run_id))
     return decode(config.up, payload, received) - received
 
 
@@ -245,17 +269,17 @@ def test_the_uploads_add_up_to_the_changes_but_for_the_last_rest(
 def test_the_rest_kept_is_what_the_server_does_not_see(site: Path, codec: str) -> None:
     received, change = rest_of(1), 0.01 * rest_of(2)
     seen = upload(change, received, config(codec))
-    rest = feedback(site / "state").read()
+    rest = feedback(site / "state").read(next(ROUNDS))
     np.testing.assert_allclose(rest, change - seen, rtol=0, atol=2**-21)
     assert rest.any()
     # The first upload has nothing to add, and is as without feedback.
     assert client_app._to_send(
-        received + change, received, LAYOUT, config(codec, False), RUN
+        received + change, received, LAYOUT, config(codec, False), job()
     ) == encode(codec, received + change, received)
     # The second has.
     again = upload(change, received, config(codec))
     np.testing.assert_allclose(
-        again + feedback(site / "state").read(), change + rest, rtol=0, atol=2**-20
+        again + feedback(site / "state").read(next(ROUNDS)), change + rest, rtol=0, atol=2**-20
     )
 
 
@@ -263,10 +287,10 @@ def test_the_rest_kept_is_what_the_server_does_not_see(site: Path, codec: str) -
 def test_where_nothing_is_to_be_kept_nothing_is_read_or_written(
     site: Path, codec: str, with_feedback: bool
 ) -> None:
-    feedback(site / "state").write(rest_of(9))
+    feedback(site / "state").write(next(ROUNDS), rest_of(9))
     before = file(site / "state").read_bytes()
     received = rest_of(1)
-    payload = client_app._to_send(rest_of(2), received, LAYOUT, config(codec, with_feedback), RUN)
+    payload = client_app._to_send(rest_of(2), received, LAYOUT, config(codec, with_feedback), job())
     assert payload == encode(codec, rest_of(2), received)
     assert file(site / "state").read_bytes() == before
 
@@ -281,9 +305,9 @@ def test_another_run_starts_without_the_rest_of_the_last(site: Path) -> None:
 def test_the_codec_of_the_upload_counts_not_that_of_the_download(site: Path) -> None:
     both = replace(config("codec"), codec="int8", codec_down="fp32")
     received = rest_of(1)
-    payload = client_app._to_send(rest_of(2), received, LAYOUT, both, RUN)
+    payload = client_app._to_send(rest_of(2), received, LAYOUT, both, job())
     assert payload == encode("int8", rest_of(2), received)
-    assert feedback(site / "state").read().any()
+    assert feedback(site / "state").read(next(ROUNDS)).any()
 
 
 def test_a_folder_that_cannot_be_written_costs_the_feedback_not_the_upload(
@@ -292,7 +316,7 @@ def test_a_folder_that_cannot_be_written_costs_the_feedback_not_the_upload(
     (site / "state").write_text("a file in its place")  # also root cannot write here
     received = rest_of(1)
     for _ in range(2):
-        payload = client_app._to_send(rest_of(2), received, LAYOUT, config("int4"), RUN)
+        payload = client_app._to_send(rest_of(2), received, LAYOUT, config("int4"), job())
         assert payload == encode("int4", rest_of(2), received)
     assert [r.levelname for r in site_log.records] == ["WARNING"] * 2
     assert "state/" in site_log.text
@@ -305,7 +329,7 @@ def test_a_rest_that_cannot_be_replaced_is_not_added_a_second_time(
     received, change = np.zeros(N, np.float32), small_beside_a_large_one()
     rest = np.zeros(N, np.float32)
     rest[1] = 0.5
-    feedback(site / "state").write(rest)
+    feedback(site / "state").write(next(ROUNDS), rest)
     full_disk(monkeypatch)
     seen = sum(upload(change, received, config("int4")) for _ in range(10))
     assert site_log.records

@@ -54,7 +54,7 @@ def strategy(
     config = run_config(**SITES | changes)
     known = sites(partitions, holdout)
     grid = StandInGrid({known.node_of[p]: n for p, n in (nodes or {}).items()}, reverse)
-    return Strategy(grid, config, known, Layout.of(LINEAR, config))
+    return Strategy(grid, config, known, Layout.of(LINEAR, config), "7")
 
 
 # --- sampling -----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -45,6 +45,9 @@ CONDITIONS = {
     "fedavgopt-delta fp32": 'strategy.name="fedavgopt-delta"',
     "fedprox fp32": 'strategy.name="fedprox"',
 }
+
+
+Runs = dict[tuple[str, int], dict[str, float]]  # (condition, seed) -> loss, MB, seconds
 
 
 class Federation:
@@ -80,7 +83,7 @@ class Federation:
         _, config = merged_config(REPOSITORY, [profile, common, *([changes] if changes else [])])
         return config
 
-    def node(self, number: int, config: RunConfig, run_id: int) -> Node:
+    def node(self, number: int, config: RunConfig) -> Node:
         """What the site's ClientApp does with a train message, on the model that is loaded."""
 
         def answer(message: Message) -> Message:
@@ -88,7 +91,8 @@ class Federation:
             sent = message.content.array_records["adapter"]["payload"].numpy().tobytes()
             received = decode(config.down, sent, initial_adapter(self.layout, config.seed))
             set_adapter(self.model, self.layout, received)
-            server_round = int(message.content.config_records["job"]["round"])  # type: ignore[arg-type]
+            job = message.content.config_records["job"]
+            server_round = cast(int, job["round"])
             seeds = np.random.SeedSequence([config.seed, server_round, number])
             mu = config.proximal_mu if config.strategy_name == "fedprox" else 0.0
             result = training.train(
@@ -96,7 +100,7 @@ class Federation:
                 int(seeds.generate_state(1)[0]), mu,
             )  # fmt: skip
             trained = get_adapter(self.model, self.layout)
-            payload = client_app._to_send(trained, received, self.layout, config, run_id)
+            payload = client_app._to_send(trained, received, self.layout, config, job)
             metrics: dict[str, Any] = {
                 "partition-id": number, "num-examples": len(self.train[number]),
                 "train-loss": result.loss, "steps": result.steps, "num-tokens": result.tokens,
@@ -127,8 +131,8 @@ class Federation:
             versions={},
             left_out={},
         )
-        grid = StandInGrid({n + 1: self.node(n, config, run_id) for n in numbers})
-        strategy = Strategy(grid, config, sites, self.layout)
+        grid = StandInGrid({n + 1: self.node(n, config) for n in numbers})
+        strategy = Strategy(grid, config, sites, self.layout, str(run_id))
         adapter = initial_adapter(self.layout, seed)
         for server_round in range(1, config.num_server_rounds + 1):
             adapter, _ = strategy.train_round(server_round, adapter)
@@ -149,33 +153,45 @@ def main() -> None:
     parser.add_argument("--held", type=int, default=8, help="held-out rows of each site")
     parser.add_argument("--conditions", default=",".join(str(n) for n in range(len(CONDITIONS))))
     parser.add_argument("--run-config", default="", metavar="PAIRS")
-    parser.add_argument("--out", type=Path, help="append a JSON line per run")
+    parser.add_argument(
+        "--out", type=Path, help="a JSON line per run; what stands there is not run again"
+    )
     args = parser.parse_args()
     names = [list(CONDITIONS)[int(n)] for n in args.conditions.split(",")]
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    with tempfile.TemporaryDirectory() as work:
-        federation = Federation(args, Path(work))
-        before = federation.loss(initial_adapter(federation.layout, 0))
-        print(f"before: loss {before:.4f}", flush=True)
-        for seed in range(args.seeds):
-            for number, name in enumerate(names):
-                run = federation.run(CONDITIONS[name], seed, 1000 * seed + number)
-                found[name].append(run)
+    wanted = [(name, seed) for seed in range(args.seeds) for name in names]
+    found = _read(args.out)
+    if missing := [run for run in wanted if run not in found]:
+        with tempfile.TemporaryDirectory() as work:
+            federation = Federation(args, Path(work))
+            before = federation.loss(initial_adapter(federation.layout, 0))
+            print(f"before: loss {before:.4f}", flush=True)
+            for run_id, (name, seed) in enumerate(missing):
+                run = found[name, seed] = federation.run(CONDITIONS[name], seed, run_id)
                 print(f"{name}, seed {seed}: {run}", flush=True)
                 if args.out:
                     with args.out.open("a") as file:
                         file.write(json.dumps({"condition": name, "seed": seed, **run}) + "\n")
-    print(f"{'condition':<30} {'loss':>8} {'spread':>8} {'to fp32':>9} {'MB':>8}")
-    reference = found[names[0]]
-    for name, runs in found.items():
-        losses = [r["loss"] for r in runs]
+    print(table({run: found[run] for run in wanted}))
+
+
+def _read(path: Path | None) -> Runs:
+    lines = path.read_text().splitlines() if path and path.exists() else []
+    return {(r["condition"], r["seed"]): r for r in map(json.loads, lines)}
+
+
+def table(runs: Runs) -> str:
+    """Mean and spread (standard deviation) over the seeds, and the mean difference to the first."""
+    names = list(dict.fromkeys(name for name, _ in runs))
+    seeds = sorted({seed for _, seed in runs})
+    rows = [f"{'condition':<30} {'loss':>8} {'spread':>8} {'to first':>9} {'MB':>8}"]
+    for name in names:
+        losses = [runs[name, seed]["loss"] for seed in seeds]
         spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
-        paired = statistics.mean(
-            r["loss"] - o["loss"] for r, o in zip(runs, reference, strict=True)
-        )
-        mb = statistics.mean(r["mb"] for r in runs)
+        gap = statistics.mean(runs[name, s]["loss"] - runs[names[0], s]["loss"] for s in seeds)
+        mb = statistics.mean(runs[name, seed]["mb"] for seed in seeds)
         mean = statistics.mean(losses)
-        print(f"{name:<30} {mean:8.4f} {spread:8.4f} {paired:+9.4f} {mb:8.2f}")
+        rows.append(f"{name:<30} {mean:8.4f} {spread:8.4f} {gap:+9.4f} {mb:8.2f}")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from app.adapter import Layout, Vector, initial_adapter, save_peft
+from app.checkpoint import sha256
 from app.partition import SiteError
 from eval import EvalError
 from eval.benchmarks import wrap
@@ -489,7 +490,7 @@ def test_the_sha256_is_that_of_the_weights_file(base: Base, tmp_path: Path) -> N
     import hashlib
 
     adapter = random_adapter(base, tmp_path / "a")
-    assert adapter.sha256() == hashlib.sha256(adapter.weights.read_bytes()).hexdigest()
+    assert sha256(adapter.folder) == hashlib.sha256(adapter.weights.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("quantization", KINDS)
