@@ -4,7 +4,7 @@ PY     := .venv/bin/python
 SITES  ?= 4
 CPU    := -f compose.yaml -f docker/compose.cpu.yaml
 
-.PHONY: install demo test lint test-gpu test-containers images up down clean
+.PHONY: install demo test lint test-faults drill test-gpu test-containers images up down clean
 
 install: .venv/.installed
 
@@ -26,6 +26,14 @@ lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# Real federations (processes) under attack and failure: ten minutes.
+test-faults: install
+	$(PY) -m pytest -m faults tests/federation
+
+# Faults, one after the other, in one run that has to end as if nothing had been; prints a table.
+drill: install
+	$(PY) -m tests.federation.drill $(ARGS)
 
 # Needs an NVIDIA GPU.
 test-gpu: install

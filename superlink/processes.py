@@ -8,7 +8,9 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import psutil
 
@@ -34,8 +36,9 @@ class LocalFederation:
         self.public = self.federation / "public"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.fleet_port, self.control_port = free_port(), free_port()
+        self._spawned: set[str] = set()
 
-    def __enter__(self) -> "LocalFederation":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -51,6 +54,18 @@ class LocalFederation:
         Raises:
             ControlError: the SuperLink did not come up; its log's end is in the message.
         """
+        control = self.start_superlink()
+        register(control, self.public)
+        for number in range(self.sites):
+            self.start_node(number)
+        return control
+
+    def start_superlink(self) -> Control:
+        """The SuperLink alone, on the ports and the database that it had before, if any.
+
+        Raises:
+            ControlError: as ``start``.
+        """
         self._spawn(
             "superlink",
             SUPERLINK_DIR=str(self.federation / "superlink"),
@@ -63,9 +78,6 @@ class LocalFederation:
         )
         control = Control(f"localhost:{self.control_port}", self.public / "ca.crt")
         self._wait_until_up(control)
-        register(control, self.public)
-        for number in range(self.sites):
-            self.start_node(number)
         return control
 
     def _wait_until_up(self, control: Control, timeout_s: float = 90) -> None:
@@ -91,6 +103,7 @@ class LocalFederation:
             "LOCK_DIR": str(locks),
             "DEVICE": os.environ.get("DEVICE", "cpu"),
             "RUNTIME_PORT": str(free_port()),
+            "APP_SHA256": self._app_sha256,
         }
         self._spawn(name, **env | settings)
 
@@ -99,7 +112,8 @@ class LocalFederation:
         logs.mkdir(parents=True, exist_ok=True)
         package = "superlink" if name == "superlink" else "supernode"
         env = {**os.environ, **settings, "FLWR_HOME": str(self.work / "flwr" / name)}
-        with (logs / f"{name}.log").open("wb") as log:
+        again, self._spawned = name in self._spawned, self._spawned | {name}
+        with (logs / f"{name}.log").open("ab" if again else "wb") as log:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", f"{package}.entrypoint"],
                 env=env,
@@ -109,6 +123,26 @@ class LocalFederation:
                 cwd=REPOSITORY,
                 start_new_session=True,  # one process group a service: it ends as a whole
             )
+
+    @cached_property
+    def _app_sha256(self) -> str:
+        command = [sys.executable, "-m", "supernode.pinned", "hash", str(REPOSITORY)]
+        done = subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.PIPE)
+        return done.stdout.decode().strip()
+
+    def stop_node(self, number: int) -> None:
+        """End one site's SuperNode as its operator would."""
+        process = self.processes.pop(f"site-{number:02d}")
+        _signal_group(process, signal.SIGTERM)
+        process.wait(STOP_AFTER_S)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL to the SuperLink or a site's SuperNode and all its children: a lost host."""
+        process = self.processes.pop(name)
+        children = _children(process.pid)
+        _signal_group(process, signal.SIGKILL)
+        process.wait()
+        _end(children, psutil.Process.kill)
 
     def stop(self) -> None:
         """End every process and its children: SIGTERM, then SIGKILL.

@@ -41,7 +41,12 @@ def wait_for_nodes(control: Control, public: Path, needed: int, timeout_s: float
     sites = public_keys(public)
     deadline, said = time.monotonic() + timeout_s, -1
     while True:
-        status = control.node_status()
+        try:
+            status = control.node_status()
+        except ControlError:  # it was up a moment ago
+            if time.monotonic() > deadline:
+                raise
+            status = {}
         missing = [s for s, key in sites.items() if status.get(key) != "online"]
         online = len(sites) - len(missing)
         if online != said:

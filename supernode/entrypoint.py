@@ -10,9 +10,12 @@
 | SUPERLINK, PARTITION_ID, NUM_PARTITIONS | from site.env | set them only to override it   |
 | RUNTIME_PORT | 9094             | ClientApp process, on 127.0.0.1 only                     |
 | HEALTH_PORT  | (none)           | liveness, on 127.0.0.1 only                              |
+| APP_SHA256   | from app.sha256  | the app (FAB) that runs may bring; app.sha256 is the image's |
+| ALLOW_APP_UPDATES | (none)      | 1: run whatever app a run brings                         |
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -93,13 +96,36 @@ def visible_gpus() -> int:
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
+def pinned_app(env: dict[str, str]) -> str:
+    """SHA-256 of the only app that this site runs; empty if it runs any.
+
+    Raises:
+        SystemExit: neither is said.
+    """
+    allowed = env.get("ALLOW_APP_UPDATES", "")
+    if allowed not in ("", "0", "1"):
+        raise SystemExit(f"supernode: ALLOW_APP_UPDATES={allowed}: 1, or leave it out")
+    if allowed == "1":
+        return ""
+    stored = Path(__file__).parents[1] / "app.sha256"
+    pin = env.get("APP_SHA256") or (stored.read_text().strip() if stored.is_file() else "")
+    if not re.fullmatch(r"[0-9a-f]{64}", pin):
+        raise SystemExit(
+            f"supernode: APP_SHA256={pin!r} is no SHA-256 (python -m supernode.pinned hash FOLDER "
+            "prints that of a checkout's app); ALLOW_APP_UPDATES=1 runs whatever comes"
+        )
+    return pin
+
+
 def command(env: dict[str, str]) -> list[str]:
     """The SuperNode's command line; TLS and authentication are no options."""
+    pin, site_name = pinned_app(env), f"site-{int(env['PARTITION_ID']):02d}"
     site = Path(env["SITE_DIR"])
     partition, partitions = int(env["PARTITION_ID"]), int(env["NUM_PARTITIONS"])
     health = env.get("HEALTH_PORT")
+    flower = str(Path(sys.executable).with_name("flower-supernode"))
     return [
-        "flower-supernode",
+        *((sys.executable, "-m", "supernode.pinned", "run", pin, site_name) if pin else (flower,)),
         "--superlink", env["SUPERLINK"],
         "--root-certificates", str(site / "superlink-ca.crt"),
         "--auth-supernode-private-key", str(site / "supernode.key"),
@@ -129,7 +155,7 @@ def main() -> int:
     argv = command(env)
     deadline = time.monotonic() + ACTIVATION_TIMEOUT_S
     while True:
-        code = watch([str(programs / argv[0]), *argv[1:]], env)
+        code = watch(argv, env)
         if code != EX_TEMPFAIL or time.monotonic() > deadline:
             return code
         time.sleep(ACTIVATION_PAUSE_S)

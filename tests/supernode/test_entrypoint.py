@@ -25,6 +25,8 @@ from supernode.entrypoint import (
 )
 from tests.samples import REPOSITORY
 
+PIN = "0123456789abcdef" * 4
+
 
 @pytest.fixture
 def env(tmp_path: Path) -> dict[str, str]:
@@ -34,6 +36,7 @@ def env(tmp_path: Path) -> dict[str, str]:
         "SITE_DIR": str(tmp_path / "federation" / "site-02"),
         "MODELS_DIR": str(tmp_path / "models"),
         "LOCK_DIR": str(tmp_path / "locks"),
+        "APP_SHA256": PIN,
     }
 
 
@@ -110,12 +113,25 @@ def test_tls_and_the_sites_key_are_always_among_the_flags(
     env: dict[str, str], extra: dict[str, str]
 ) -> None:
     argv = command(read_site(env | extra))
-    assert argv[0] == "flower-supernode"
+    pinned = [sys.executable, "-m", "supernode.pinned", "run", PIN, "site-02"]
+    assert argv[: argv.index("--superlink")] == pinned
     assert "--insecure" not in argv
     site = Path(env["SITE_DIR"])
     assert flag(argv, "--root-certificates") == str(site / "superlink-ca.crt")
     assert flag(argv, "--auth-supernode-private-key") == str(site / "supernode.key")
     assert flag(argv, "--node-config") == "partition-id=2 num-partitions=3"
+
+
+@pytest.mark.parametrize("pin", ["", "0123", PIN.upper(), PIN + "0"])
+def test_without_a_pinned_app_a_site_starts_only_if_it_says_so(
+    env: dict[str, str], pin: str
+) -> None:
+    with pytest.raises(SystemExit, match=r"APP_SHA256=.* ALLOW_APP_UPDATES=1"):
+        command(read_site(env | {"APP_SHA256": pin}))
+    argv = command(read_site(env | {"APP_SHA256": pin, "ALLOW_APP_UPDATES": "1"}))
+    assert [Path(a).name for a in argv[:2]] == ["flower-supernode", "--superlink"]
+    with pytest.raises(SystemExit, match="ALLOW_APP_UPDATES=yes"):
+        command(read_site(env | {"ALLOW_APP_UPDATES": "yes"}))
 
 
 def test_nothing_listens_beyond_the_loopback(env: dict[str, str]) -> None:

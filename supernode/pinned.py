@@ -1,0 +1,67 @@
+"""Flower's SuperNode, but it runs no other app than the one that this site was given.
+
+    python -m supernode.pinned run SHA256 SITE [flower-supernode's flags]
+    python -m supernode.pinned hash FOLDER     the SHA-256 of the app of a checkout
+
+A run brings its own Python code (the FAB), and Flower 1.36 runs whatever comes, unless it is
+signed in Flower's hub. Its check of signatures is used here for a check of the FAB's SHA-256:
+the site answers with Flower's own "invalid FAB" error, and no line of the code is run.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
+
+def install(pinned: str, site: str) -> None:
+    """Let this process's SuperNode accept the FAB of this SHA-256 only."""
+    from flwr.app import Error
+    from flwr.common.constant import ErrorCode
+    from flwr.supercore.fab import Fab
+    from flwr.supernode import start_client_internal as flower
+
+    refusal = (
+        f"{site} runs app {pinned[:12]} only, and this run brings another; the site's operator "
+        "installs its version, or sets ALLOW_APP_UPDATES=1 to run whatever comes"
+    )
+    receive = flower._pull_and_store_message
+
+    def receive_pinned(**given: Any) -> int | None:
+        fetch = given["get_fab"]
+
+        def fetch_unsigned(fab_hash: str, run_id: int) -> Fab:
+            fab: Fab = fetch(fab_hash, run_id)
+            return Fab(fab.hash_str, fab.content, {"valid_license": "not asked for"})
+
+        # Any trusted entity makes Flower verify; who they are does not matter to `verify`.
+        return receive(**given | {"get_fab": fetch_unsigned, "trusted_entities": {"": ""}})
+
+    def verify(fab: Fab, trusted_entities: dict[str, str]) -> bool:
+        found = hashlib.sha256(fab.content).hexdigest()
+        if found != pinned:
+            print(f"supernode: ERROR: app {found[:12]} refused: {refusal}", flush=True)
+        return found == pinned
+
+    flower._pull_and_store_message = receive_pinned  # type: ignore[assignment]
+    flower._verify_fab = verify
+    flower.FAB_VERIFICATION_ERROR = Error(ErrorCode.INVALID_FAB, refusal)
+
+
+def main() -> None:
+    if sys.argv[1] == "hash":
+        from flwr.cli.build import build_fab_from_disk
+
+        return print(hashlib.sha256(build_fab_from_disk(Path(sys.argv[2]))).hexdigest())
+    from flwr.supernode.cli import flower_supernode
+
+    install(sys.argv[2], sys.argv[3])
+    sys.argv = ["flower-supernode", *sys.argv[4:]]
+    flower_supernode()
+
+
+if __name__ == "__main__":
+    main()

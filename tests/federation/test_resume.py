@@ -1,0 +1,153 @@
+"""SuperLink, ServerApp and submission killed in real runs; what goes on is the same run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from app.checkpoint import rounds
+from superlink.control import Control
+from superlink.processes import REPOSITORY, LocalFederation
+from superlink.submit import submit
+from supernode.partitions import Split, prepare_data
+from tests.federation.drill import until
+from tests.samples import ROWS
+
+pytestmark = pytest.mark.faults
+SITES, ROUNDS = 2, 3
+
+
+@dataclass
+class Setting:
+    federation: LocalFederation
+    control: Control
+    overrides: list[str]
+
+    def submit(self) -> int:
+        return submit(REPOSITORY, list(self.overrides), self.control, self.federation.public)
+
+    def run(self) -> Path:
+        return (self.federation.results / "latest").resolve()
+
+    def runs(self) -> set[Path]:
+        return {p.parent for p in self.federation.results.glob("*/run.json")}
+
+    def adapters(self, run: Path) -> dict[int, bytes]:
+        return {n: (p / "adapter_model.safetensors").read_bytes() for n, p in rounds(run).items()}
+
+
+@pytest.fixture(scope="module")
+def setting(
+    models_dir: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Setting]:
+    work = tmp_path_factory.mktemp("resume")
+    source = work / "rows.json"
+    source.write_text(json.dumps(ROWS))
+    overrides = [
+        str(REPOSITORY / "app/profiles/demo.toml"),
+        f"model.name={json.dumps(str(tiny_model))} model.lora.peft-lora-r=4 train.seq-length=512",
+        f"num-server-rounds={ROUNDS} strategy.min-nodes={SITES} strategy.fraction-evaluate=0.0",
+        'communication.codec="int4"',  # with feedback at the sites
+    ]
+    with LocalFederation(work, models_dir, work / "results", SITES) as federation:
+        federation.provision()
+        prepare_data(federation.federation, Split(str(source), SITES))
+        yield Setting(federation, federation.start(), overrides)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(setting: Setting) -> dict[int, bytes]:
+    assert setting.submit() == 0
+    return setting.adapters(setting.run())
+
+
+def _kill_the_superlink(setting: Setting) -> None:
+    setting.federation.kill("superlink")
+    time.sleep(3)
+    setting.federation.start_superlink()
+
+
+def _kill_the_serverapp(setting: Setting) -> None:
+    superlink = psutil.Process(setting.federation.processes["superlink"].pid)
+    (serverapp,) = (
+        c for c in superlink.children(recursive=True) if "flwr-serverapp" in " ".join(c.cmdline())
+    )
+    serverapp.kill()
+
+
+@pytest.mark.parametrize("fault", [_kill_the_serverapp, _kill_the_superlink])
+def test_a_run_cut_off_after_its_first_round_ends_with_the_same_adapters(
+    setting: Setting, uninterrupted: dict[int, bytes], fault: Any
+) -> None:
+    before, ended = setting.runs(), []
+    follow = threading.Thread(target=lambda: ended.append(setting.submit()))
+    follow.start()
+    until(
+        lambda: any((r / "metrics.jsonl").is_file() for r in setting.runs() - before),
+        180,
+        "round 1",
+    )
+    fault(setting)
+    follow.join(timeout=400)
+    assert ended == [0]
+    first, second = sorted(setting.runs() - before, key=lambda p: (p / "run.json").stat().st_ctime)
+    if len(rounds(first)) == ROUNDS:
+        first, second = second, first
+    facts = json.loads((second / "run.json").read_text())
+    assert [c["run_id"] for c in facts["resumed_from"]] == [first.name]
+    assert facts["status"] == "completed"
+    assert setting.adapters(second) == uninterrupted
+    lines = (second / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == list(range(1, ROUNDS + 1))
+
+
+def test_a_second_submission_follows_the_run_that_the_first_left_behind(
+    setting: Setting, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = setting.runs()
+    command = [sys.executable, "-m", "superlink.submit"]
+    for text in setting.overrides:
+        command += ["--run-config", text]
+    env = {
+        **os.environ,
+        "PUBLIC_DIR": str(setting.federation.public),
+        "CONTROL_ADDRESS": setting.control.address,
+    }
+    with subprocess.Popen(command, cwd=REPOSITORY, env=env, start_new_session=True) as first:
+        until(lambda: bool(setting.runs() - before), 120, "the run")
+        os.killpg(first.pid, signal.SIGKILL)
+    assert setting.submit() == 0
+    (run,) = setting.runs() - before
+    assert f"run {run.name} is going on; following it" in capfd.readouterr().out
+
+
+def test_a_site_refuses_an_app_that_is_not_its_own(
+    setting: Setting, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """One line more in the run's code; the site's log and the run's error say who refused what."""
+    for name in ("app", "pyproject.toml"):
+        subprocess.run(["cp", "-r", str(REPOSITORY / name), str(tmp_path)], check=True)
+    with (tmp_path / "app" / "prompts.py").open("a") as file:
+        file.write("\n# changed\n")
+    overrides = [*setting.overrides, "strategy.node-timeout-s=40"]
+    assert submit(tmp_path, overrides, setting.control, setting.federation.public) == 1
+    said = capfd.readouterr().out
+    assert "site-01 runs app" in said
+    assert "ALLOW_APP_UPDATES=1" in said
+    log = (setting.federation.work / "logs" / "site-01.log").read_text()
+    assert "supernode: ERROR: app" in log
+    # A site that allows it takes part.
+    for number in range(SITES):
+        setting.federation.stop_node(number)
+        setting.federation.start_node(number, ALLOW_APP_UPDATES="1")
+    assert submit(tmp_path, setting.overrides, setting.control, setting.federation.public) == 0
