@@ -5,7 +5,7 @@ end the run.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -36,13 +36,19 @@ class Gathered:
 
 
 def usable(
-    gathered: Gathered, adapter: Vector, config: RunConfig, usual_norms: Sequence[float]
+    gathered: Gathered,
+    adapter: Vector,
+    config: RunConfig,
+    usual_norms: Sequence[float],
+    most_examples: Mapping[int, int],
 ) -> tuple[dict[int, Vector], Floats, dict[int, str]]:
     """What takes part in the round.
 
     Args:
         adapter: the server's own, which the sites got as ``gathered.sent``.
         usual_norms: of the changes that took part in the earlier rounds.
+        most_examples: by partition id, what each site said that it has before the run. It is a
+            site's weight: one that lies about it must do so in run.json, for all to see.
 
     Returns:
         Adapters by partition id (sorted), the inner products of their changes [K, K], and
@@ -54,6 +60,11 @@ def usable(
         numbers = {key: number(content, key) for key in TRAIN_METRICS}
         if not np.isfinite(list(numbers.values())).all() or numbers["num-examples"] < 1:
             rejected[partition_id] = f"metrics {numbers}"
+            continue
+        if numbers["num-examples"] > most_examples[partition_id]:
+            rejected[partition_id] = (
+                f"{numbers['num-examples']:.0f} examples, but it has {most_examples[partition_id]}"
+            )
             continue
         try:
             payload = content.array_records["adapter"]["payload"].numpy()

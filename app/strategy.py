@@ -99,7 +99,9 @@ class Strategy:
             gathered = self._ask(MessageType.TRAIN, partitions, server_round, adapter)
             down += gathered.bytes_down
             up += gathered.bytes_up
-            updates, products, bad = usable(gathered, adapter, self.config, self.usual_norms)
+            updates, products, bad = usable(
+                gathered, adapter, self.config, self.usual_norms, self.sites.num_examples
+            )
             for partition_id, why in sorted(bad.items()):
                 name = site_name(partition_id)
                 logger.warning("[round %d/%d] without %s: %s", server_round, total, name, why)

@@ -28,10 +28,15 @@ class ControlError(Exception):
 
 @dataclass(frozen=True)
 class RunStatus:
-    """``status``: starting, pending, running or finished:<completed|failed|stopped>."""
+    """``status``: starting, pending, running or finished:<completed|failed|stopped>.
+
+    The bytes are Flower's own count of what its messages and apps took, framing included.
+    """
 
     status: str
     details: str
+    bytes_to_sites: int
+    bytes_from_sites: int
 
 
 class Control:
@@ -96,10 +101,13 @@ class Control:
             raise self._error(err) from None
         if run_id not in reply.run_dict:
             raise ControlError(f"the SuperLink knows no run {run_id}")
-        status = reply.run_dict[run_id].status
+        run = reply.run_dict[run_id]
+        status = run.status
         return RunStatus(
             f"{status.status}:{status.sub_status}" if status.sub_status else status.status,
             status.details,
+            run.bytes_sent,
+            run.bytes_recv,
         )
 
     def unfinished(self) -> dict[int, dict[str, Any]]:

@@ -396,6 +396,7 @@ BAD: dict[str, Reply] = {
     "fewer than no examples": with_metric("num-examples", -5),
     "examples not a number": with_metric("num-examples", math.nan),
     "examples without end": with_metric("num-examples", math.inf),
+    "more examples than the site has": with_metric("num-examples", 10_000),
     "examples as a list": with_metric("num-examples", [10, 20]),
     "too short": with_vector(lambda v: v[:-1]),
     "too long": with_vector(lambda v: np.append(v, np.float32(0))),

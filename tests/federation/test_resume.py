@@ -40,7 +40,7 @@ class Setting:
         return (self.federation.results / "latest").resolve()
 
     def runs(self) -> set[Path]:
-        return {p.parent for p in self.federation.results.glob("*/run.json")}
+        return {p.parent.resolve() for p in self.federation.results.glob("*/run.json")}
 
     def adapters(self, run: Path) -> dict[int, bytes]:
         return {n: (p / "adapter_model.safetensors").read_bytes() for n, p in rounds(run).items()}
