@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,50 +99,60 @@ class Drill(LocalFederation):
         until(lambda: self.at_work() is not None, 120, "a site at work")
         return self.at_work() or self._someone_at_work()
 
-    def kill_a_node(self) -> Row:
-        site = self._someone_at_work()
-        before, done = self.log(site).count("SuperNode ID:"), len(self.lines())
-        started = time.monotonic()
+    def kill_a_node(self) -> Callable[[], Row]:
+        site, done = self._someone_at_work(), len(self.lines())
+        before, started = self.log(site).count("SuperNode ID:"), time.monotonic()
         self.kill(site)
         self.start_node(int(site.removeprefix("site-")))  # as its restart policy would
-        until(lambda: self.log(site).count("SuperNode ID:") > before, 150, f"{site} back")
-        back_s = time.monotonic() - started
-        line = self.next_round(done)
-        why = f"without it: {line['rejected'][site]}" if site in line["rejected"] else "with it"
-        seen = f"round {line['round']} {why}"
-        return Row(f"{site}'s SuperNode killed at work", seen, back_s, 0)
 
-    def cut_a_node_off(self) -> Row:
+        def recovered() -> Row:
+            until(lambda: self.log(site).count("SuperNode ID:") > before, 180, f"{site} back")
+            back_s, line = time.monotonic() - started, self.next_round(done)
+            why = f"without it: {line['rejected'][site]}" if site in line["rejected"] else "with it"
+            seen = f"round {line['round']} {why}"
+            return Row(f"{site}'s SuperNode killed at work", seen, back_s, 0)
+
+        return recovered
+
+    def cut_a_node_off(self) -> Callable[[], Row]:
         site, done = f"site-{CUT_OFF:02d}", len(self.lines())
         before = self.log(site).count("Connection successful after")
         self.cable.pull_out()
-        time.sleep(OFFLINE_S)
-        self.cable.plug_in()
-        started = time.monotonic()
-        until(
-            lambda: self.log(site).count("Connection successful after") > before, 90, f"{site} back"
-        )
-        back_s = time.monotonic() - started
-        line = self.next_round(done)
-        took_part = "with" if CUT_OFF in line["partitions"] else "without"
-        seen = f"{OFFLINE_S:.0f} s offline; round {line['round']} {took_part} it"
-        return Row(f"{site} cut off the network", seen, back_s, 0)
 
-    def kill_the_superlink(self) -> Row:
+        def recovered() -> Row:
+            time.sleep(OFFLINE_S)
+            self.cable.plug_in()
+            started = time.monotonic()
+            until(
+                lambda: self.log(site).count("Connection successful after") > before,
+                120, f"{site} back",
+            )  # fmt: skip
+            back_s, line = time.monotonic() - started, self.next_round(done)
+            took_part = "with" if CUT_OFF in line["partitions"] else "without"
+            seen = f"{OFFLINE_S:.0f} s offline; round {line['round']} {took_part} it"
+            return Row(f"{site} cut off the network", seen, back_s, 0)
+
+        return recovered
+
+    def kill_the_superlink(self) -> Callable[[], Row]:
         self._someone_at_work()
         run, done = (self.results / "latest").resolve(), len(self.lines())
         started = time.monotonic()
         self.kill("superlink")
         time.sleep(DOWN_S)
         control = self.start_superlink()
-        until(lambda: self._online(control) == SITES, 120, "all sites online")
-        online_s = time.monotonic() - started
-        until(lambda: (self.results / "latest").resolve() != run, 300, "the resumed run")
-        self.next_round(done)
-        chain = json.loads((self.results / "latest" / "run.json").read_text())["resumed_from"]
-        kept = chain[-1]["last_round"]
-        seen = f"{SITES} nodes online after {online_s:.0f} s; resumed after round {kept}"
-        return Row("SuperLink killed", seen, time.monotonic() - started, done + 1 - kept)
+
+        def recovered() -> Row:
+            until(lambda: self._online(control) == SITES, 180, "all sites online")
+            online_s = time.monotonic() - started
+            until(lambda: (self.results / "latest").resolve() != run, 300, "the resumed run")
+            self.next_round(done)
+            chain = json.loads((self.results / "latest" / "run.json").read_text())["resumed_from"]
+            kept = chain[-1]["last_round"]
+            seen = f"{SITES} nodes online after {online_s:.0f} s; resumed after round {kept}"
+            return Row("SuperLink killed", seen, time.monotonic() - started, done + 1 - kept)
+
+        return recovered
 
     def _online(self, control: Control) -> int:
         return list(control.node_status().values()).count("online")
@@ -175,13 +186,16 @@ def drill(work: Path, models: Path, model: Path, rounds: int) -> list[Row]:
             )
         )
         follow.start()
-        rows = []
-        for fault in (
-            federation.kill_a_node, federation.cut_a_node_off, federation.kill_the_superlink,
-        ):  # fmt: skip
-            federation.next_round(len(federation.lines()))
-            rows.append(fault())
-        follow.join(timeout=600)
+        waiting = []
+        with ThreadPoolExecutor() as pool:
+            for fault in (
+                federation.kill_a_node, federation.cut_a_node_off, federation.kill_the_superlink,
+            ):  # fmt: skip
+                # A round between two faults, however fast the rounds are and slow a recovery.
+                federation.next_round(len(federation.lines()))
+                waiting.append(pool.submit(fault()))
+            rows = [row.result() for row in waiting]
+        follow.join(timeout=900)
         lines = federation.lines()
     _check(federation, lines, ended)
     name = f"site-{POISONED:02d}"
