@@ -30,6 +30,7 @@ from app.codec import decode, encode
 from app.config import ConfigError, RunConfig
 from app.feedback import Feedback
 from app.partition import SiteError
+from app.privacy import privatise
 
 app = ClientApp()
 logger = logging.getLogger("app")
@@ -137,6 +138,7 @@ def _to_send(
     trained: Vector, received: Vector, layout: Layout, config: RunConfig, job: ConfigRecord
 ) -> bytes:
     """The trained adapter in the run's codec; what that leaves out is kept for the next time."""
+    trained = privatise(trained, received, config)
     if config.up == "fp32" or not config.error_feedback:
         return encode(config.up, trained, received)
     server_round = cast(int, job["round"])

@@ -46,6 +46,7 @@ def _whole_from(low: int) -> tuple[str, Callable[[Any], bool]]:
 
 
 _POSITIVE = ("a number above 0", lambda v: 0 < v < math.inf)
+_FROM_0 = ("a number, 0 or more", lambda v: 0 <= v < math.inf)
 _NOT_EMPTY = ("a text that is not empty", lambda v: bool(v.strip()))
 _RUNS = (
     'empty, or "latest" or run ids with commas between (0: start anew)',
@@ -79,9 +80,7 @@ class RunConfig:
     target_modules: str = _key("model.lora.target-modules", *_NOT_EMPTY)
 
     lr_max: float = _key("train.learning-rate-max", *_POSITIVE)
-    lr_min: float = _key(
-        "train.learning-rate-min", "a number, 0 or more", lambda v: 0 <= v < math.inf
-    )
+    lr_min: float = _key("train.learning-rate-min", *_FROM_0)
     seq_length: int = _key("train.seq-length", *_whole_from(16))
     batch_size: int = _key(_ARGS + "per-device-train-batch-size", *_whole_from(1))
     gradient_accumulation_steps: int = _key(_ARGS + "gradient-accumulation-steps", *_whole_from(1))
@@ -97,9 +96,7 @@ class RunConfig:
     # FedAvgOpt's minimiser: nelder-mead follows the paper's code, bfgs is exact with many sites.
     solver: str = _key("strategy.solver", *_one_of("nelder-mead", "bfgs"))
     # fedprox: each site also minimises mu / 2 times the squared distance to what it received.
-    proximal_mu: float = _key(
-        "strategy.proximal-mu", "a number, 0 or more", lambda v: 0 <= v < math.inf
-    )
+    proximal_mu: float = _key("strategy.proximal-mu", *_FROM_0)
     # Sites in a round: fraction of the usable ones, never fewer than min-train-nodes (as Flower).
     fraction_train: float = _key(
         "strategy.fraction-train", "a number above 0, at most 1", lambda v: 0 < v <= 1
@@ -132,6 +129,11 @@ class RunConfig:
     error_feedback: bool = _key("communication.error-feedback", *_YES_NO)
     # The FlowerTune leaderboard's limit is 200,000 MB; the log says how much of it is used.
     budget_mb: float = _key("communication.budget-mb", *_POSITIVE)
+
+    # At the site, before the upload: the change is clipped to this length (0: not at all), and
+    # gets Gaussian noise of noise-multiplier times it on every value.
+    clip_norm: float = _key("privacy.clip-norm", *_FROM_0)
+    noise_multiplier: float = _key("privacy.noise-multiplier", *_FROM_0)
 
     dataset_name: str = _key("static.dataset.name", *_NOT_EMPTY)
 
@@ -176,6 +178,11 @@ class RunConfig:
                     f"{names[high]} = {getattr(self, high)}; {WHERE}"
                 )
 
+        if self.noise_multiplier and not self.clip_norm:
+            raise ConfigError(
+                f"run config: privacy.noise-multiplier = {self.noise_multiplier:g} needs "
+                f"privacy.clip-norm above 0; {WHERE}"
+            )
         sampled = max(int(self.min_nodes * self.fraction_train), self.min_train_nodes)
         if self.min_replies > sampled:
             raise ConfigError(

@@ -13,6 +13,7 @@ from app.adapter import Layout
 from app.base_model import prepared
 from app.codec import unpacked_bytes
 from app.config import ConfigError, RunConfig, merged_config
+from app.privacy import DELTA, epsilon, noise_norm
 
 MB = 2**20  # as the leaderboard counts
 # Layers, hidden size, MLP size, and rows of the key and value projections, from config.json.
@@ -81,9 +82,26 @@ def plan(config: RunConfig, layout: Layout, sites: int) -> list[str]:
         f"{100 * sent / config.budget_mb:.2f} % of communication.budget-mb",
         f"checkpoints: {rounds * 4 * n / MB:.2f} MB",
     ]
+    if config.clip_norm:
+        lines.append(_privacy(config, n))
     if config.model_name in KNOWN and n == 13_631_488:
         lines.append(f"a GPU: {H100_8B}")
     return lines
+
+
+def _privacy(config: RunConfig, size: int) -> str:
+    clip = f"privacy: each site clips its change to {config.clip_norm:g}"
+    if not config.noise_multiplier:
+        return f"{clip}, without noise: no (epsilon, delta)"
+    length, rounds = noise_norm(config, size), config.num_server_rounds
+    spent = [epsilon(config.noise_multiplier, n) for n in (1, rounds)]
+    said = f"{clip}, noise of length {length:.3g}; "
+    if spent[0] is None:
+        return f"{said}for (epsilon, delta): pip install 'fedllm-medical[privacy]'"
+    return (
+        f"{said}a site's rows, against everybody: epsilon {spent[0]:.3g} for each round that it "
+        f"trains in, {spent[1]:.3g} for all {rounds}, delta {DELTA:g}"
+    )
 
 
 def main() -> int:

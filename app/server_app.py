@@ -21,6 +21,7 @@ from app.adapter import Layout, initial_adapter
 from app.checkpoint import ResultsError, RunFolder
 from app.config import ConfigError, RunConfig
 from app.preflight import PreflightError, preflight, site_name
+from app.privacy import noise_norm
 from app.resume import adopt, find_earlier
 from app.strategy import MB, RoundError, Strategy
 
@@ -85,6 +86,13 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
         layout = Layout.of(sites.linear_layers, config)
     except ValueError as err:
         raise ConfigError(str(err)) from None
+    length = noise_norm(config, layout.size)
+    if length > config.max_update_norm:
+        raise ConfigError(
+            f"run config: the noise of privacy.noise-multiplier = {config.noise_multiplier:g} on "
+            f"{layout.size} values is {length:.0f} long, and strategy.max-update-norm = "
+            f"{config.max_update_norm:g} would refuse it; raise that, or lower the noise"
+        )
     done, total = earlier.server_round if earlier else 0, config.num_server_rounds
     if earlier:
         adapter = earlier.adapter(layout, sites.fingerprint)
