@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
-import superlink.provision
+import superlink.certificates
 from superlink.control import public_keys
 from superlink.provision import ProvisionError, main, provision
 
@@ -206,7 +206,7 @@ def test_a_new_address_gives_a_new_certificate_for_the_same_key(tmp_path: Path) 
 def test_a_certificate_that_soon_ends_is_renewed_and_one_that_lasts_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(superlink.provision, "SERVER_DAYS", 20)
+    monkeypatch.setattr(superlink.certificates, "SERVER_DAYS", 20)
     provision(tmp_path, 1, ADDRESS, [])
     short = server_of(tmp_path)
     monkeypatch.undo()
