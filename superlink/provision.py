@@ -222,7 +222,8 @@ def _do(args: argparse.Namespace) -> str:
     if args.command == "show":
         return "\n  ".join([str(args.federation), *show(args.federation)])
     if args.command == "renew":
-        return f"{', '.join(renew(args.federation))}; restart the SuperLink; registered sites are unaffected"
+        renewed = ", ".join(renew(args.federation))
+        return f"{renewed}; restart the SuperLink; registered sites are unaffected"
     if args.command == "revoke":
         site_keys.revoke(args.federation, args.site)
         return f"{args.site} is revoked; {then} to shut it out of a running SuperLink too"
