@@ -238,6 +238,14 @@ def test_an_unknown_key_and_one_that_is_at_work_already_do_not_get_in(
 ) -> None:
     code, output = scene.answer(name)
     assert (code, told(output)) == (EX_TEMPFAIL, [UNKNOWN]), output
+    assert_refused_in_the_log(scene, name)
+
+
+def assert_refused_in_the_log(scene: Scene, name: str) -> None:
+    """The SuperLink's operator sees which key it was."""
+    key = load_key(scene.federation.work / "strangers" / name / "supernode.key")
+    lines = [x for x in scene.log("superlink").splitlines() if "ActivateNode][ApiError" in x]
+    assert any(repr(public_key_to_bytes(key.public_key())) in x for x in lines), lines
 
 
 def test_the_site_whose_key_was_used_a_second_time_goes_on(scene: Scene) -> None:
@@ -365,6 +373,7 @@ def test_a_site_that_is_revoked_while_at_work_gets_no_message_more_and_ends(afte
 def test_a_revoked_key_does_not_get_in_again(after: Scene, name: str) -> None:
     code, output = after.answer(name)
     assert (code, told(output)) == (EX_TEMPFAIL, [UNKNOWN]), output
+    assert_refused_in_the_log(after, name)
 
 
 def test_the_site_with_the_new_key_gets_in(after: Scene) -> None:
@@ -398,3 +407,11 @@ def test_a_key_that_the_folder_does_not_know_is_reported_and_not_touched(
     assert len(done.warnings) == 1
     assert done.warnings[0].startswith("1 more keys may join")
     assert after.status("site-03") == "registered"
+
+
+def test_a_site_that_is_stopped_is_not_told_that_it_was_refused(after: Scene) -> None:
+    process = after.federation.processes["site-01"]
+    process.terminate()  # the entrypoint alone, as docker stop does
+    process.wait(WITHIN_S)
+    assert "SuperNode terminated gracefully" in after.log("site-01")
+    assert told(after.log("site-01")) == []
