@@ -4,15 +4,22 @@
 register 20 keys or to watch the nodes come online.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.common.serde import user_config_from_proto
-from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest, RegisterNodeRequest
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    UnregisterNodeRequest,
+)
 from flwr.proto.control_pb2_grpc import ControlStub
 from flwr.supercore.grpc import create_channel
 from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
@@ -20,6 +27,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 CALL_TIMEOUT_S = 150  # above the time that the SuperLink may wait for its database
 ALREADY_IN_USE = "already in use"  # in the details of Flower's error 23
+UNREGISTERED = "unregistered"
 
 
 class ControlError(Exception):
@@ -70,7 +78,7 @@ class Control:
             ) from None
 
     def register(self, public_key: bytes) -> bool:
-        """Allow the SuperNode with this key to join; False if it is registered already."""
+        """Allow the SuperNode with this key to join; False if the key is, or was, registered."""
         try:
             self._stub.RegisterNode(
                 RegisterNodeRequest(public_key=public_key), timeout=CALL_TIMEOUT_S
@@ -81,13 +89,33 @@ class Control:
             raise self._error(err) from None
         return True
 
+    def unregister(self, keys: Collection[bytes]) -> int:
+        """Shut these keys out for ever, now and at once; returns how many had been let in.
+
+        A SuperNode that is at work with one gets no further message. Flower keeps the key as
+        unregistered and will not register it again.
+        """
+        let_in = [n for n in self.nodes() if n.status != UNREGISTERED and n.public_key in keys]
+        for node in let_in:
+            try:
+                self._stub.UnregisterNode(
+                    UnregisterNodeRequest(node_id=node.node_id), timeout=CALL_TIMEOUT_S
+                )
+            except grpc.RpcError as err:
+                raise self._error(err) from None
+        return len(let_in)
+
     def node_status(self) -> dict[bytes, str]:
         """Public key -> registered, online, offline or unregistered."""
+        return {bytes(n.public_key): n.status for n in self.nodes()}
+
+    def nodes(self) -> list[Any]:
+        """Flower's NodeInfo of every node that was ever registered."""
         try:
             reply = self._stub.ListNodes(ListNodesRequest(), timeout=CALL_TIMEOUT_S)
         except grpc.RpcError as err:
             raise self._error(err) from None
-        return {bytes(n.public_key): n.status for n in reply.nodes_info}
+        return list(reply.nodes_info)
 
     def run_status(self, run_id: int) -> RunStatus:
         """Where this run stands.
@@ -131,11 +159,21 @@ class Control:
 
 
 def public_keys(folder: Path) -> dict[str, bytes]:
-    """Site name -> public key, from ``site-NN.pub`` (OpenSSH) in ``folder``, by name."""
+    """Site name -> public key, from ``site-NN.pub`` (OpenSSH) in ``folder``, by name.
+
+    Raises:
+        ControlError: a file there is no such key.
+    """
     keys = {}
     for path in sorted(folder.glob("site-*.pub")):
-        key = serialization.load_ssh_public_key(path.read_bytes())
+        try:
+            key = serialization.load_ssh_public_key(path.read_bytes())
+        except (ValueError, UnsupportedAlgorithm):
+            key = None
         if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise ControlError(f"{path}: not an elliptic-curve key")
+            raise ControlError(
+                f"{path} is not an elliptic-curve public key; superlink.provision writes it again "
+                "when it is deleted"
+            )
         keys[path.stem] = public_key_to_bytes(key)
     return keys

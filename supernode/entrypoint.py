@@ -30,14 +30,25 @@ ACTIVATION_TIMEOUT_S, ACTIVATION_PAUSE_S = 75, 10
 
 NOT_ACTIVATED = "Failed to activate SuperNode"
 # What Flower logs when joining can't work, and what to tell the hospital. Flower itself would
-# go on running without ever working, so that no restart policy could help.
+# go on running without ever working, so that no restart policy could help. The first sign in a
+# line counts.
 HOPELESS = {
     NOT_ACTIVATED: "the SuperLink does not know this site's key (its operator must run "
-    "superlink.register with this site's .pub file), or still counts an earlier process of this "
-    "site as online",
-    "SSL/TLS handshake error": "the SuperLink's certificate was not issued by the CA in "
+    "superlink.register with this site's .pub file), or the key was revoked (superlink.provision "
+    "rotate makes a new one), or another process of this site still counts as online",
+    "certificate has expired": "the SuperLink's certificate has expired (its operator must run "
+    "superlink.provision renew and restart the SuperLink), or the CA's in superlink-ca.crt has "
+    "(get a new one), or this host's clock is wrong",
+    "Tls handshake failed": "the SuperLink's certificate was not issued by the CA in "
     "superlink-ca.crt, or not for this address; get a new site kit",
 }
+# What Flower logs when it stops, also when the SuperLink refuses a message's signature: it does
+# not say so, and exits with 0.
+STOPPED = "SuperNode terminated gracefully"
+REFUSED = (
+    "the SuperLink refuses this site's key: it was revoked or replaced while the SuperNode ran "
+    "(ask the operator for a new supernode.key), or this host's clock is ahead of the SuperLink's"
+)
 
 
 def read_site(env: dict[str, str]) -> dict[str, str]:
@@ -164,22 +175,28 @@ def main() -> int:
 def watch(argv: list[str], env: dict[str, str]) -> int:
     """Run the SuperNode, pass its log on, and end it when it cannot join.
 
-    Returns its exit code; EX_TEMPFAIL if it was not activated, 1 if it can never connect.
+    Returns its exit code; EX_TEMPFAIL if it was not activated, 1 if it can never connect or was
+    shut out.
     """
     node = subprocess.Popen(
         argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
     hopeless: list[str] = []
+    stopped = asked = False
 
     def stop(*_: object) -> None:
+        nonlocal asked
+        asked = True
         node.terminate()
         late = threading.Timer(STOP_AFTER_S, node.kill)
         late.daemon = True
         late.start()
 
     def forward() -> None:
+        nonlocal stopped
         for line in node.stdout or ():
             print(line, end="", flush=True)
+            stopped = stopped or STOPPED in line
             for sign, advice in HOPELESS.items():
                 if sign in line and not hopeless:
                     print(f"supernode: ERROR: {advice}", file=sys.stderr, flush=True)
@@ -198,6 +215,9 @@ def watch(argv: list[str], env: dict[str, str]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hopeless:
         return EX_TEMPFAIL if hopeless == [NOT_ACTIVATED] else 1
+    if stopped and not asked:
+        print(f"supernode: ERROR: {REFUSED}", file=sys.stderr, flush=True)
+        return 1
     return code
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import ssl
 import stat
+import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,8 +15,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
+import superlink.certificates
 import superlink.provision
+from superlink import site_keys
 from superlink.control import public_keys
 from superlink.provision import ProvisionError, main, provision
 
@@ -206,7 +210,7 @@ def test_a_new_address_gives_a_new_certificate_for_the_same_key(tmp_path: Path) 
 def test_a_certificate_that_soon_ends_is_renewed_and_one_that_lasts_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(superlink.provision, "SERVER_DAYS", 20)
+    monkeypatch.setattr(superlink.certificates, "SERVER_DAYS", 20)
     provision(tmp_path, 1, ADDRESS, [])
     short = server_of(tmp_path)
     monkeypatch.undo()
@@ -311,3 +315,233 @@ def test_an_impossible_number_of_sites_is_refused(
     with pytest.raises(SystemExit):
         main()
     assert not files(tmp_path)
+
+
+def run(
+    federation: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *words: str,
+    sites: int = 2,
+) -> tuple[int, list[str]]:
+    """The command's exit code and lines."""
+    options = ["--federation", str(federation), "--sites", str(sites), "--address", ADDRESS]
+    monkeypatch.setattr(sys, "argv", ["superlink.provision", *options, *words])
+    code = main()
+    printed = capsys.readouterr()
+    return code, (printed.out + printed.err).splitlines()
+
+
+def test_show_says_what_there_is_until_when_and_what_is_revoked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    provision(tmp_path, 2, ADDRESS, ["10.0.0.5"])
+    site_keys.revoke(tmp_path, "site-00")
+    site_keys.rotate(tmp_path, "site-01")
+    before = snapshot(tmp_path)
+    code, lines = run(tmp_path, monkeypatch, capsys, "show")
+    assert code == 0
+    assert snapshot(tmp_path) == before
+    ends = f"{server_of(tmp_path).not_valid_after_utc:%Y-%m-%d}"
+    names = "superlink.example, 10.0.0.5, localhost, 127.0.0.1"
+    assert lines[2].split(maxsplit=1) == ["server", f"{names}; ends {ends}, 364 days left"]
+    assert lines[1].split()[:2] == ["CA", "CN=fedllm-medical"]
+    marks = [(line.split()[0], line.endswith(" revoked")) for line in lines[3:]]
+    assert sorted(marks) == [("site-00", True), ("site-01", False), ("site-01", True)]
+
+
+def test_a_sites_fingerprint_is_that_of_ssh_keygen(tmp_path: Path) -> None:
+    provision(tmp_path, 1, ADDRESS, [])
+    pub = tmp_path / "public" / "site-00.pub"
+    keygen = shutil.which("ssh-keygen")
+    if keygen is None:
+        pytest.skip("no ssh-keygen here")
+    listed = subprocess.run(
+        [keygen, "-lf", str(pub)], capture_output=True, text=True, check=True
+    ).stdout
+    assert listed.split()[1] == site_keys.fingerprint(pub)
+
+
+def test_show_of_a_certificate_that_has_ended_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    provision(tmp_path, 1, ADDRESS, [])
+    later = server_of(tmp_path).not_valid_after_utc - datetime.now(UTC) + timedelta(hours=1)
+    left = superlink.certificates.time_left
+    monkeypatch.setattr(superlink.provision, "time_left", lambda cert: left(cert) - later)
+    _, lines = run(tmp_path, monkeypatch, capsys, "show")
+    assert lines[2].endswith("EXPIRED: run superlink.provision renew")
+    assert "days left" in lines[1]
+
+
+def test_renew_makes_a_new_server_certificate_and_leaves_all_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    provision(tmp_path, 2, ADDRESS, ["10.0.0.5"])
+    before, old = snapshot(tmp_path), server_of(tmp_path)
+    code, lines = run(tmp_path, monkeypatch, capsys, "renew")
+    assert (code, len(lines)) == (0, 1)
+    assert "restart the SuperLink" in lines[0]
+    after = snapshot(tmp_path)
+    changed = {p.relative_to(tmp_path).as_posix() for p in before if after[p] != before[p]}
+    assert changed == {"superlink/server.crt", "superlink/server.key"}
+    new = server_of(tmp_path)
+    assert names_of(new) == names_of(old)
+    assert new.public_key() != old.public_key()
+    handshake(tmp_path, "superlink.example")
+    assert provision(tmp_path, 2, ADDRESS, ["10.0.0.5"]) == []
+
+
+def test_a_ca_that_would_end_before_its_servers_is_renewed_for_the_same_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(superlink.certificates, "CA_DAYS", 300)
+    provision(tmp_path, 1, ADDRESS, [])
+    monkeypatch.undo()
+    old, old_server = ca_of(tmp_path), server_of(tmp_path)
+    made = superlink.provision.renew(tmp_path)
+    assert made[0].startswith("CA certificate (same key")
+    new = ca_of(tmp_path)
+    assert new.not_valid_after_utc > server_of(tmp_path).not_valid_after_utc
+    assert (new.subject, new.public_key()) == (old.subject, old.public_key())
+    handshake(tmp_path, "superlink.example")  # the kit in the folder has the new one
+    for ca, server in ((old, server_of(tmp_path)), (new, old_server)):  # a kit that was sent out
+        server.verify_directly_issued_by(ca)
+    kit = tmp_path / "site-00" / "superlink-ca.crt"
+    kit.write_bytes(old.public_bytes(serialization.Encoding.PEM))
+    handshake(tmp_path, "superlink.example")
+    assert provision(tmp_path, 1, ADDRESS, []) == []
+    assert x509.load_pem_x509_certificate(kit.read_bytes()) == new
+
+
+def test_renew_without_a_certificate_is_one_error_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, lines = run(tmp_path, monkeypatch, capsys, "renew")
+    assert code == 1
+    assert len(lines) == 1
+    assert "server.crt is missing" in lines[0]
+    assert not files(tmp_path)
+
+
+def test_a_revoked_site_is_not_made_again_whatever_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    provision(tmp_path, 2, ADDRESS, [])
+    key = public_keys(tmp_path / "public")["site-01"]
+    code, lines = run(tmp_path, monkeypatch, capsys, "revoke", "site-01")
+    assert (code, len(lines)) == (0, 1)
+    assert list(public_keys(tmp_path / "public")) == ["site-00"]
+    assert list(public_keys(tmp_path / "public" / "revoked").values()) == [key]
+    for lost in (None, "supernode.key", "superlink-ca.crt"):
+        if lost:
+            (tmp_path / "site-01" / lost).unlink()
+        code, lines = run(tmp_path, monkeypatch, capsys)
+        assert code == 0
+        assert lines == [
+            f"provision: everything was there; 2 sites in {tmp_path}, revoked: site-01"
+        ]
+    assert not (tmp_path / "site-01" / "supernode.key").exists()
+    code, lines = run(tmp_path, monkeypatch, capsys, "revoke", "site-01")
+    assert (code, len(lines)) == (1, 1)
+    assert "site-01 is revoked already" in lines[0]
+
+
+@pytest.mark.parametrize("revoked_before", [False, True])
+def test_rotate_gives_a_new_key_and_revokes_the_old(
+    tmp_path: Path,
+    revoked_before: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    provision(tmp_path, 2, ADDRESS, [])
+    old = public_keys(tmp_path / "public")
+    if revoked_before:
+        site_keys.revoke(tmp_path, "site-01")
+    code, lines = run(tmp_path, monkeypatch, capsys, "rotate", "site-01")
+    assert (code, len(lines)) == (0, 1)
+    new = public_keys(tmp_path / "public")
+    assert new["site-00"] == old["site-00"]
+    assert new["site-01"] != old["site-01"]
+    assert list(public_keys(tmp_path / "public" / "revoked").values()) == [old["site-01"]]
+    private = tmp_path / "site-01" / "supernode.key"
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600
+    assert (
+        public_key_to_bytes(superlink.certificates.load_key(private).public_key())
+        == (new["site-01"])
+    )
+    assert provision(tmp_path, 2, ADDRESS, []) == []
+
+
+def test_a_lost_private_key_revokes_its_public_key(tmp_path: Path) -> None:
+    # It may be in somebody's hands; and the SuperLink would go on letting it in.
+    provision(tmp_path, 1, ADDRESS, [])
+    old = public_keys(tmp_path / "public")["site-00"]
+    (tmp_path / "site-00" / "supernode.key").unlink()
+    provision(tmp_path, 1, ADDRESS, [])
+    assert list(public_keys(tmp_path / "public" / "revoked").values()) == [old]
+
+
+def test_an_interrupted_rotation_is_completed_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provision(tmp_path, 1, ADDRESS, [])
+    old = public_keys(tmp_path / "public")["site-00"]
+    steps: list[Path] = []
+
+    def power_cut(path: Path, content: bytes, mode: int = 0o644) -> None:
+        steps.append(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(site_keys, "write", power_cut)  # the old is revoked, the new not published
+    with pytest.raises(KeyboardInterrupt):
+        site_keys.rotate(tmp_path, "site-00")
+    monkeypatch.undo()
+    assert [p.name for p in steps] == ["site-00.pub"]
+    assert public_keys(tmp_path / "public") == {}
+    provision(tmp_path, 1, ADDRESS, [])
+    (new,) = public_keys(tmp_path / "public").values()
+    own = superlink.certificates.load_key(tmp_path / "site-00" / "supernode.key")
+    assert new == public_key_to_bytes(own.public_key()) != old
+    assert list(public_keys(tmp_path / "public" / "revoked").values()) == [old]
+
+
+@pytest.mark.parametrize("command", ["rotate", "revoke"])
+def test_a_site_that_does_not_exist_is_one_error_line(
+    tmp_path: Path,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    provision(tmp_path, 1, ADDRESS, [])
+    before = snapshot(tmp_path)
+    code, lines = run(tmp_path, monkeypatch, capsys, command, "site-07")
+    assert (code, len(lines)) == (1, 1)
+    assert "site-07 has no key" in lines[0]
+    with pytest.raises(SystemExit):
+        run(tmp_path, monkeypatch, capsys, command, "../ca")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "file", ["ca/ca.key", "public/ca.crt", "superlink/server.crt", "site-00/supernode.key"]
+)
+def test_a_file_of_rubbish_is_one_error_line_that_names_it(
+    tmp_path: Path,
+    file: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    provision(tmp_path, 2, ADDRESS, [])
+    (tmp_path / file).write_text("rubbish")
+    code, lines = run(tmp_path, monkeypatch, capsys)
+    assert (code, len(lines)) == (1, 1)
+    assert str(tmp_path / file) in lines[0]
+
+
+def test_the_key_of_another_ca_is_refused(tmp_path: Path) -> None:
+    provision(tmp_path / "ours", 1, ADDRESS, [])
+    provision(tmp_path / "theirs", 1, ADDRESS, [])
+    shutil.copy(tmp_path / "theirs" / "ca" / "ca.key", tmp_path / "ours" / "ca" / "ca.key")
+    with pytest.raises(ProvisionError, match="is not the key of"):
+        provision(tmp_path / "ours", 1, ADDRESS, [])

@@ -1,0 +1,108 @@
+"""The sites' keys: the private one in the site's folder, the public one for the SuperLink.
+
+    site-07/supernode.key                  private, OpenSSH
+    public/site-07.pub                     may join
+    public/revoked/site-07-HASH.pub        must not come back; one file a key that the site had
+
+What a site may do is decided by these files alone, each written or moved in one step: whatever an
+interruption leaves is completed by the next superlink.provision.
+"""
+
+import base64
+import hashlib
+from pathlib import Path
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from superlink.certificates import CertificateError, Key, load_key, write, write_key
+
+
+def public_file(federation: Path, site: str) -> Path:
+    return federation / "public" / f"{site}.pub"
+
+
+def retired_files(federation: Path, site: str = "site") -> list[Path]:
+    return sorted((federation / "public" / "revoked").glob(f"{site}-*.pub"))
+
+
+def is_revoked(federation: Path, site: str) -> bool:
+    """It has revoked keys and no other."""
+    retired = [_blob(p) for p in retired_files(federation, site)]
+    if not retired or public_file(federation, site).exists():
+        return False
+    key_file = federation / site / "supernode.key"
+    return not key_file.exists() or _blob_of(_line(load_key(key_file))) in retired
+
+
+def revoke(federation: Path, site: str) -> None:
+    """The site must not come back; from now on provision leaves it alone.
+
+    Raises:
+        CertificateError: no such site, or it is revoked already.
+    """
+    pub = public_file(federation, site)
+    if not pub.exists():
+        gone = is_revoked(federation, site)
+        why = "is revoked already" if gone else f"has no key: {pub} is missing"
+        raise CertificateError(f"{site} {why}; superlink.provision show lists the keys")
+    _retire(pub)
+
+
+def rotate(federation: Path, site: str) -> None:
+    """A new key pair; the old public key is revoked. A revoked site comes back that way.
+
+    Raises:
+        CertificateError: no such site.
+    """
+    pub = public_file(federation, site)
+    if not pub.exists() and not retired_files(federation, site):
+        raise CertificateError(
+            f"{site} has no key: {pub} is missing; run superlink.provision first"
+        )
+    renew(federation, site)
+
+
+def renew(federation: Path, site: str) -> None:
+    """A new key pair; the public key that the site had is retired."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    write_key(federation / site / "supernode.key", key, openssh=True)
+    publish(federation, site)
+
+
+def publish(federation: Path, site: str) -> None:
+    """The public key is that of the private one; another that the site had is retired."""
+    pub, line = public_file(federation, site), _line(load_key(federation / site / "supernode.key"))
+    if pub.exists() and _blob(pub) != _blob_of(line):
+        _retire(pub)
+    write(pub, line + f" {site}\n".encode())
+
+
+def fingerprint(pub: Path) -> str:
+    """As ssh-keygen -l shows it."""
+    return f"SHA256:{base64.b64encode(hashlib.sha256(_blob(pub)).digest()).decode().rstrip('=')}"
+
+
+def _retire(pub: Path) -> None:
+    unique = hashlib.sha256(_blob(pub)).hexdigest()[:12]
+    target = pub.parent / "revoked" / f"{pub.stem}-{unique}.pub"
+    target.parent.mkdir(exist_ok=True)
+    pub.replace(target)
+
+
+def _line(key: Key) -> bytes:
+    form = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    return key.public_key().public_bytes(*form)
+
+
+def _blob_of(line: bytes) -> bytes:
+    return base64.b64decode(line.split()[1], validate=True)
+
+
+def _blob(pub: Path) -> bytes:
+    try:
+        return _blob_of(pub.read_bytes())
+    except (IndexError, ValueError):
+        raise CertificateError(
+            f"{pub} is not an OpenSSH public key: delete it and run superlink.provision"
+        ) from None
