@@ -51,7 +51,7 @@ class Federation:
     token: str = field(default_factory=lambda: f"hf_{secrets.token_hex(17)}")
 
     def compose(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        return compose(*arguments, files=self.files, project=self.project, **self.env, **env)
+        return compose(*arguments, files=self.files, project=self.project, **(self.env | env))
 
     def containers(self) -> dict[str, Any]:
         """As they are now, by service, those that have ended as well."""

@@ -18,11 +18,11 @@ def gpu() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def cpu() -> dict[str, Any]:
-    return _config(CPU)
+    return _config(*CPU)
 
 
-def _config(files: tuple[str, ...] = ("compose.yaml",), **env: str) -> dict[str, Any]:
-    done = compose("--profile", "eval", "config", "--format", "json", files=files, **env)
+def _config(*files: str, **env: str) -> dict[str, Any]:
+    done = compose("--profile", "eval", "config", "--format", "json", files=files or CPU[:1], **env)
     assert done.returncode == 0, done.stderr
     services: dict[str, Any] = json.loads(done.stdout)["services"]
     return services
