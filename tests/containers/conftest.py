@@ -3,14 +3,29 @@
 REQUIRE_DOCKER=1 (as in .ci/run) makes a missing engine a failure instead.
 """
 
+import io
 import os
+import secrets
 import subprocess
-from collections.abc import Sequence
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from superlink.control import Control
+from superlink.processes import free_port
+
 REPOSITORY = Path(__file__).parents[2]
+CPU = ("compose.yaml", "docker/compose.cpu.yaml")
+NODES = [f"supernode-{n:02d}" for n in range(20)]
+RUN_CONFIG = (
+    "num-server-rounds=1 train.training-arguments.max-steps=2 strategy.min-evaluate-nodes=1"
+)
+RUN_TIMEOUT_S = 1200
 
 
 def compose(
@@ -26,7 +41,79 @@ def compose(
     )  # fmt: skip
 
 
+@dataclass
+class Federation:
+    """One compose project on the CPU."""
+
+    project: str
+    env: dict[str, str]
+    files: tuple[str, ...] = CPU
+    token: str = field(default_factory=lambda: f"hf_{secrets.token_hex(17)}")
+
+    def compose(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return compose(*arguments, files=self.files, project=self.project, **(self.env | env))
+
+    def containers(self) -> dict[str, Any]:
+        """As they are now, by service, those that have ended as well."""
+        import docker
+
+        label = f"com.docker.compose.project={self.project}"
+        found = docker.from_env().containers.list(all=True, filters={"label": label})
+        return {c.labels["com.docker.compose.service"]: c for c in found}
+
+    def __getitem__(self, service: str) -> Any:
+        return self.containers()[service]
+
+    def shell(self, service: str, script: str) -> str:
+        """What ``script`` prints in this service's container, errors as well."""
+        output: bytes = self[service].exec_run(["sh", "-c", script]).output
+        return output.decode()
+
+    def python(self, service: str, script: str) -> str:
+        output: bytes = self[service].exec_run(["python3", "-ISc", script]).output
+        return output.decode()
+
+    def logs(self, *services: str) -> str:
+        return self.compose("logs", "--no-log-prefix", *services).stdout
+
+    def public(self, folder: Path) -> Path:
+        """The CA's certificate and the sites' public keys, copied to ``folder``."""
+        stream, _ = self["register"].get_archive("/federation/public")
+        with tarfile.open(fileobj=io.BytesIO(b"".join(stream))) as archive:
+            archive.extractall(folder, filter="data")
+        return folder / "public"
+
+    def control(self, public: Path) -> Control:
+        """The Control API as the host reaches it."""
+        return Control(f"localhost:{self.env['CONTROL_PORT']}", public / "ca.crt")
+
+
+@pytest.fixture(scope="session")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """`up -d` of all services but the evaluation, once for all tests; the job has ended."""
+    token_file = tmp_path_factory.mktemp("token") / "hf-token"
+    ports = {"FLEET_PORT": str(free_port()), "CONTROL_PORT": str(free_port())}
+    env = {"RUN_CONFIG": RUN_CONFIG, "HF_TOKEN_FILE": str(token_file), **ports}
+    made = Federation(f"fedllm-test-{os.getpid()}", env)
+    token_file.write_text(made.token)
+    token_file.chmod(0o644)
+    built = made.compose("--profile", "eval", "build")
+    assert built.returncode == 0, built.stderr[-3000:]
+    try:
+        started = time.monotonic()
+        up = made.compose("up", "-d")
+        assert up.returncode == 0, up.stderr[-3000:] + made.logs("prepare")[-3000:]
+        print(f"up -d: {time.monotonic() - started:.0f} s")
+        made["submit"].wait(timeout=RUN_TIMEOUT_S)
+        print(f"job ended after {time.monotonic() - started:.0f} s")
+        yield made
+    finally:
+        made.compose("--profile", "eval", "down", "-v")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # It ends the federation that both files share.
+    items.sort(key=lambda i: Path(i.path).name == "test_hardening.py")
     here = [i for i in items if Path(__file__).parent in Path(i.path).parents]
     for item in here:
         item.add_marker(pytest.mark.docker)

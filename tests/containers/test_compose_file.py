@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.containers.conftest import REPOSITORY, compose
+from tests.containers.conftest import CPU, NODES, REPOSITORY, compose
 
-CPU = ("compose.yaml", "docker/compose.cpu.yaml")
-NODES = [f"supernode-{n:02d}" for n in range(20)]
+ONE_SHOT = {"provision", "prepare", "register", "submit", "fetch", "eval"}
 
 
 @pytest.fixture(scope="module")
@@ -19,19 +18,18 @@ def gpu() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def cpu() -> dict[str, Any]:
-    return _config(CPU)
+    return _config(*CPU)
 
 
-def _config(files: tuple[str, ...] = ("compose.yaml",), **env: str) -> dict[str, Any]:
-    done = compose("--profile", "eval", "config", "--format", "json", files=files, **env)
+def _config(*files: str, **env: str) -> dict[str, Any]:
+    done = compose("--profile", "eval", "config", "--format", "json", files=files or CPU[:1], **env)
     assert done.returncode == 0, done.stderr
     services: dict[str, Any] = json.loads(done.stdout)["services"]
     return services
 
 
 def test_all_the_services_are_there(gpu: dict[str, Any]) -> None:
-    one_shot = {"provision", "prepare", "register", "submit", "fetch", "eval"}
-    assert set(gpu) == one_shot | {"superlink"} | set(NODES)
+    assert set(gpu) == ONE_SHOT | {"superlink"} | set(NODES)
 
 
 def _gpus(service: dict[str, Any]) -> Any:
@@ -76,6 +74,44 @@ def test_everything_runs_unprivileged(gpu: dict[str, Any]) -> None:
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert not service.get("privileged"), name
+        assert service["read_only"], name
+        for folder in service["tmpfs"]:
+            assert f"uid={service['user'][:5]},gid=10001,mode=0700,size=" in folder, name
+
+
+def test_limits_have_defaults_that_the_environment_overrides() -> None:
+    def limits(**env: str) -> dict[str, int]:
+        services = _config(**env)
+        assert {s["pids_limit"] for s in services.values()} == {int(env.get("PIDS", "4096"))}
+        return {n: int(s["mem_limit"]) >> 20 for n, s in services.items()}
+
+    unset = limits()
+    assert {unset[n] for n in NODES} == {32 << 10}
+    assert min(unset.values()) >= 4 << 10
+    names = ("SUPERNODE", "SUPERLINK", "PREPARE", "EVAL", "TASK")
+    given = limits(PIDS="99", **{f"{n}_MEMORY": f"{i}m" for i, n in enumerate(names, start=10)})
+    assert {given[n] for n in NODES} == {10}
+    assert [given[n] for n in ("superlink", "prepare", "eval")] == [11, 12, 13]
+    assert {given[n] for n in ("provision", "register", "submit", "fetch")} == {14}
+
+
+def test_the_control_api_is_on_a_network_without_supernodes() -> None:
+    done = compose("config", "--format", "json")
+    made = json.loads(done.stdout)
+    networks = {n: set(s.get("networks") or ()) for n, s in made["services"].items()}
+    assert networks["superlink"] == {"federation", "control"}
+    assert networks["submit"] == networks["register"] == {"control"}
+    assert {frozenset(networks[n]) for n in NODES} == {frozenset({"federation"})}
+    # An internal one leads nowhere, and published ports go to the other: to the Control API.
+    assert made["networks"]["federation"]["internal"]
+    assert not made["networks"]["control"].get("internal")
+
+
+def test_what_runs_on_comes_back_after_a_crash_and_a_reboot_and_a_one_shot_does_not(
+    gpu: dict[str, Any],
+) -> None:
+    assert {gpu[n].get("restart") for n in [*NODES, "superlink"]} == {"unless-stopped"}
+    assert {gpu[n].get("restart") for n in ONE_SHOT} == {None}
 
 
 def test_the_evaluation_has_no_network_and_changes_neither_model_nor_cache(

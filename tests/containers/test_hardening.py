@@ -1,0 +1,411 @@
+"""Attempts to break out of, into, and the federation itself; the last ones stop it.
+
+Shares its containers with test_up.py and comes after it.
+"""
+
+import base64
+import json
+import os
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from superlink.processes import free_port
+from superlink.submit import wait_for_nodes
+from tests.containers.conftest import CPU, NODES, Federation
+
+LONG_RUNNING = ["superlink", *NODES]
+ONE_SHOT = ["provision", "prepare", "register", "submit"]
+ONLINE_TIMEOUT_S = 600
+# A node that is gone counts as online for a minute: only later does "online" say something.
+STALE_AFTER_S = 75
+CONNECT = """
+import socket, sys
+for target in {targets!r}:
+    host, port = target.rsplit(":", 1)
+    try:
+        socket.create_connection((host, int(port)), 5).close()
+        print(target, "open")
+    except OSError as err:
+        print(target, "closed", err)
+"""
+
+
+def _reached(federation: Federation, service: str, *targets: str) -> list[str]:
+    """The host:port of ``targets`` that a TCP connection from this container reaches."""
+    answers = federation.python(service, CONNECT.format(targets=targets)).splitlines()
+    assert [a.split()[0] for a in answers] == list(targets), answers
+    return [a.split()[0] for a in answers if a.split()[1] == "open"]
+
+
+def _addresses(container: Any) -> dict[str, dict[str, str]]:
+    """The container's networks by their name in compose.yaml."""
+    networks = container.attrs["NetworkSettings"]["Networks"]
+    return {name.rsplit("_", 1)[1]: facts for name, facts in networks.items()}
+
+
+# --- what a process inside may do ---
+
+
+@pytest.mark.parametrize("service", ["superlink", "supernode-00", "supernode-19"])
+def test_nothing_can_be_written_but_volumes_and_memory(
+    federation: Federation, service: str
+) -> None:
+    places = ["/", "/opt", "/usr", "/etc", "/home", "/opt/fedllm-medical", "/opt/venv/bin"]
+    tries = f"for d in {' '.join(places)}; do touch $d/tried; done 2>&1; "
+    tries += "touch /tmp/tried /home/fed/.flwr-tried && echo allowed"
+    *refused, last = federation.shell(service, tries).splitlines()
+    assert last == "allowed"
+    assert len(refused) == len(places)
+    assert all(line.endswith("Read-only file system") for line in refused), refused
+
+
+@pytest.mark.parametrize("service", ["superlink", "supernode-00", "supernode-19"])
+def test_every_process_is_an_ordinary_user_without_capabilities(
+    federation: Federation, service: str
+) -> None:
+    script = "for p in /proc/[0-9]*; do cat $p/status && echo ==; done 2>/dev/null"
+    processes = [p for p in federation.shell(service, script).split("==\n") if "Uid:" in p]
+    assert len(processes) >= 3  # init, entrypoint, Flower
+    for process in processes:
+        fields = dict(line.split(":\t", 1) for line in process.splitlines() if ":\t" in line)
+        assert set(fields["Uid"].split()) == {"10001"}
+        assert int(fields["CapEff"], 16) == int(fields["CapBnd"], 16) == 0
+        assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2")
+
+
+def test_every_container_also_the_one_shots_was_made_with_these_settings(
+    federation: Federation,
+) -> None:
+    containers = federation.containers()
+    assert set(containers) == {*LONG_RUNNING, *ONE_SHOT}
+    for name, container in containers.items():
+        made, host = container.attrs["Config"], container.attrs["HostConfig"]
+        assert host["ReadonlyRootfs"], name
+        assert host["CapDrop"] == ["ALL"], name
+        assert not host["CapAdd"], name
+        assert host["SecurityOpt"] == ["no-new-privileges:true"], name
+        assert not host["Privileged"], name
+        assert (host["PidMode"], host["IpcMode"], host["UsernsMode"]) == ("", "private", ""), name
+        assert made["User"] == "10001:10001", name
+        assert host["Memory"] >= 4 << 30, name
+        assert host["PidsLimit"] == 4096, name
+        assert set(host["Tmpfs"]) == {"/tmp", "/home/fed"}, name
+        assert not [m for m in container.attrs["Mounts"] if "docker.sock" in m["Source"]], name
+        policy = "unless-stopped" if name in LONG_RUNNING else "no"
+        assert host["RestartPolicy"]["Name"] == policy, name
+
+
+def test_the_engine_enforces_the_limits(federation: Federation) -> None:
+    def run(script: str, **env: str) -> subprocess.CompletedProcess[str]:
+        command = ("run", "--rm", "--no-deps", "-T", "provision", "python3", "-ISc", script)
+        return federation.compose(*command, **env)
+
+    fill = "x = bytearray(256 * 2**20); print('filled')"
+    assert run(fill).stdout == "filled\n"
+    assert run(fill, TASK_MEMORY="64m").returncode == 137
+    fork = "import os, time\nfor n in range(16): os.fork() or (time.sleep(9), os._exit(0))"
+    assert run(fork, PIDS="400").returncode == 0
+    assert "BlockingIOError" in run(fork, PIDS="8").stderr
+
+
+# --- who reaches what ---
+
+
+def test_a_supernode_reaches_the_fleet_api_and_nothing_else(federation: Federation) -> None:
+    superlink, node = _addresses(federation["superlink"]), _addresses(federation["supernode-01"])
+    assert set(superlink) == {"federation", "control"}
+    assert set(node) == {"federation"}
+    ports = federation.env
+    other = [f"supernode-00:{port}" for port in (9092, 9094, 9300)]
+    private = [f"superlink:{port}" for port in (9091, 9093, 9190)]
+    control = superlink["control"]
+    elsewhere = ["control:9093", *(f"{control['IPAddress']}:{p}" for p in (9092, 9093))]
+    elsewhere += [f"{control['Gateway']}:{p}" for p in (ports["CONTROL_PORT"], 22, 80)]
+    gateway = ".".join([*node["federation"]["IPAddress"].split(".")[:3], "1"])
+    host = [f"{gateway}:{ports[p]}" for p in ("CONTROL_PORT", "FLEET_PORT")]
+    outside = ["192.0.2.1:443", "1.1.1.1:443"]
+    targets = ("superlink:9092", *private, *other, *elsewhere, *host, *outside)
+    assert _reached(federation, "supernode-01", *targets) == ["superlink:9092"]
+    # The same ports do answer where they may.
+    own = ["127.0.0.1:9091", "127.0.0.1:9190", "control:9093"]
+    assert _reached(federation, "superlink", *own, "127.0.0.1:9093") == own
+    own = ["127.0.0.1:9094", "127.0.0.1:9300"]
+    assert _reached(federation, "supernode-00", *own) == own
+
+
+def test_the_fleet_api_answers_nothing_without_tls(federation: Federation, tmp_path: Path) -> None:
+    address = ("127.0.0.1", int(federation.env["FLEET_PORT"]))
+    hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+
+    def answer(connection: socket.socket) -> bytes:
+        connection.settimeout(20)
+        connection.sendall(hello)
+        try:
+            return connection.recv(64)
+        except ConnectionResetError:
+            return b""
+
+    with socket.create_connection(address, 20) as plain:
+        assert answer(plain) in (b"", b"\x15\x03\x01\x00\x02\x02\x46")  # at most a TLS alert
+    trusted = ssl.create_default_context(cafile=str(federation.public(tmp_path) / "ca.crt"))
+    trusted.set_alpn_protocols(["h2"])
+    with (
+        socket.create_connection(address, 20) as plain,
+        trusted.wrap_socket(plain, server_hostname="localhost") as encrypted,
+    ):
+        assert answer(encrypted)[3] == 4  # a SETTINGS frame
+
+
+def test_the_host_publishes_two_ports_on_the_loopback_only(
+    federation: Federation, tmp_path: Path
+) -> None:
+    published = federation["superlink"].attrs["NetworkSettings"]["Ports"]
+    ports = federation.env
+    assert published == {
+        "9092/tcp": [{"HostIp": "127.0.0.1", "HostPort": ports["FLEET_PORT"]}],
+        "9093/tcp": [{"HostIp": "127.0.0.1", "HostPort": ports["CONTROL_PORT"]}],
+    }
+    gateway = _addresses(federation["superlink"])["control"]["Gateway"]  # the host, from here too
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection((gateway, int(ports["CONTROL_PORT"])), 5)
+    public = federation.public(tmp_path)
+    assert set(federation.control(public).node_status().values()) == {"online"}
+
+
+# --- secrets ---
+
+FIND = "find / -path /proc -prune -o -path /sys -prune -o -type f \\( -name '*.key' -o -name "
+FIND += "'train.*' -o -name hf-token -o -name '*.db' \\) -print 2>/dev/null"
+
+
+def test_each_container_holds_its_own_keys_and_data_only(federation: Federation) -> None:
+    for service in ("supernode-00", "supernode-07"):
+        found = sorted(federation.shell(service, FIND).split())
+        assert found == ["/site/data/train.jsonl", "/site/supernode.key"]
+    found = sorted(federation.shell("superlink", FIND).split())
+    assert found == ["/federation/superlink/server.key", "/state/superlink.db"]
+    modes = "stat -c %a /site/supernode.key", "stat -c %a /federation/superlink/server.key"
+    assert federation.shell("supernode-07", modes[0]) == "600\n"
+    assert federation.shell("superlink", modes[1]) == "600\n"
+    seven, eight = (federation.shell(n, "cat /site/*.key") for n in NODES[7:9])
+    assert seven != eight
+
+
+def test_no_secret_shows_in_images_settings_or_logs(federation: Federation) -> None:
+    token_file = Path(federation.env["HF_TOKEN_FILE"])
+    containers = federation.containers()
+    mounted = {m["Source"] for m in containers["prepare"].attrs["Mounts"]}
+    assert str(token_file) in mounted  # so it was there to be leaked
+    keys = [
+        federation.shell("supernode-07", "cat /site/supernode.key"),
+        federation.shell("superlink", "cat /federation/superlink/server.key"),
+    ]
+    assert all("PRIVATE KEY" in key for key in keys)
+    secrets = [federation.token, base64.b64encode(federation.token.encode()).decode()]
+    secrets += ["PRIVATE KEY", *(key.splitlines()[1] for key in keys)]
+    images = {c.attrs["Image"] for c in containers.values()}
+    seen = {i: _docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", i) for i in images}
+    seen |= {f"{i} (inspect)": _docker("image", "inspect", i) for i in images}
+    seen |= {n: json.dumps(c.attrs) for n, c in containers.items()}
+    seen["logs"] = federation.logs()
+    assert min(map(len, seen.values())) > 100
+    assert [(w, s[:6]) for w, text in seen.items() for s in secrets if s in text] == []
+
+
+def _docker(*arguments: str) -> str:
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+# --- a federation of two sites, with its own volumes; the prepared model is the other's ---
+
+FEW = """
+volumes:
+  models: {{external: true, name: {project}_models}}
+  results: {{driver_opts: {{type: tmpfs, device: tmpfs, o: "size=256k,uid=10001,gid=10001"}}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def few(federation: Federation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """SuperLink and two SuperNodes; their results have 256 KiB."""
+    file = tmp_path_factory.mktemp("few") / "few.yaml"
+    file.write_text(FEW.format(project=federation.project))
+    env = {"FLEET_PORT": str(free_port()), "CONTROL_PORT": str(free_port())}
+    made = Federation(f"fedllm-few-{os.getpid()}", env, (*CPU, str(file)))
+    try:
+        up = made.compose("up", "-d", *NODES[:2])
+        assert up.returncode == 0, up.stderr[-3000:]
+        yield made
+    finally:
+        made.compose("down", "-v")
+
+
+def test_a_full_results_volume_ends_the_run_with_one_line(few: Federation) -> None:
+    run_config = "num-server-rounds=1 strategy.min-nodes=2 strategy.min-train-nodes=2"
+    done = few.compose("run", "--rm", "-T", "submit", RUN_CONFIG=run_config)
+    assert done.returncode == 1
+    lines = [x for x in done.stdout.splitlines() if x.startswith("submit: run") and "failed" in x]
+    assert len(lines) == 1, done.stdout + done.stderr
+    assert "1 checkpoints need" in lines[0]
+    assert "0 MB are free; make room or set RESULTS_DIR to another disk" in lines[0]
+
+
+def test_after_a_reboot_in_any_order_the_nodes_find_the_superlink(
+    few: Federation, tmp_path: Path
+) -> None:
+    """At boot the engine starts what ran, without compose and its order."""
+    containers = few.containers()
+    for name in ("superlink", *NODES[:2]):
+        containers[name].stop()
+    for name in NODES[:2]:
+        containers[name].start()
+    time.sleep(STALE_AFTER_S)
+    containers["superlink"].start()
+    containers["superlink"].reload()
+    public = few.public(tmp_path)
+    control = few.control(public)
+    control.wait_until_up(ONLINE_TIMEOUT_S)
+    wait_for_nodes(control, public, 2, ONLINE_TIMEOUT_S)
+
+
+FOREIGN = {
+    "another CA's certificate": (
+        "mkdir /federation/public && echo x > /federation/public/ca.crt",
+        "provision: /federation/public/ca.crt is there but /federation/ca/ca.key is not: put it "
+        "back, or delete /federation to start anew (every site then needs a new kit)",
+    ),
+    "a folder of another user": (
+        "chmod 0555 /federation",
+        "provision: /federation/superlink: Permission denied",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_federation_volume_that_is_not_ours_gives_one_line(
+    federation: Federation, what: str
+) -> None:
+    spoil, line = FOREIGN[what]
+    other = Federation(f"fedllm-foreign-{os.getpid()}", federation.env)
+    try:
+        spoilt = other.compose("run", "--rm", "-T", "provision", "sh", "-c", spoil)
+        assert spoilt.returncode == 0, spoilt.stderr
+        up = other.compose("up", "-d", "superlink")
+        assert up.returncode == 1
+        assert 'service "provision" didn\'t complete successfully: exit 1' in up.stderr
+        assert other.logs("provision").splitlines() == [line]
+    finally:
+        other.compose("down", "-v")
+
+
+def test_site_folders_without_public_keys_get_them_again(federation: Federation) -> None:
+    other = Federation(f"fedllm-stale-{os.getpid()}", federation.env)
+    key = ("run", "--rm", "-T", "provision", "sh", "-c", "cat /federation/site-00/supernode.key")
+    try:
+        assert other.compose("run", "--rm", "provision").returncode == 0
+        before = other.compose(*key).stdout
+        lost = "rm -r /federation/public /federation/ca/*"
+        other.compose("run", "--rm", "-T", "provision", "sh", "-c", lost)
+        again = other.compose("run", "--rm", "-T", "provision")
+        assert again.stdout.startswith("provision: CA, server certificate for superlink,")
+        assert "PRIVATE KEY" in before
+        assert other.compose(*key).stdout == before
+    finally:
+        other.compose("down", "-v")
+
+
+# --- crashes and stops, of the 20 sites ---
+
+
+def _crash(federation: Federation, service: str) -> None:
+    """kill -9 what init started; init itself cannot be killed from within."""
+    kill = "for p in /proc/[0-9]*; do read -r _ _ _ parent _ < $p/stat; "
+    kill += '[ "$parent" = 1 ] && tr "\\0" " " < $p/cmdline | grep -q entrypoint '
+    kill += "&& kill -9 ${p#/proc/}; done"
+    federation[service].exec_run(["sh", "-c", kill])
+
+
+def _wait(condition: Any, timeout_s: float = 120) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1)
+    return True
+
+
+def _restarts(federation: Federation, service: str) -> tuple[int, str]:
+    attrs = federation[service].attrs
+    return attrs["RestartCount"], attrs["State"]["Status"]
+
+
+def test_up_again_changes_nothing(federation: Federation) -> None:
+    def started() -> dict[str, tuple[str, str]]:
+        containers = federation.containers()
+        return {n: (containers[n].id, containers[n].attrs["State"]["StartedAt"]) for n in
+                LONG_RUNNING}  # fmt: skip
+
+    before = started()
+    assert federation.compose("up", "-d", *LONG_RUNNING).returncode == 0
+    assert started() == before
+    log = federation.logs("provision", "register").splitlines()
+    assert "provision: everything was there; 20 sites in /federation" in log
+    assert "register: 20 sites at superlink:9093, 0 of them new" in log
+
+
+def test_what_crashes_is_restarted_and_all_20_sites_are_online_again(
+    federation: Federation, tmp_path: Path
+) -> None:
+    for service in ("supernode-05", "superlink"):
+        _crash(federation, service)
+        assert _wait(lambda s=service: _restarts(federation, s) == (1, "running")), service
+    crashed = time.monotonic()
+    public = federation.public(tmp_path)
+    control = federation.control(public)
+    control.wait_until_up(ONLINE_TIMEOUT_S)
+    time.sleep(max(0.0, crashed + STALE_AFTER_S - time.monotonic()))
+    wait_for_nodes(control, public, 20, ONLINE_TIMEOUT_S)
+    print(f"all online within {time.monotonic() - crashed:.0f} s")
+    assert {n: _restarts(federation, n)[0] for n in NODES if n != "supernode-05"} == dict.fromkeys(
+        (n for n in NODES if n != "supernode-05"), 0
+    )
+
+
+def test_what_an_operator_stops_ends_in_time_and_stays_stopped(federation: Federation) -> None:
+    started = time.monotonic()
+    assert federation.compose("stop", "supernode-03").returncode == 0
+    one = time.monotonic() - started
+    started = time.monotonic()
+    assert federation.compose("stop").returncode == 0
+    print(f"stop: one SuperNode {one:.1f} s, the rest {time.monotonic() - started:.1f} s")
+    time.sleep(5)
+    containers = federation.containers()
+    assert {c.attrs["State"]["Status"] for c in containers.values()} == {"exited"}
+    # 137: it did not end within stop_grace_period, 15 s, and was killed.
+    codes = {n: containers[n].attrs["State"]["ExitCode"] for n in LONG_RUNNING}
+    assert {n: c for n, c in codes.items() if c not in (0, 143)} == {}
+
+
+def test_down_and_up_keeps_the_keys_and_all_20_sites_come_online(
+    federation: Federation, tmp_path: Path
+) -> None:
+    public = federation.public(tmp_path / "before")
+    before = {f.name: f.read_bytes() for f in public.iterdir()}
+    assert len(before) == 21
+    assert federation.compose("down").returncode == 0
+    assert federation.containers() == {}
+    up = federation.compose("up", "-d", *LONG_RUNNING)
+    assert up.returncode == 0, up.stderr[-3000:]
+    public = federation.public(tmp_path / "after")
+    assert {f.name: f.read_bytes() for f in public.iterdir()} == before
+    control = federation.control(public)
+    control.wait_until_up(ONLINE_TIMEOUT_S)
+    wait_for_nodes(control, public, 20, ONLINE_TIMEOUT_S)
