@@ -88,11 +88,8 @@ class Drill(LocalFederation):
     def at_work(self) -> str | None:
         """A site whose ClientApp trains now, neither the poisoned nor the cut-off one."""
         for number in set(range(SITES)) - {POISONED, CUT_OFF}:
-            node = psutil.Process(self.processes[f"site-{number:02d}"].pid)
-            for child in node.children(recursive=True):
-                with suppress(psutil.NoSuchProcess):  # or ended meanwhile
-                    if "flwr-clientapp" in " ".join(child.cmdline()):
-                        return f"site-{number:02d}"
+            if client_app(self.processes[f"site-{number:02d}"].pid):
+                return f"site-{number:02d}"
         return None
 
     def _someone_at_work(self) -> str:
@@ -156,6 +153,15 @@ class Drill(LocalFederation):
 
     def _online(self, control: Control) -> int:
         return list(control.node_status().values()).count("online")
+
+
+def client_app(supernode: int) -> psutil.Process | None:
+    """The ClientApp that works for the SuperNode of this process id now, if one does."""
+    for child in psutil.Process(supernode).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # or ended meanwhile
+            if "flwr-clientapp" in " ".join(child.cmdline()):
+                return child
+    return None
 
 
 def until(true: Callable[[], bool], timeout_s: float, what: str) -> None:

@@ -34,7 +34,11 @@ CHANGES = {
     "nan": "return np.full(trained.size, np.nan, '<f4').tobytes()",
     "huge": _SEND.format("received + np.float32(1e6) * (trained - received)"),
     "other layout": "return b'\\0' * (4 * (trained.size + 64))",
-    "zero": _SEND.format("received"),
+    # Not hostile, but slow: until somebody takes the file away.
+    "late": "import os, time\n"
+    "                while os.path.exists(os.path.join(os.path.dirname(__file__), 'slow')):\n"
+    "                    time.sleep(0.2)\n"
+    "                " + _SEND.format("trained"),
 }
 
 

@@ -1,0 +1,85 @@
+"""Sites that are late, or whose ClientApp is killed: the round ends without them and says why."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from superlink.control import public_keys
+from superlink.processes import REPOSITORY, LocalFederation
+from superlink.submit import submit
+from supernode.partitions import Split, prepare_data
+from tests.federation.drill import client_app, until
+from tests.federation.hostile import hostile
+from tests.samples import ROWS
+
+pytestmark = pytest.mark.faults
+SITES, LATE, KILLED = 3, 1, 2
+ROUND_TIMEOUT_S = 120  # Flower takes a minute to notice that a ClientApp has died
+
+
+class Unreliable(LocalFederation):
+    def start_node(self, number: int, **settings: str) -> None:
+        if number == LATE:
+            folder = self.work / "late"
+            settings |= hostile(folder, "late")
+            (folder / "slow").touch()
+        super().start_node(number, **settings)
+
+    def training(self) -> bool:
+        """The preflight, which also starts ClientApps, is over."""
+        files = self.results.glob("[0-9]*/run.json")
+        return any("sites" in json.loads(f.read_text()) for f in files)
+
+
+def test_a_late_site_and_one_whose_clientapp_is_killed_are_named_and_come_back(
+    models_dir: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "rows.json"
+    source.write_text(json.dumps(ROWS))
+    overrides = [
+        str(REPOSITORY / "app/profiles/demo.toml"),
+        f"model.name={json.dumps(str(tiny_model))} model.lora.peft-lora-r=4 train.seq-length=512",
+        f"num-server-rounds=2 strategy.min-nodes={SITES} strategy.fraction-train=1.0",
+        f"train.training-arguments.max-steps=2 strategy.round-timeout-s={ROUND_TIMEOUT_S}",
+        "strategy.fraction-evaluate=0.0",
+    ]
+    ended: list[int] = []
+    with Unreliable(tmp_path, models_dir, tmp_path / "results", SITES) as federation:
+        federation.provision()
+        prepare_data(federation.federation, Split(str(source), SITES))
+        control = federation.start()
+        ids = {bytes(n.public_key): n.node_id for n in control.nodes()}
+        follow = threading.Thread(
+            target=lambda: ended.append(submit(REPOSITORY, overrides, control, federation.public))
+        )
+        follow.start()
+        until(federation.training, 180, "the first round")
+        site = federation.processes[f"site-{KILLED:02d}"].pid
+        until(lambda: client_app(site) is not None, 120, "a ClientApp at work")
+        victim = client_app(site)
+        assert victim is not None
+        victim.kill()
+        metrics = federation.results / "latest" / "metrics.jsonl"
+        until(metrics.is_file, ROUND_TIMEOUT_S + 60, "the end of the first round")
+        (federation.work / "late" / "slow").unlink()
+        follow.join(timeout=300)
+        assert ended == [0]
+        # A SuperNode that is started anew is the same node to the SuperLink.
+        federation.stop_node(0)
+        federation.start_node(0)
+        key = public_keys(federation.public)["site-00"]
+        time.sleep(1)
+        until(lambda: control.node_status()[key] == "online", 120, "site-00 online again")
+        assert {bytes(n.public_key): n.node_id for n in control.nodes()} == ids
+    first, second = (json.loads(line) for line in metrics.read_text().splitlines())
+    print(first["rejected"])
+    assert first["partitions"] == [0]
+    assert set(first["rejected"]) == {f"site-{LATE:02d}", f"site-{KILLED:02d}"}
+    late = f"no reply within strategy.round-timeout-s = {ROUND_TIMEOUT_S}"
+    assert first["rejected"][f"site-{LATE:02d}"] == late
+    assert "ClientApp" in first["rejected"][f"site-{KILLED:02d}"]
+    assert second["partitions"] == [0, 1, 2]
+    assert second["rejected"] == {}
