@@ -276,6 +276,30 @@ def test_after_a_reboot_in_any_order_the_nodes_find_the_superlink(
     wait_for_nodes(control, public, 2, ONLINE_TIMEOUT_S)
 
 
+def test_a_clientapp_that_runs_out_of_memory_misses_the_round_and_no_more(
+    few: Federation, tmp_path: Path
+) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    results.chmod(0o777)
+    few.env["RESULTS_DIR"] = str(results)
+    assert few.compose("up", "-d", *NODES[:2]).returncode == 0
+    few["supernode-01"].update(mem_limit="800m", memswap_limit="800m")
+    run_config = "num-server-rounds=1 strategy.min-nodes=2 strategy.min-train-nodes=2 "
+    run_config += "strategy.fraction-evaluate=0.0 train.training-arguments.max-steps=1"
+    done = few.compose("run", "--rm", "-T", "submit", RUN_CONFIG=run_config)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    line = json.loads(few.shell("superlink", "cat /results/latest/metrics.jsonl"))
+    assert line["partitions"] == [0]
+    assert list(line["rejected"]) == ["site-01"]
+    assert "ClientApp stopped responding" in line["rejected"]["site-01"]
+    # cgroup version 2 or 1
+    files = "/sys/fs/cgroup/memory.events /sys/fs/cgroup/memory/memory.oom_control"
+    events = few.shell("supernode-01", f"cat {files} 2>/dev/null").splitlines()
+    assert int(dict(x.split() for x in events)["oom_kill"]) >= 1
+    assert _restarts(few, "supernode-01") == (0, "running")
+
+
 FOREIGN = {
     "another CA's certificate": (
         "mkdir /federation/public && echo x > /federation/public/ca.crt",
