@@ -34,9 +34,11 @@ CHANGES = {
     "nan": "return np.full(trained.size, np.nan, '<f4').tobytes()",
     "huge": _SEND.format("received + np.float32(1e6) * (trained - received)"),
     "other layout": "return b'\\0' * (4 * (trained.size + 64))",
-    # Not hostile, but slow: until somebody takes the file away.
-    "late": "import os, time\n"
-    "                while os.path.exists(os.path.join(os.path.dirname(__file__), 'slow')):\n"
+    # Not hostile, but slow: with its work done, until somebody takes the file away.
+    "late": "import pathlib, time\n"
+    "                here = pathlib.Path(__file__).parent\n"
+    "                (here / 'waiting').touch()\n"
+    "                while (here / 'slow').exists():\n"
     "                    time.sleep(0.2)\n"
     "                " + _SEND.format("trained"),
 }

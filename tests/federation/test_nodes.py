@@ -22,16 +22,11 @@ ROUND_TIMEOUT_S = 120  # Flower takes a minute to notice that a ClientApp has di
 
 class Unreliable(LocalFederation):
     def start_node(self, number: int, **settings: str) -> None:
-        if number == LATE:
-            folder = self.work / "late"
+        if number in (LATE, KILLED):
+            folder = self.work / f"late-{number}"
             settings |= hostile(folder, "late")
             (folder / "slow").touch()
         super().start_node(number, **settings)
-
-    def training(self) -> bool:
-        """The preflight, which also starts ClientApps, is over."""
-        files = self.results.glob("[0-9]*/run.json")
-        return any("sites" in json.loads(f.read_text()) for f in files)
 
 
 def test_a_late_site_and_one_whose_clientapp_is_killed_are_named_and_come_back(
@@ -56,15 +51,14 @@ def test_a_late_site_and_one_whose_clientapp_is_killed_are_named_and_come_back(
             target=lambda: ended.append(submit(REPOSITORY, overrides, control, federation.public))
         )
         follow.start()
-        until(federation.training, 180, "the first round")
-        site = federation.processes[f"site-{KILLED:02d}"].pid
-        until(lambda: client_app(site) is not None, 120, "a ClientApp at work")
-        victim = client_app(site)
+        until((tmp_path / f"late-{KILLED}" / "waiting").is_file, 240, "a ClientApp that trained")
+        victim = client_app(federation.processes[f"site-{KILLED:02d}"].pid)
         assert victim is not None
         victim.kill()
         metrics = federation.results / "latest" / "metrics.jsonl"
         until(metrics.is_file, ROUND_TIMEOUT_S + 60, "the end of the first round")
-        (federation.work / "late" / "slow").unlink()
+        for number in (LATE, KILLED):
+            (tmp_path / f"late-{number}" / "slow").unlink()
         follow.join(timeout=300)
         assert ended == [0]
         # A SuperNode that is started anew is the same node to the SuperLink.
