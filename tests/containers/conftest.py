@@ -32,7 +32,7 @@ def compose(
     *arguments: str, files: Sequence[str] = ("compose.yaml",), project: str = "", **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Run ``docker compose`` in the repository; never raises."""
-    command = ["docker", "compose", *(["-p", project] if project else [])]
+    command = ["docker", "compose", "--ansi", "never", *(["-p", project] if project else [])]
     for file in files:
         command += ["-f", file]
     return subprocess.run(

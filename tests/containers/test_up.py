@@ -7,7 +7,7 @@ import subprocess
 import docker
 import pytest
 
-from tests.containers.conftest import NODES, Federation, compose
+from tests.containers.conftest import NODES, Federation
 
 
 def test_the_job_succeeds_and_its_container_says_so(federation: Federation) -> None:
@@ -78,6 +78,10 @@ def test_a_refused_run_config_gives_one_line_and_exit_code_1(federation: Federat
 def test_up_without_gpu_says_that_the_driver_is_missing(federation: Federation) -> None:
     if "nvidia" in docker.from_env().info().get("Runtimes", {}):
         pytest.skip("this host has the NVIDIA runtime")
-    done = compose("up", "-d", "--no-deps", "supernode-00", project=federation.project)
-    assert done.returncode != 0
-    assert "could not select device driver" in done.stderr
+    other = Federation(f"{federation.project}-gpu", federation.env, ("compose.yaml",))
+    try:
+        done = other.compose("up", "-d", "--no-deps", "prepare")
+        assert done.returncode != 0
+        assert "could not select device driver" in done.stderr
+    finally:
+        other.compose("down", "-v")
