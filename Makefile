@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY     := .venv/bin/python
 SITES  ?= 4
+# Tests of a file share models and federations: a file stays with one of two workers.
+TWO    := -n 2 --dist loadfile
 CPU    := -f compose.yaml -f docker/compose.cpu.yaml
 
 .PHONY: install demo test lint test-faults drill test-gpu test-containers images up down clean
@@ -20,7 +22,7 @@ demo: install
 	$(PY) -m superlink.local --sites $(SITES) $(ARGS)
 
 test: install
-	$(PY) -m pytest
+	$(PY) -m pytest $(TWO)
 
 lint: install
 	$(PY) -m ruff check .
@@ -29,7 +31,7 @@ lint: install
 
 # Real federations (processes) under attack and failure: ten minutes.
 test-faults: install
-	$(PY) -m pytest -m faults tests/federation
+	$(PY) -m pytest $(TWO) -m faults tests/federation
 
 # Faults, one after the other, in one run that has to end as if nothing had been; prints a table.
 drill: install

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -66,9 +65,29 @@ def setting(
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(setting: Setting) -> dict[int, bytes]:
+def left(setting: Setting) -> Path:
+    """A run whose submission was killed; a second one, of the same config, followed it."""
+    command = [sys.executable, "-m", "superlink.submit"]
+    for text in setting.overrides:
+        command += ["--run-config", text]
+    env = {
+        **os.environ,
+        "PUBLIC_DIR": str(setting.federation.public),
+        "CONTROL_ADDRESS": setting.control.address,
+    }
+    with subprocess.Popen(command, cwd=REPOSITORY, env=env, start_new_session=True) as first:
+        until(lambda: bool(setting.runs()), 120, "the run")
+        os.killpg(first.pid, signal.SIGKILL)
     assert setting.submit() == 0
-    return setting.adapters(setting.run())
+    return setting.run()
+
+
+def test_a_second_submission_follows_the_run_that_the_first_left_behind(
+    setting: Setting, left: Path
+) -> None:
+    assert setting.runs() == {left}
+    assert json.loads((left / "run.json").read_text())["status"] == "completed"
+    assert list(rounds(left)) == list(range(1, ROUNDS + 1))
 
 
 def _kill_the_superlink(setting: Setting) -> None:
@@ -85,50 +104,43 @@ def _kill_the_serverapp(setting: Setting) -> None:
     serverapp.kill()
 
 
-@pytest.mark.parametrize("fault", [_kill_the_serverapp, _kill_the_superlink])
-def test_a_run_cut_off_after_its_first_round_ends_with_the_same_adapters(
-    setting: Setting, uninterrupted: dict[int, bytes], fault: Any
+def test_a_run_cut_off_twice_ends_with_the_adapters_of_one_that_was_not(
+    setting: Setting, left: Path
 ) -> None:
-    before, ended = setting.runs(), []
+    """The ServerApp is killed behind round 1, the SuperLink behind the resumed run's round 2."""
+    ended: list[int] = []
     follow = threading.Thread(target=lambda: ended.append(setting.submit()))
     follow.start()
-    until(
-        lambda: any((r / "metrics.jsonl").is_file() for r in setting.runs() - before),
-        180,
-        "round 1",
-    )
-    fault(setting)
+    first = _new_run(setting, {left}, 1)
+    _kill_the_serverapp(setting)
+    second = _new_run(setting, {left, first}, 2)
+    _kill_the_superlink(setting)
     follow.join(timeout=400)
     assert ended == [0]
-    first, second = sorted(setting.runs() - before, key=lambda p: (p / "run.json").stat().st_ctime)
-    if len(rounds(first)) == ROUNDS:
-        first, second = second, first
-    facts = json.loads((second / "run.json").read_text())
-    assert [c["run_id"] for c in facts["resumed_from"]] == [first.name]
+    (last,) = setting.runs() - {left, first, second}
+    facts = json.loads((last / "run.json").read_text())
+    assert [c["run_id"] for c in facts["resumed_from"]] == [first.name, second.name]
+    assert [c["last_round"] for c in facts["resumed_from"]] == [1, 2]
     assert facts["status"] == "completed"
-    assert setting.adapters(second) == uninterrupted
-    lines = (second / "metrics.jsonl").read_text().splitlines()
+    assert setting.adapters(last) == setting.adapters(left)
+    lines = (last / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in lines] == list(range(1, ROUNDS + 1))
 
 
-def test_a_second_submission_follows_the_run_that_the_first_left_behind(
-    setting: Setting, capfd: pytest.CaptureFixture[str]
-) -> None:
-    before = setting.runs()
-    command = [sys.executable, "-m", "superlink.submit"]
-    for text in setting.overrides:
-        command += ["--run-config", text]
-    env = {
-        **os.environ,
-        "PUBLIC_DIR": str(setting.federation.public),
-        "CONTROL_ADDRESS": setting.control.address,
-    }
-    with subprocess.Popen(command, cwd=REPOSITORY, env=env, start_new_session=True) as first:
-        until(lambda: bool(setting.runs() - before), 120, "the run")
-        os.killpg(first.pid, signal.SIGKILL)
-    assert setting.submit() == 0
-    (run,) = setting.runs() - before
-    assert f"run {run.name} is going on; following it" in capfd.readouterr().out
+def _new_run(setting: Setting, known: set[Path], rounds_done: int) -> Path:
+    """Wait until a run beyond the known ones has so many lines in its metrics.jsonl."""
+
+    def lines(run: Path) -> int:
+        path = run / "metrics.jsonl"
+        return path.read_text().count("\n") if path.is_file() else 0
+
+    until(
+        lambda: any(lines(run) >= rounds_done for run in setting.runs() - known),
+        240,
+        f"round {rounds_done}",
+    )
+    (run,) = setting.runs() - known
+    return run
 
 
 def test_a_site_refuses_an_app_that_is_not_its_own(

@@ -66,6 +66,7 @@ def done(models_dir: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
         str(REPOSITORY / "app/profiles/demo.toml"),
         f"model.name={json.dumps(str(tiny_model))} model.lora.peft-lora-r=4 train.seq-length=512",
         f"num-server-rounds=2 strategy.min-nodes={SITES} strategy.node-timeout-s=120",
+        "strategy.min-evaluate-nodes=1",
         "train.learning-rate-max=0.01 train.learning-rate-min=0.001",
         'communication.down="bf16" communication.up="int8"',
     ]
