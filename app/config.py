@@ -15,6 +15,8 @@ from typing import Any
 
 STRATEGIES = ("fedavgopt", "fedavg", "fedavgopt-delta", "fedprox")
 CODECS = ("fp32", "bf16", "int8", "int4")
+# Begins the error of a run that would end the same way if it were resumed.
+GIVEN_UP = "given up: "
 WHERE = "set it in pyproject.toml [tool.flwr.app.config] or with --run-config"
 
 

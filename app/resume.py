@@ -88,6 +88,8 @@ def _complete(run: Path) -> list[dict[str, Any]]:
     """The lines of rounds 1, 2, … as far as each has its line and its undamaged checkpoint."""
     path, checkpoints = run / "metrics.jsonl", rounds(run)
     lines: list[dict[str, Any]] = []
+    if not (run / "run.json").is_file():
+        return lines
     for text in path.read_text().splitlines() if path.is_file() else []:
         number = len(lines) + 1
         try:

@@ -19,7 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from app.adapter import Layout, initial_adapter
 from app.checkpoint import ResultsError, RunFolder
-from app.config import ConfigError, RunConfig
+from app.config import GIVEN_UP, ConfigError, RunConfig
 from app.preflight import PreflightError, preflight, site_name
 from app.privacy import noise_norm
 from app.resume import adopt, find_earlier
@@ -48,6 +48,8 @@ def main(grid: Grid, context: Context) -> None:
         facts |= {"status": "failed", "error": str(err) or type(err).__name__}
         if isinstance(err, (ConfigError, PreflightError, RoundError, ResultsError)):
             logger.error("ERROR: %s", err)
+        if isinstance(err, (ConfigError, PreflightError, ResultsError)):
+            raise type(err)(f"{GIVEN_UP}{err}") from None  # superlink.submit looks for it
         raise
     finally:
         if folder:
@@ -75,11 +77,13 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
     earlier = find_earlier(folder.results, config)
     if earlier:
         facts["resumed_from"] = earlier.chain
+        folder.write_run(facts)  # before the rounds: a run that has some can be resumed
         adopt(folder, earlier)
         logger.info(
             "[resume] after round %d of run %s", earlier.server_round, earlier.chain[-1]["run_id"]
         )
-    folder.write_run(facts)
+    else:
+        folder.write_run(facts)
 
     sites = preflight(grid, config)
     try:

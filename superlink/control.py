@@ -34,6 +34,10 @@ class ControlError(Exception):
     """The SuperLink cannot be reached or refuses; the message is one line for the user."""
 
 
+class RunLostError(ControlError):
+    """The SuperLink answers and does not know the run: its database is another one."""
+
+
 @dataclass(frozen=True)
 class RunStatus:
     """``status``: starting, pending, running or finished:<completed|failed|stopped>.
@@ -121,14 +125,20 @@ class Control:
         """Where this run stands.
 
         Raises:
-            ControlError: no such run, or no answer.
+            RunLostError: no such run.
+            ControlError: no answer.
         """
+        lost = RunLostError(
+            f"the SuperLink at {self.address} no longer knows run {run_id}: its database was lost; "
+            f"--run-config 'resume=\"{run_id}\"' goes on from the results"
+        )
         try:
             reply = self._stub.ListRuns(ListRunsRequest(run_id=run_id), timeout=CALL_TIMEOUT_S)
         except grpc.RpcError as err:
-            raise self._error(err) from None
+            gone = err.code() == grpc.StatusCode.NOT_FOUND
+            raise lost if gone else self._error(err) from None
         if run_id not in reply.run_dict:
-            raise ControlError(f"the SuperLink knows no run {run_id}")
+            raise lost
         run = reply.run_dict[run_id]
         status = run.status
         return RunStatus(

@@ -3,9 +3,10 @@
     python -m superlink.submit [--run-config FILE.toml | 'key=value ...'] ...
 
 The exit code is 0 exactly if the run finished as completed. (``flwr run --stream`` returns 0
-even when the ServerApp died.) A run that the SuperLink's or ServerApp's death ended, or that had
-too few usable replies, is resumed after its last complete round, MAX_RESUMES times at most. A run
-of this config that is going on already, because an earlier submission was cut off, is followed.
+even when the ServerApp died.) A run that failed is resumed after its last complete round,
+MAX_RESUMES times at most, unless it ended for a reason that would end it again (bad settings, a
+site that is not ready, a full disk). A run of this config that is going on already, because an
+earlier submission was cut off, is followed.
 
 Unlike flwr's own --run-config, files and pairs can be mixed; later ones win, RUN_CONFIG (from the
 environment) last. CONTROL_ADDRESS and PUBLIC_DIR say where the SuperLink and its keys are.
@@ -21,14 +22,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from app.config import ConfigError, merged_config
+from app.config import GIVEN_UP, ConfigError, merged_config
 from superlink.connection import write_connection
-from superlink.control import Control, ControlError, RunStatus, public_keys
+from superlink.control import Control, ControlError, RunLostError, RunStatus, public_keys
 
 _POLL_S = 2
 MAX_RESUMES = 3
-# How Flower begins the details of a run that our own code ended.
-_RAISED, _TOO_FEW = "ServerApp failed with exception:", "usable replies, strategy.min-replies"
 DEAD_AFTER_S = 90  # Flower takes up to 60 s to see that a ServerApp is gone
 
 
@@ -80,31 +79,30 @@ def submit(app_dir: Path, overrides: list[str], control: Control, public: Path) 
         }
         for resumes in range(MAX_RESUMES + 1):
             control.wait_until_up(config.node_timeout_s)
-            wait_for_nodes(control, public, config.min_nodes, config.node_timeout_s)
             same = flat | {"resume": ""}
             going_on = [n for n, f in control.unfinished().items() if f | {"resume": ""} == same]
-            run_id = going_on[0] if going_on else _start(app_dir, flat, Path(home), env)
-            _say(f"run {run_id} {'is going on; following it' if going_on else 'started'}")
+            if going_on:
+                run_id = going_on[0]
+                _say(f"run {run_id} is going on; following it")
+            else:
+                wait_for_nodes(control, public, config.min_nodes, config.node_timeout_s)
+                run_id = _start(app_dir, flat, Path(home), env)
+                _say(f"run {run_id} started")
             state = _follow(control, run_id, env, config.node_timeout_s)
             _say(f"run {run_id} {state.status}{': ' + state.details if state.details else ''}")
-            if not _worth_resuming(state) or resumes == MAX_RESUMES:
+            again = state.status == "finished:failed" and GIVEN_UP not in state.details
+            if not again or resumes == MAX_RESUMES:
                 break
             flat["resume"] = f"{run_id},{flat.get('resume') or config.resume or '0'}"
             _say(f"going on after its last complete round ({resumes + 1} of {MAX_RESUMES} times)")
     return 0 if state.status == "finished:completed" else 1
 
 
-def _worth_resuming(state: RunStatus) -> bool:
-    """It failed, and not for a reason that would end it again."""
-    explained = state.details.startswith(_RAISED) and _TOO_FEW not in state.details
-    return state.status == "finished:failed" and not explained
-
-
 def _follow(control: Control, run_id: int, env: dict[str, str], timeout_s: float) -> RunStatus:
     """Print the run's log until the run has ended; a SuperLink that is away is waited for.
 
     Raises:
-        ControlError: the SuperLink stays away for ``timeout_s``.
+        ControlError: the SuperLink stays away for ``timeout_s``, or no longer knows the run.
     """
     while True:
         flwr = [_flwr(), "log", str(run_id), "deployment", "--stream"]
@@ -117,6 +115,8 @@ def _follow(control: Control, run_id: int, env: dict[str, str], timeout_s: float
                 state = control.run_status(run_id)
                 if state.status.startswith("finished"):
                     return state
+            except RunLostError:
+                raise
             except ControlError:
                 _say("the SuperLink is away; waiting for it")
                 control.wait_until_up(timeout_s)
