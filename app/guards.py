@@ -15,12 +15,14 @@ from flwr.app import RecordDict
 from app.adapter import Vector
 from app.codec import PayloadError, decode
 from app.config import RunConfig
+from app.exchange import one_line
 from app.fedavgopt import Floats, inner_products
 
 # What a reply must hold, beside the adapter.
 TRAIN_METRICS = (
     "num-examples", "train-loss", "num-tokens", "steps", "load-s", "train-s", "peak-memory-mb",
 )  # fmt: skip
+_LARGEST = 1e15  # that a metric can be; sums of them are still exact
 
 
 @dataclass
@@ -58,7 +60,7 @@ def usable(
     rejected = dict(gathered.failed)
     for partition_id, content in sorted(gathered.replies.items()):
         numbers = {key: number(content, key) for key in TRAIN_METRICS}
-        if not np.isfinite(list(numbers.values())).all() or numbers["num-examples"] < 1:
+        if np.isnan(list(numbers.values())).any() or numbers["num-examples"] < 1:
             rejected[partition_id] = f"metrics {numbers}"
             continue
         if numbers["num-examples"] > most_examples[partition_id]:
@@ -72,7 +74,7 @@ def usable(
                 raise PayloadError(f"payload of shape {payload.shape}, {payload.dtype}")
             vector = decode(config.up, payload.tobytes(), gathered.sent)
         except PayloadError as err:
-            rejected[partition_id] = f"adapter: {err}"
+            rejected[partition_id] = one_line(f"adapter: {err}")
         except Exception as err:  # whatever a site may have sent: numpy's errors are many
             rejected[partition_id] = f"reply without a readable adapter ({type(err).__name__})"
         else:
@@ -99,7 +101,7 @@ def _too_long(
     of two, so that one of two sites cannot lift it.
     """
     rejected = {}
-    usual = sorted([*usual_norms, *norms.values()])
+    usual = sorted(n for n in [*usual_norms, *norms.values()] if n > 0)
     median = usual[(len(usual) - 1) // 2] if usual else 0.0
     for partition_id, norm in norms.items():
         if norm > config.max_update_norm:
@@ -114,8 +116,10 @@ def _too_long(
 
 
 def number(reply: RecordDict, key: str) -> float:
-    """The metric as a float; NaN where the reply does not hold it as a number."""
+    """The metric as a float; NaN where the reply does not hold it as a possible number."""
     try:
-        return float(cast(float, reply.metric_records["metrics"][key]))
+        value = float(cast(float, reply.metric_records["metrics"][key]))
     except (KeyError, ValueError, TypeError, OverflowError):
         return math.nan
+    # All of them are counts, losses, seconds or sizes.
+    return value if 0 <= value <= _LARGEST else math.nan

@@ -99,8 +99,9 @@ def _privacy(config: RunConfig, size: int) -> str:
     if spent[0] is None:
         return f"{said}for (epsilon, delta): pip install 'fedllm-medical[privacy]'"
     return (
-        f"{said}a site's rows, against everybody: epsilon {spent[0]:.3g} for each round that it "
-        f"trains in, {spent[1]:.3g} for all {rounds}, delta {DELTA:g}"
+        f"{said}a site's rows, against who sees its adapters: epsilon {spent[0]:.3g} for each "
+        f"that it sends, {spent[1]:.3g} for {rounds}, delta {DELTA:g} (a repeated round sends "
+        "another; losses and counts are sent as they are)"
     )
 
 

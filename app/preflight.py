@@ -8,13 +8,14 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from app.config import RunConfig
+from app.exchange import exchange, one_line
 
 logger = logging.getLogger(__name__)
 QUERY_TIMEOUT_S, ATTEMPTS = 120.0, 3  # a site answers in seconds
@@ -40,6 +41,44 @@ class Sites:
     linear_layers: dict[str, list[int]]
     versions: dict[int, dict[str, str]]
     left_out: dict[str, str]  # site -> reason
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one site says it has; with an ``error`` nothing else."""
+
+    partition_id: int
+    error: str = ""
+    num_examples: int = 0
+    num_holdout: int = 0
+    fingerprint: str = ""
+    linear_layers: dict[str, list[int]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> "Answer":
+        """Check a site's answer. Raises: KeyError, TypeError and others: it is no such answer."""
+        partition_id = _count(facts["partition-id"])
+        if "error" in facts:
+            return cls(partition_id, one_line(str(facts["error"])) or "an error")
+        layers = {
+            str(name): [_count(out), _count(size)]
+            for name, (out, size) in json.loads(facts["linear-layers"]).items()
+        }
+        return cls(
+            partition_id,
+            num_examples=_count(facts["num-examples"]),
+            num_holdout=_count(facts["num-holdout"]),
+            fingerprint=str(facts["fingerprint"]),
+            linear_layers=layers,
+            versions={str(k): str(v) for k, v in dict(json.loads(facts["versions"])).items()},
+        )
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 10**9:
+        raise ValueError(value)
+    return value
 
 
 def preflight(grid: Grid, config: RunConfig) -> Sites:
@@ -71,21 +110,17 @@ def _ask(
     silent: dict[int, str],
 ) -> None:
     """Ask these nodes; adds to ``answers``, or to ``silent`` why there is none."""
-    questions = [
-        Message(RecordDict(), dst_node_id=n, message_type=MessageType.QUERY) for n in node_ids
-    ]
-    silent |= dict.fromkeys(node_ids, "no answer to the preflight")
+    questions = {
+        n: Message(RecordDict(), dst_node_id=n, message_type=MessageType.QUERY) for n in node_ids
+    }
     timeout_s = max(1.0, min(QUERY_TIMEOUT_S, deadline - time.monotonic()))
-    replies = grid.send_and_receive(questions, timeout=timeout_s)
-    # A node that died is answered for by the SuperLink: go by the question, not by the sender.
-    asked = {q.metadata.message_id: q.metadata.dst_node_id for q in questions}
-    for reply in replies:
-        node_id = asked[reply.metadata.reply_to_message_id]
-        if reply.has_error():
-            silent[node_id] = reply.error.reason or "error without a reason"
+    contents, failed = exchange(grid, questions, timeout_s)
+    for node_id in node_ids:
+        if node_id in contents:
+            answers[node_id] = contents[node_id].config_records.get("preflight", {})
+            silent.pop(node_id, None)
         else:
-            answers[node_id] = reply.content.config_records["preflight"]
-            del silent[node_id]
+            silent[node_id] = failed.get(node_id, "no answer to the preflight")
 
 
 def _wait_for_nodes(grid: Grid, config: RunConfig, deadline: float) -> list[int]:
@@ -116,42 +151,49 @@ def compare(
             error, and require-all-nodes is true or fewer than min-nodes others are left.
     """
     left_out = {f"node {node_id}": why for node_id, why in silent.items()}
-    usable: dict[int, tuple[int, Mapping[str, Any]]] = {}
+    usable: dict[int, Answer] = {}
     node_of: dict[int, int] = {}
-    for node_id, answer in answers.items():
-        partition_id = answer["partition-id"]
+    for node_id, facts in answers.items():
+        try:
+            answer = Answer.of(facts)
+        except Exception:  # it may hold anything
+            left_out[f"node {node_id}"] = "an answer to the preflight that cannot be read"
+            continue
+        partition_id = answer.partition_id
         if partition_id in node_of:
             raise PreflightError(
                 f"nodes {node_of[partition_id]} and {node_id} both say they are "
                 f"{site_name(partition_id)}; give each its own partition-id"
             )
         node_of[partition_id] = node_id
-        if "error" in answer:
-            left_out[site_name(partition_id)] = answer["error"]
+        if answer.error:
+            left_out[site_name(partition_id)] = answer.error
         else:
-            usable[partition_id] = (node_id, answer)
+            usable[partition_id] = answer
     problems = "".join(f"\n  {site}: {why}" for site, why in sorted(left_out.items()))
     if left_out and (config.require_all_nodes or len(usable) < config.min_nodes):
         raise PreflightError(f"{len(left_out)} sites are not ready:{problems}")
     if left_out:
         logger.warning("[preflight] going on without:%s", problems)
 
-    by_fingerprint: dict[str, list[str]] = {}
-    for partition_id, (_, answer) in sorted(usable.items()):
-        by_fingerprint.setdefault(answer["fingerprint"], []).append(site_name(partition_id))
-    if len(by_fingerprint) > 1:
-        groups = "".join(f"\n  {f}: {', '.join(s)}" for f, s in by_fingerprint.items())
+    ready = dict(sorted(usable.items()))
+    by_model: dict[tuple[str, str], list[str]] = {}
+    for partition_id, answer in ready.items():
+        model = (answer.fingerprint, json.dumps(answer.linear_layers))
+        by_model.setdefault(model, []).append(site_name(partition_id))
+    if len(by_model) > 1:
+        groups = "".join(f"\n  {f}: {', '.join(s)}" for (f, _), s in by_model.items())
         raise PreflightError(
             f"the sites hold different weights of {config.model_name} (fingerprint: sites); "
             f"prepare the same weights everywhere:{groups}"
         )
-    first = next(iter(usable.values()))[1]
+    first = next(iter(ready.values()))
     return Sites(
-        node_of={p: node for p, (node, _) in sorted(usable.items())},
-        num_examples={p: a["num-examples"] for p, (_, a) in usable.items()},
-        num_holdout={p: a["num-holdout"] for p, (_, a) in usable.items()},
-        fingerprint=first["fingerprint"],
-        linear_layers=json.loads(first["linear-layers"]),
-        versions={p: json.loads(a["versions"]) for p, (_, a) in usable.items()},
+        node_of={p: node_of[p] for p in ready},
+        num_examples={p: a.num_examples for p, a in ready.items()},
+        num_holdout={p: a.num_holdout for p, a in ready.items()},
+        fingerprint=first.fingerprint,
+        linear_layers=first.linear_layers,
+        versions={p: a.versions for p, a in ready.items()},
         left_out=left_out,
     )

@@ -18,6 +18,7 @@ from app.adapter import Layout, Vector, initial_adapter
 from app.aggregation import aggregate, mean_cosine, weight_change_norm
 from app.codec import decode, encode
 from app.config import RunConfig
+from app.exchange import exchange
 from app.guards import Gathered, number, usable
 from app.preflight import Sites, site_name
 
@@ -166,8 +167,10 @@ class Strategy:
         started = time.monotonic()
         gathered = self._ask(MessageType.EVALUATE, partitions, server_round, adapter)
         for partition_id, content in list(gathered.replies.items()):
-            if not np.isfinite([number(content, key) for key in EVAL_METRICS]).all():
-                gathered.failed[partition_id] = "a metric is missing or not finite"
+            numbers = {key: number(content, key) for key in EVAL_METRICS}
+            wrong = np.isnan(list(numbers.values())).any()
+            if wrong or numbers["num-correct"] > numbers["num-tokens"]:
+                gathered.failed[partition_id] = f"metrics {numbers}"
                 del gathered.replies[partition_id]
         for partition_id, why in sorted(gathered.failed.items()):
             logger.warning("[evaluation] without %s: %s", site_name(partition_id), why)
@@ -201,32 +204,25 @@ class Strategy:
         payload = encode(codec, adapter, self._initial)
         record = ArrayRecord({"payload": Array(np.frombuffer(payload, np.uint8))})
         job = ConfigRecord({"round": server_round, "layout": self.layout.hash, "run": self.run})
-        messages = []
-        for partition_id in partitions:
-            content = RecordDict({"adapter": record, "job": job})
-            messages.append(
-                Message(content, dst_node_id=self.sites.node_of[partition_id], message_type=kind)
+        messages = {
+            partition_id: Message(
+                RecordDict({"adapter": record, "job": job}),
+                dst_node_id=self.sites.node_of[partition_id],
+                message_type=kind,
             )
-        # Flower reports a late reply neither as a result nor as a failure.
+            for partition_id in partitions
+        }
+        contents, failed = exchange(self.grid, messages, self.config.round_timeout_s)
         late = f"no reply within strategy.round-timeout-s = {self.config.round_timeout_s:.0f}"
         gathered = Gathered(
-            failed=dict.fromkeys(partitions, late),
+            replies=contents,
+            failed={p: failed.get(p, late) for p in partitions if p not in contents},
             bytes_down=len(payload) * len(partitions),
             sent=adapter if codec == "fp32" else decode(codec, payload, self._initial),
         )
-        replies = self.grid.send_and_receive(messages, timeout=self.config.round_timeout_s)
-        # Sending gave each message its id. A node that died is answered for by the SuperLink,
-        # so the sender's id alone does not say which site it was.
-        asked = {m.metadata.message_id: p for m, p in zip(messages, partitions, strict=True)}
-        for reply in replies:
-            partition_id = asked[reply.metadata.reply_to_message_id]
-            if reply.has_error():
-                gathered.failed[partition_id] = reply.error.reason or "error without a reason"
-            else:
-                gathered.replies[partition_id] = reply.content
-                del gathered.failed[partition_id]
-                for arrays in reply.content.array_records.values():
-                    sizes = (len(a.data) - NPY_HEADER_BYTES for a in arrays.values())
-                    gathered.bytes_up += sum(max(size, 0) for size in sizes)
+        for content in contents.values():
+            for arrays in content.array_records.values():
+                sizes = (len(a.data) - NPY_HEADER_BYTES for a in arrays.values())
+                gathered.bytes_up += sum(max(size, 0) for size in sizes)
         self.bytes_sent += gathered.bytes_down + gathered.bytes_up
         return gathered

@@ -102,4 +102,4 @@ def test_the_plan_states_epsilon_only_where_there_is_noise() -> None:
     (clipped,) = [x for x in plan.plan(config(1.0), layout, 20) if "privacy" in x]
     assert "no (epsilon, delta)" in clipped
     (noisy,) = [x for x in plan.plan(config(1.0, 2.0), layout, 20) if "privacy" in x]
-    assert "epsilon 4.38 for each round" in noisy
+    assert "epsilon 4.38 for each that it sends" in noisy

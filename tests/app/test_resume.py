@@ -87,7 +87,7 @@ def start(
     answered = 0
 
     def counted(node: Node) -> Node:
-        def answer(message: Message) -> Message | None:
+        def answer(message: Message) -> Message | Exception | None:
             nonlocal answered
             answered += 1
             if killed_after is not None and answered > killed_after:

@@ -253,7 +253,6 @@ def test_every_sampled_site_gets_the_adapter_with_the_round_and_the_layout() -> 
     chosen = s.sample(7)
     assert len(chosen) == 2
     assert [m.metadata.dst_node_id for m in grid.sent] == [s.sites.node_of[p] for p in chosen]
-    assert grid.timeouts == [33.0]
     for message in grid.sent:
         assert received(message).tobytes() == start.tobytes()
         job = message.content.config_records["job"]
@@ -392,6 +391,10 @@ BAD: dict[str, Reply] = {
     "no loss": without_metric("train-loss"),
     "no seconds": without_metric("train-s"),
     "loss is not a number": with_metric("train-loss", math.nan),
+    "a loss that adds up to infinity": with_metric("train-loss", 1e308),
+    "a loss below zero": with_metric("train-loss", -1.0),
+    "tokens without end": with_metric("num-tokens", 1e308),
+    "steps backwards": with_metric("steps", -3),
     "no examples": with_metric("num-examples", 0),
     "fewer than no examples": with_metric("num-examples", -5),
     "examples not a number": with_metric("num-examples", math.nan),
@@ -613,7 +616,7 @@ def test_a_site_that_failed_once_may_take_part_in_the_next_attempt() -> None:
     calls: list[int] = []
 
     def second_time_lucky(partition_id: int) -> Node:
-        def answer(message: Message) -> Message | None:
+        def answer(message: Message) -> Message | Exception | None:
             calls.append(partition_id)
             at_first = calls.count(partition_id) == 1
             return (failing if at_first else node(partition_id))(message)
@@ -963,9 +966,32 @@ def test_the_held_out_loss_is_a_mean_over_all_tokens_not_over_sites() -> None:
     assert result["eval_partitions"] == [0, 1, 2]
 
 
+def scored_as(key: str, value: Any) -> Node:
+    def reply(partition_id: int, adapter: Vector) -> RecordDict:
+        content = scored(partition_id, adapter)
+        content.metric_records["metrics"][key] = value
+        return content
+
+    return node(1, reply)
+
+
 @pytest.mark.parametrize(
-    "bad", [failing, silent, node(1, lambda p, a: RecordDict())], ids=["error", "late", "malformed"]
-)
+    "bad",
+    [
+        failing,
+        silent,
+        node(1, lambda p, a: RecordDict()),
+        scored_as("num-tokens", -40),
+        scored_as("num-tokens", 1.7e308),
+        scored_as("num-correct", 10**9),
+        scored_as("loss-sum", 1.7e308),
+        scored_as("loss-sum", -1.0),
+    ],
+    ids=[
+        "error", "late", "malformed", "tokens below zero", "tokens without end",
+        "more hits than tokens", "loss without end", "loss below zero",
+    ],
+)  # fmt: skip
 def test_a_site_that_cannot_be_evaluated_is_left_out_of_the_figure(bad: Node) -> None:
     s = evaluating({0: node(0, scored), 1: bad, 2: node(2, scored)})
     result = s.evaluate(4, initial_adapter(s.layout, 1))

@@ -1,0 +1,13 @@
+"""Nobody waits for a site that keeps silent."""
+
+import pytest
+
+from app import exchange
+from tests.stand_in_grid import Clock
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(exchange, "time", made)
+    return made
