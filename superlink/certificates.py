@@ -118,7 +118,7 @@ def write_key(path: Path, key: Key, openssh: bool = False) -> None:
 def write(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Write atomically; the file has its mode before it has its content."""
     if path.exists() and path.read_bytes() == content:
-        return path.chmod(mode)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     part.unlink(missing_ok=True)

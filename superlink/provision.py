@@ -20,6 +20,7 @@ Private keys have mode 0600. The SuperLink learns of keys from superlink.registe
 import argparse
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +86,10 @@ def provision(federation: Path, sites: int, address: str, names: list[str]) -> l
     _server(federation, ca_key, ca_cert, wanted, made)
     for number in range(sites):
         _site(federation, number, sites, address, ca_cert, made)
+    for key in sorted(federation.glob("*/*.key")):  # from a backup, perhaps
+        if stat.S_IMODE(key.stat().st_mode) & 0o077:
+            key.chmod(0o600)
+            made.append(f"{key} readable by its owner only")
     return made
 
 

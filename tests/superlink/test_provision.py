@@ -116,6 +116,15 @@ def test_private_keys_are_for_their_owner_only_whatever_the_umask(tmp_path: Path
     assert all(mode & 0o022 == 0 for mode in modes.values()), "writable by others"
 
 
+def test_a_key_that_came_back_from_a_backup_is_for_its_owner_only_again(tmp_path: Path) -> None:
+    provision(tmp_path, 2, ADDRESS, [])
+    key = tmp_path / "site-01" / "supernode.key"
+    key.chmod(0o644)
+    assert provision(tmp_path, 2, ADDRESS, []) == [f"{key} readable by its owner only"]
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert provision(tmp_path, 2, ADDRESS, []) == []
+
+
 def test_a_sites_folder_holds_its_own_key_and_nothing_of_anybody_else(tmp_path: Path) -> None:
     provision(tmp_path, 3, ADDRESS, [])
     keys = public_keys(tmp_path / "public")
