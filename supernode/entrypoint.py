@@ -210,7 +210,7 @@ def watch(argv: list[str], env: dict[str, str]) -> int:
     reader = threading.Thread(target=forward, daemon=True)
     reader.start()
     code = node.wait()
-    reader.join(timeout=5)
+    reader.join(timeout=2)  # with STOP_AFTER_S well within a container's 15 s
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hopeless:

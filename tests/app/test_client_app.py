@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from app import client_app, training
 from app.adapter import Layout, Vector, initial_adapter
@@ -172,3 +173,50 @@ def test_a_damaged_download_is_an_error_without_a_word_of_the_data(
     with pytest.raises(SiteError, match="PayloadError"):
         node(config)(message(payload[:-1], s.layout.hash))
     assert "_received" in site_log.text
+
+
+MARKER = "patient Wilhelmina Zwetschge of ward 13"
+
+
+def dumped(message: Message) -> bytes:
+    """Everything of a message that leaves the site, as Flower puts it on the wire."""
+    objects = get_all_nested_objects(message)
+    error = message.error.reason or "" if message.has_error() else ""
+    return b"".join(o.deflate() for o in objects.values()) + error.encode()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_no_message_of_a_site_holds_a_word_of_its_data(
+    site: Path, models_dir: Path, base: dict[str, Any], codec: str
+) -> None:
+    for part in ("train", "holdout"):
+        told = [r | {k: f"{MARKER} {r[k]} {MARKER}" for k in ("input", "output")} for r in ROWS[:8]]
+        write_jsonl(site / "data" / f"{part}.jsonl", told)
+    config = run_config(**base, codec=codec)
+    s = strategy(models_dir, config)
+    replies: list[Message] = []
+    assert isinstance(s.grid, StandInGrid)
+    honest = s.grid.nodes[NODE_ID]
+
+    def overheard(asked: Message) -> Message | Exception | None:
+        reply = honest(asked)
+        assert isinstance(reply, Message)
+        replies.append(reply)
+        return reply
+
+    s.grid.nodes[NODE_ID] = overheard
+    new, line = s.train_round(1, initial_adapter(s.layout, config.seed))
+    assert line["rejected"] == {}
+    assert s.evaluate(1, new)["eval_tokens"] > 0
+    context = Context(
+        7, NODE_ID, {"partition-id": PARTITION, "num-partitions": 1}, RecordDict(),
+        cast(dict[str, Any], config.flat()),
+    )  # fmt: skip
+    question = Message(RecordDict(), dst_node_id=NODE_ID, message_type="query")
+    replies.append(client_app.preflight(question, context))
+    assert len(replies) == 3
+    for reply in replies:
+        dump = dumped(reply)
+        assert b"num-examples" in dump  # or it was not the message
+        assert not [word for word in MARKER.split() if len(word) > 4 and word.encode() in dump]
+    assert not [p for p in (site / "state").glob("*") if MARKER.encode() in p.read_bytes()]

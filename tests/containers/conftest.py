@@ -32,7 +32,7 @@ def compose(
     *arguments: str, files: Sequence[str] = ("compose.yaml",), project: str = "", **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Run ``docker compose`` in the repository; never raises."""
-    command = ["docker", "compose", "--ansi", "never", *(["-p", project] if project else [])]
+    command = ["docker", "compose", *(["-p", project] if project else [])]
     for file in files:
         command += ["-f", file]
     return subprocess.run(
@@ -74,7 +74,9 @@ class Federation:
         return output.decode()
 
     def logs(self, *services: str) -> str:
-        return self.compose("logs", "--no-log-prefix", *services).stdout
+        """All that these services, or all of them, have written. (Compose adds control codes.)"""
+        containers = self.containers()
+        return "".join(containers[s].logs().decode() for s in services or containers)
 
     def public(self, folder: Path) -> Path:
         """The CA's certificate and the sites' public keys, copied to ``folder``."""
