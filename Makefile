@@ -29,7 +29,7 @@ lint: install
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# Real federations (processes) under attack and failure: ten minutes.
+# Real federations (processes) under attack and failure: twenty minutes on two cores.
 test-faults: install
 	$(PY) -m pytest $(TWO) -m faults tests/federation
 
