@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY     := .venv/bin/python
 SITES  ?= 4
 # Tests of a file share models and federations: a file stays with one of two workers.
-TWO    := -n 2 --dist loadfile
+TWO    := -n 2 --dist loadfile --no-loadscope-reorder
 CPU    := -f compose.yaml -f docker/compose.cpu.yaml
 
 .PHONY: install demo test lint test-faults drill test-gpu test-containers images up down clean

@@ -24,6 +24,11 @@ from supernode.quantise import prepare_model  # noqa: E402
 from tests.tiny_model import build_tiny_model  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What takes longest comes first, or one worker would end up waiting for the other.
+    items.sort(key=lambda item: "federation" not in item.path.parts)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _remove_the_cache() -> Iterator[None]:
     yield

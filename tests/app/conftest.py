@@ -2,7 +2,7 @@
 
 import pytest
 
-from app import exchange
+from app import exchange, preflight
 from tests.stand_in_grid import Clock
 
 
@@ -10,4 +10,5 @@ from tests.stand_in_grid import Clock
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(exchange, "time", made)
+    monkeypatch.setattr(preflight, "time", made)
     return made

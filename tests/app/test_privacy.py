@@ -88,9 +88,9 @@ def test_noise_without_clipping_is_refused() -> None:
 
 def test_epsilon_falls_with_the_noise_and_grows_with_the_uploads() -> None:
     pytest.importorskip("dp_accounting")
-    by_noise = [epsilon(z, 10) or 0 for z in (0.5, 1.0, 2.0, 8.0)]
+    by_noise = [epsilon(z, 10) or 0 for z in (1.0, 2.0, 8.0)]
     assert by_noise == sorted(by_noise, reverse=True)
-    by_uploads = [epsilon(2.0, n) or 0 for n in (1, 2, 10)]
+    by_uploads = [epsilon(2.0, n) or 0 for n in (1, 2, 5)]
     assert by_uploads == sorted(by_uploads)
     # One Gaussian mechanism of sensitivity 1 and deviation 1 (analytic: Balle and Wang, 2018).
     assert epsilon(2.0, 1) == pytest.approx(4.3771781, rel=0.01)
