@@ -18,7 +18,7 @@ import pytest
 
 from superlink.processes import free_port
 from superlink.submit import wait_for_nodes
-from tests.containers.conftest import CPU, NODES, Federation
+from tests.containers.conftest import CPU, NODES, RUN_TIMEOUT_S, Federation
 
 LONG_RUNNING = ["superlink", *NODES]
 ONE_SHOT = {"provision", "prepare", "register", "submit", "fetch"}
@@ -301,6 +301,31 @@ def test_a_clientapp_that_runs_out_of_memory_misses_the_round_and_no_more(
     assert _restarts(few, "supernode-01") == (0, "running")
 
 
+def test_a_run_whose_submit_and_then_superlink_are_killed_comes_to_its_end(few: Federation) -> None:
+    """The second submit finds the run going on, and resumes it when the SuperLink has died."""
+    few["supernode-01"].update(mem_limit="4g", memswap_limit="4g")
+    run_config = "num-server-rounds=3 strategy.min-nodes=2 strategy.min-train-nodes=2 "
+    run_config += "strategy.fraction-evaluate=0.0 train.training-arguments.max-steps=1"
+
+    def up_and_wait_for(line: str) -> None:
+        up = few.compose("up", "-d", "--no-deps", "submit", RUN_CONFIG=run_config)
+        assert up.returncode == 0, up.stderr[-3000:]
+        assert _wait(lambda: line in few.logs("submit"), ONLINE_TIMEOUT_S), few.logs("submit")
+
+    up_and_wait_for("[round 2/3] training at")
+    few["submit"].kill()
+    up_and_wait_for("is going on; following it")
+    _crash(few, "superlink")
+    assert few["submit"].wait(timeout=RUN_TIMEOUT_S)["StatusCode"] == 0, few.logs("submit")[-3000:]
+    assert _restarts(few, "superlink") == (1, "running")
+    facts = json.loads(few.shell("superlink", "cat /results/latest/run.json"))
+    assert facts["status"] == "completed"
+    (before,) = facts["resumed_from"]
+    assert before["last_round"] in (1, 2)
+    lines = few.shell("superlink", "cat /results/latest/metrics.jsonl").splitlines()
+    assert [json.loads(x)["round"] for x in lines] == [1, 2, 3]
+
+
 FOREIGN = {
     "another CA's certificate": (
         "mkdir /federation/public && echo x > /federation/public/ca.crt",
@@ -386,9 +411,13 @@ def test_up_again_changes_nothing(federation: Federation) -> None:
     assert "register: 20 sites at superlink:9093, 0 of them new" in log
 
 
-def test_what_crashes_is_restarted_and_all_20_sites_are_online_again(
+def test_what_crashes_on_a_busy_host_is_restarted_and_all_20_sites_are_online_again(
     federation: Federation, tmp_path: Path
 ) -> None:
+    for node in NODES[:4]:  # two cores would have been enough
+        federation[node].exec_run(
+            ["timeout", f"{STALE_AFTER_S}", "sh", "-c", "while :; do :; done"], detach=True
+        )
     for service in ("supernode-05", "superlink"):
         _crash(federation, service)
         assert _wait(lambda s=service: _restarts(federation, s) == (1, "running")), service
