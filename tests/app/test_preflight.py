@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from app.config import RunConfig
 from app.preflight import PreflightError, Sites, compare, preflight
 from tests.samples import run_config
-from tests.stand_in_grid import Node, StandInGrid
+from tests.stand_in_grid import Clock, Node, StandInGrid
 
 LINEAR = {"model.layers.0.self_attn.q_proj": [32, 32], "lm_head": [300, 32]}
 
@@ -212,6 +212,17 @@ def test_a_node_whose_first_answer_is_lost_is_asked_again_and_nobody_else_is() -
     grid = StandInGrid({40: ready(answer(0)), 50: lambda m: next(answers)(m)})
     assert preflight(grid, config(node_timeout_s=30.0)).node_of == {0: 40, 1: 50}
     assert [m.metadata.dst_node_id for m in grid.sent] == [40, 50, 50]
+
+
+def test_a_site_on_a_busy_host_has_time_to_answer_before_it_is_asked_again(clock: Clock) -> None:
+    asked: list[float] = []
+    nodes = {40: ready(answer(0)), 50: ready(answer(1)), 60: lambda m: asked.append(clock.now)}
+    with pytest.raises(PreflightError, match="node 60: no answer"):
+        preflight(StandInGrid(nodes), config(node_timeout_s=600.0))
+    first, second, third = asked
+    assert second - first > 300
+    assert third - second > 120
+    assert clock.now < 610
 
 
 def test_too_few_nodes_end_the_wait_with_an_error_that_says_how_many() -> None:
