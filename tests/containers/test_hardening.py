@@ -246,6 +246,7 @@ def few(federation: Federation, tmp_path_factory: pytest.TempPathFactory) -> Ite
         assert up.returncode == 0, up.stderr[-3000:]
         yield made
     finally:
+        made.env.pop("RESULTS_DIR", None)  # or the volume of that name would not be compose's
         made.compose("down", "-v")
 
 
