@@ -13,6 +13,8 @@ import httpx
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from app.untrusted import one_line
+
 K = TypeVar("K")
 # Between two looks: at least POLL_S, and POLL_EACH_S for every site still waited for, since each is
 # asked for by itself. Flower's own is 3 s.
@@ -48,11 +50,6 @@ def exchange(
         if not left or time.monotonic() >= deadline:
             return contents, failed
         time.sleep(max(POLL_S, POLL_EACH_S * len(left)))
-
-
-def one_line(text: str) -> str:
-    """What a site says, fit for a log: it may write what it likes, and as much."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text[:1000]).split())[:500]
 
 
 def _pull(grid: Grid, message_id: str) -> RecordDict | str | None:

@@ -9,25 +9,24 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from app.config import RunConfig
-from app.exchange import exchange, one_line
+from app.exchange import exchange
+from app.site_list import CURE, read_site_list, site_name
+from app.untrusted import UnfitError, count, linear_layers, one_line, table
 
 logger = logging.getLogger(__name__)
 QUERY_TIMEOUT_S, ATTEMPTS = 120.0, 3
+UNLISTED = f"a node that is not in the operator's list of sites; {CURE}"
 
 
 class PreflightError(Exception):
     """The run must not start; the message names the sites and the reasons."""
-
-
-def site_name(partition_id: int) -> str:
-    """``site-07`` for partition 7: the name of its folder, and what people read."""
-    return f"site-{partition_id:02d}"
 
 
 @dataclass(frozen=True)
@@ -57,49 +56,49 @@ class Answer:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "Answer":
-        """Check a site's answer. Raises: KeyError, TypeError and others: it is no such answer."""
-        partition_id = _count(facts["partition-id"])
+        """Check a site's answer. Raises: UnfitError, KeyError and others: it is no such answer."""
+        partition_id = count(facts["partition-id"], "partition-id")
         if "error" in facts:
             return cls(partition_id, one_line(str(facts["error"])) or "an error")
-        layers = {
-            str(name): [_count(out), _count(size)]
-            for name, (out, size) in json.loads(facts["linear-layers"]).items()
-        }
         return cls(
             partition_id,
-            num_examples=_count(facts["num-examples"]),
-            num_holdout=_count(facts["num-holdout"]),
-            fingerprint=str(facts["fingerprint"]),
-            linear_layers=layers,
-            versions={str(k): str(v) for k, v in dict(json.loads(facts["versions"])).items()},
+            num_examples=count(facts["num-examples"], "num-examples"),
+            num_holdout=count(facts["num-holdout"], "num-holdout"),
+            fingerprint=one_line(str(facts["fingerprint"]), 100),
+            linear_layers=linear_layers(facts["linear-layers"]),
+            versions=table(facts["versions"], "versions"),
         )
 
 
-def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 10**9:
-        raise ValueError(value)
-    return value
-
-
-def preflight(grid: Grid, config: RunConfig) -> Sites:
+def preflight(grid: Grid, config: RunConfig, sites_dir: Path) -> Sites:
     """Wait for ``min-nodes`` SuperNodes, ask each what it has, and compare.
+
+    ``sites_dir`` holds the operator's list of sites. Nodes that are not in it are not asked.
 
     Raises:
         PreflightError: too few nodes within node-timeout-s, or a site's answer forbids the run.
+        SiteListError: there is no such list.
     """
     deadline = time.monotonic() + config.node_timeout_s
     answers: dict[int, Mapping[str, Any]] = {}
     silent: dict[int, str] = {}
     for attempt in range(1, ATTEMPTS + 1):
-        online = _wait_for_nodes(grid, config, deadline)
-        _ask(grid, [n for n in online if n not in answers], deadline, answers, silent)
+        online, listed = _wait_for_nodes(grid, config, deadline, sites_dir)
+        asked = [n for n in online if n in listed and n not in answers]
+        _ask(grid, asked, deadline, answers, silent)
+        silent |= {n: UNLISTED for n in online if n not in listed}
         if not silent or time.monotonic() > deadline:
             break
         # A busy host loses a message now and then: ask those nodes again.
         for node_id, why in silent.items():
-            logger.info("[preflight] try %d of %d: node %d: %s", attempt, ATTEMPTS, node_id, why)
+            name = _name(node_id, listed)
+            logger.info("[preflight] try %d of %d: %s: %s", attempt, ATTEMPTS, name, why)
         time.sleep(3)
-    return compare(answers, silent, config)
+    return compare(answers, silent, listed, config)
+
+
+def _name(node_id: int, listed: Mapping[int, int]) -> str:
+    return site_name(listed[node_id]) if node_id in listed else f"node {node_id}"
 
 
 def _ask(
@@ -126,77 +125,121 @@ def _ask(
             silent[node_id] = failed.get(node_id, "no answer to the preflight")
 
 
-def _wait_for_nodes(grid: Grid, config: RunConfig, deadline: float) -> list[int]:
+def _wait_for_nodes(
+    grid: Grid, config: RunConfig, deadline: float, sites_dir: Path
+) -> tuple[list[int], dict[int, int]]:
+    """Ids of all nodes that are online, enough of them sites; and the list, as it is now."""
     said = -1
-    while len(node_ids := list(grid.get_node_ids())) < config.min_nodes:
+    while True:
+        node_ids, listed = sorted(grid.get_node_ids()), read_site_list(sites_dir)
+        sites = sum(n in listed for n in node_ids)
+        if sites >= config.min_nodes:
+            return node_ids, listed
         if time.monotonic() > deadline:
+            others = len(node_ids) - sites
+            unlisted = f"; {others} more are not in the operator's list of sites: {CURE}"
             raise PreflightError(
-                f"{len(node_ids)} of {config.min_nodes} SuperNodes online after "
+                f"{sites} of {config.min_nodes} SuperNodes online after "
                 f"{config.node_timeout_s:.0f} s (strategy.min-nodes, strategy.node-timeout-s); "
                 "flwr supernode list deployment shows which are offline"
+                f"{unlisted if others else ''}"
             )
-        if len(node_ids) != said:
-            said = len(node_ids)
+        if sites != said:
+            said = sites
             logger.info("[preflight] %d of %d SuperNodes online", said, config.min_nodes)
         time.sleep(1)
-    return sorted(node_ids)
 
 
 def compare(
-    answers: Mapping[int, Mapping[str, Any]], silent: Mapping[int, str], config: RunConfig
+    answers: Mapping[int, Mapping[str, Any]],
+    silent: Mapping[int, str],
+    listed: Mapping[int, int],
+    config: RunConfig,
 ) -> Sites:
-    """Check the sites' answers (node id -> preflight record) against each other.
+    """Check the sites' answers (node id -> preflight record) against the list and each other.
 
-    ``silent``: node id -> why there is no answer.
+    ``silent``: node id -> why there is no answer. ``listed``: node id -> partition id, by the
+    operator. A site is left out alone, whatever it says.
 
     Raises:
-        PreflightError: two sites share a partition or differ in base model; or a site has an
-            error, and require-all-nodes is true or fewer than min-nodes others are left.
+        PreflightError: a site cannot take part, and require-all-nodes is true or fewer than
+            min-nodes others are left; or no base model is that of the most sites.
     """
-    left_out = {f"node {node_id}": why for node_id, why in silent.items()}
+    left_out = {_name(node_id, listed): why for node_id, why in silent.items()}
     usable: dict[int, Answer] = {}
-    node_of: dict[int, int] = {}
     for node_id, facts in answers.items():
-        try:
-            answer = Answer.of(facts)
-        except Exception:  # it may hold anything
-            left_out[f"node {node_id}"] = "an answer to the preflight that cannot be read"
-            continue
-        partition_id = answer.partition_id
-        if partition_id in node_of:
-            raise PreflightError(
-                f"nodes {node_of[partition_id]} and {node_id} both say they are "
-                f"{site_name(partition_id)}; give each its own partition-id"
-            )
-        node_of[partition_id] = node_id
-        if answer.error:
-            left_out[site_name(partition_id)] = answer.error
+        answer = _believed(facts, listed.get(node_id))
+        if isinstance(answer, str):
+            left_out[_name(node_id, listed)] = answer
         else:
-            usable[partition_id] = answer
+            usable[answer.partition_id] = answer
+    usable, groups = _of_the_most(dict(sorted(usable.items())), left_out)
     problems = "".join(f"\n  {site}: {why}" for site, why in sorted(left_out.items()))
     if left_out and (config.require_all_nodes or len(usable) < config.min_nodes):
         raise PreflightError(f"{len(left_out)} sites are not ready:{problems}")
-    if left_out:
-        logger.warning("[preflight] going on without:%s", problems)
-
-    ready = dict(sorted(usable.items()))
-    by_model: dict[tuple[str, str], list[str]] = {}
-    for partition_id, answer in ready.items():
-        model = (answer.fingerprint, json.dumps(answer.linear_layers))
-        by_model.setdefault(model, []).append(site_name(partition_id))
-    if len(by_model) > 1:
-        groups = "".join(f"\n  {f}: {', '.join(s)}" for (f, _), s in by_model.items())
+    if groups:
         raise PreflightError(
             f"the sites hold different weights of {config.model_name} (fingerprint: sites); "
             f"prepare the same weights everywhere:{groups}"
         )
-    first = next(iter(ready.values()))
+    if left_out:
+        logger.warning("[preflight] going on without:%s", problems)
+    first = next(iter(usable.values()))
+    node_of = {partition_id: node_id for node_id, partition_id in listed.items()}
     return Sites(
-        node_of={p: node_of[p] for p in ready},
-        num_examples={p: a.num_examples for p, a in ready.items()},
-        num_holdout={p: a.num_holdout for p, a in ready.items()},
+        node_of={p: node_of[p] for p in usable},
+        num_examples={p: a.num_examples for p, a in usable.items()},
+        num_holdout={p: a.num_holdout for p, a in usable.items()},
         fingerprint=first.fingerprint,
         linear_layers=first.linear_layers,
-        versions={p: a.versions for p, a in ready.items()},
+        versions={p: a.versions for p, a in usable.items()},
         left_out=left_out,
     )
+
+
+def _believed(facts: Mapping[str, Any], partition_id: int | None) -> Answer | str:
+    """The answer of the node that the operator lists as this site, or why it cannot take part."""
+    if partition_id is None:
+        return UNLISTED
+    unreadable = "an answer to the preflight that cannot be read"
+    try:
+        answer = Answer.of(facts)
+    except UnfitError as err:
+        return f"{unreadable}: {err}"
+    except Exception:  # it may hold anything
+        return unreadable
+    if answer.partition_id != partition_id:
+        return (
+            f"it says that it is {site_name(answer.partition_id)}, and its key is that of "
+            f"{site_name(partition_id)}; correct PARTITION_ID in its site.env"
+        )
+    return answer.error or answer
+
+
+def _of_the_most(
+    usable: dict[int, Answer], left_out: dict[str, str]
+) -> tuple[dict[int, Answer], str]:
+    """The sites with the base model that most sites have; the others are added to ``left_out``.
+
+    Returns:
+        Those sites, and where no model has more sites than any other: all of them, and the
+        groups in words.
+    """
+    models: dict[tuple[str, str], list[int]] = {}
+    for partition_id, answer in usable.items():
+        model = answer.fingerprint, json.dumps(answer.linear_layers)
+        models.setdefault(model, []).append(partition_id)
+    ranked = sorted(models.items(), key=lambda m: len(m[1]), reverse=True)
+    if len(ranked) > 1 and len(ranked[0][1]) == len(ranked[1][1]):
+        return usable, "".join(
+            f"\n  {fingerprint}: {', '.join(map(site_name, sites))}"
+            for (fingerprint, _), sites in models.items()
+        )
+    for (fingerprint, _), sites in ranked[1:]:
+        (usual, _), most = ranked[0]
+        other = f"base model {fingerprint}" if fingerprint != usual else "other linear layers"
+        for partition_id in sites:
+            left_out[site_name(partition_id)] = (
+                f"{other}, and {len(most)} sites have {usual}; prepare the same weights there"
+            )
+    return {p: usable[p] for p in (ranked[0][1] if ranked else ())}, ""

@@ -20,9 +20,10 @@ from flwr.serverapp import Grid, ServerApp
 from app.adapter import Layout, initial_adapter
 from app.checkpoint import ResultsError, RunFolder
 from app.config import GIVEN_UP, ConfigError, RunConfig
-from app.preflight import PreflightError, preflight, site_name
+from app.preflight import PreflightError, preflight
 from app.privacy import noise_norm
 from app.resume import adopt, find_earlier
+from app.site_list import SiteListError, site_name
 from app.strategy import MB, RoundError, Strategy
 
 app = ServerApp()
@@ -46,9 +47,9 @@ def main(grid: Grid, context: Context) -> None:
         facts["status"] = "completed"
     except BaseException as err:  # flwr stop and SIGTERM end in SystemExit
         facts |= {"status": "failed", "error": str(err) or type(err).__name__}
-        if isinstance(err, (ConfigError, PreflightError, RoundError, ResultsError)):
+        if isinstance(err, (ConfigError, PreflightError, SiteListError, RoundError, ResultsError)):
             logger.error("ERROR: %s", err)
-        if isinstance(err, (ConfigError, PreflightError, ResultsError)):
+        if isinstance(err, (ConfigError, PreflightError, SiteListError, ResultsError)):
             raise type(err)(f"{GIVEN_UP}{err}") from None  # superlink.submit looks for it
         raise
     finally:
@@ -85,7 +86,7 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
     else:
         folder.write_run(facts)
 
-    sites = preflight(grid, config)
+    sites = preflight(grid, config, Path(os.environ["SITES_DIR"]))
     try:
         layout = Layout.of(sites.linear_layers, config)
     except ValueError as err:

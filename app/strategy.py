@@ -20,7 +20,8 @@ from app.codec import decode, encode
 from app.config import RunConfig
 from app.exchange import exchange
 from app.guards import Gathered, number, usable
-from app.preflight import Sites, site_name
+from app.preflight import Sites
+from app.site_list import site_name
 
 logger = logging.getLogger(__name__)
 

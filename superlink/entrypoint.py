@@ -5,6 +5,7 @@
 | SUPERLINK_DIR  | (required)      | ca.crt, server.crt, server.key, from provision      |
 | STATE_DIR      | (required)      | folder of the SQLite database                       |
 | RESULTS_DIR    | (required)      | where the ServerApp writes checkpoints              |
+| SITES_DIR      | (required)      | who is who, from register; the ServerApp reads it   |
 | FLEET_ADDRESS  | 0.0.0.0:9092    | SuperNodes connect here (gRPC, TLS)                 |
 | CONTROL_ADDRESS| 0.0.0.0:9093    | flwr connects here (gRPC, TLS, no user login)       |
 | RUNTIME_PORT   | 9091            | ServerApp process, on 127.0.0.1 only                |
@@ -26,7 +27,7 @@ def arguments(env: dict[str, str]) -> list[str]:
         SystemExit: a folder or certificate is missing; the message names it.
     """
     folders = {}
-    for name in ("SUPERLINK_DIR", "STATE_DIR", "RESULTS_DIR"):
+    for name in ("SUPERLINK_DIR", "STATE_DIR", "RESULTS_DIR", "SITES_DIR"):
         if not env.get(name):
             raise SystemExit(f"superlink: {name} is not set")
         folders[name] = Path(env[name])

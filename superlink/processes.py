@@ -34,6 +34,7 @@ class LocalFederation:
         self.work, self.models, self.results, self.sites = work, models, results, sites
         self.federation = work / "federation"
         self.public = self.federation / "public"
+        self.sites_dir = self.federation / "sites"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.fleet_port, self.control_port = free_port(), free_port()
         self._spawned: set[str] = set()
@@ -55,7 +56,7 @@ class LocalFederation:
             ControlError: the SuperLink did not come up; its log's end is in the message.
         """
         control = self.start_superlink()
-        register(control, self.public)
+        register(control, self.public, self.sites_dir)
         for number in range(self.sites):
             self.start_node(number)
         return control
@@ -71,6 +72,7 @@ class LocalFederation:
             SUPERLINK_DIR=str(self.federation / "superlink"),
             STATE_DIR=str(self.work / "superlink"),
             RESULTS_DIR=str(self.results),
+            SITES_DIR=str(self.sites_dir),
             FLEET_ADDRESS=f"127.0.0.1:{self.fleet_port}",
             CONTROL_ADDRESS=f"127.0.0.1:{self.control_port}",
             RUNTIME_PORT=str(free_port()),
