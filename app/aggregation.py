@@ -37,6 +37,30 @@ def aggregate(
     return (previous + new if delta else new), alphas
 
 
+def capped(counts: Sequence[int], max_share: float) -> list[int]:
+    """The sites' weights: their rows, the largest lowered until none is above its share of all.
+
+    The largest are lowered to one level, in whole rows; the others stay as they are. With a share
+    of 1 / K or less nothing but equal weights is left.
+
+    Args:
+        counts: rows [K] that each site used, 1 or more.
+        max_share: strategy.max-share.
+    """
+    ordered = sorted(counts, reverse=True)
+    rest = sum(ordered)
+    for lowered, largest in enumerate(ordered):
+        if lowered * max_share >= 1:
+            break
+        # `lowered` sites at a level that is exactly their share of all: level = share * sum.
+        level = (1 + 1e-9) * max_share * rest / (1 - lowered * max_share)
+        if largest <= level:
+            whole = max(1, int(level))
+            return [min(n, whole) for n in counts] if lowered else list(counts)
+        rest -= largest
+    return [ordered[-1]] * len(counts)
+
+
 def mean_cosine(products: Floats) -> float | None:
     """Mean cosine between different sites' changes, from their inner products [K, K].
 

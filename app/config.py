@@ -113,11 +113,18 @@ class RunConfig:
     min_nodes: int = _key("strategy.min-nodes", *_whole_from(1))
     # If false, sites that fail the preflight are left out as long as min-nodes others are fine.
     require_all_nodes: bool = _key("strategy.require-all-nodes", *_YES_NO)
+    # A round with fewer usable replies than min-replies is repeated with other sites: one of a
+    # single reply is that site's adapter alone.
     min_replies: int = _key("strategy.min-replies", *_whole_from(1))
-    # A round with fewer usable replies than min-replies is repeated with other sites.
     max_retries: int = _key("strategy.max-retries", *_whole_from(0))
-    # A reply whose change is longer than this many times the usual one takes no part; nor does
-    # one longer than max-update-norm.
+    # A site weighs as many rows as it used in the round, but no more than this share of all. Sites
+    # of equal weight never notice; of two in a round each is a half, whatever their sizes. Where
+    # it is below 1 / sites, all weigh the same. 1: no limit.
+    max_share: float = _key(
+        "strategy.max-share", "a number above 0, at most 1", lambda v: 0 < v <= 1
+    )
+    # A reply whose change is longer than this many times the usual one, for its learning rate and
+    # steps, takes no part; nor does one longer than max-update-norm.
     max_norm_ratio: float = _key("strategy.max-norm-ratio", *_POSITIVE)
     max_update_norm: float = _key("strategy.max-update-norm", *_POSITIVE)
     node_timeout_s: float = _key("strategy.node-timeout-s", *_POSITIVE)
@@ -219,6 +226,20 @@ class RunConfig:
         """
         phase = math.pi * server_round / self.num_server_rounds
         return self.lr_min + 0.5 * (self.lr_max - self.lr_min) * (1 + math.cos(phase))
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimiser step."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    def steps(self, rows: int) -> int:
+        """Optimiser steps of a site with so many rows in a round, as Transformers counts them."""
+        if self.max_steps > 0:
+            return self.max_steps
+        batches = math.ceil(rows / self.batch_size)
+        return math.ceil(
+            self.num_train_epochs * max(1, math.ceil(batches / self.gradient_accumulation_steps))
+        )
 
 
 def merged_config(app_dir: Path, overrides: list[str]) -> tuple[dict[str, Any], RunConfig]:

@@ -7,7 +7,7 @@ end the run.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, Self, cast
 
 import numpy as np
 from flwr.app import RecordDict
@@ -23,6 +23,11 @@ TRAIN_METRICS = (
     "num-examples", "train-loss", "num-tokens", "steps", "load-s", "train-s", "peak-memory-mb",
 )  # fmt: skip
 _LARGEST = 1e15  # that a metric can be; sums of them are still exact
+# The expected length falls with the learning rate down to this part of an earlier one's: int4 with
+# error feedback may send a tenth of an earlier round's change late.
+_LEAST_PART = 1 / 50
+# What a site claims to have done counts for so many times the steps of another, no more.
+_MOST_STEPS = 16
 
 
 @dataclass
@@ -37,20 +42,39 @@ class Gathered:
     sent: Vector = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
+@dataclass(frozen=True)
+class Change:
+    """How long a site's change in a round was, and what it came of."""
+
+    norm: float
+    learning_rate: float
+    steps: float
+
+    @classmethod
+    def of_lines(cls, lines: Sequence[Mapping[str, Any]]) -> list[Self]:
+        """All changes that took part, from the rounds' lines in metrics.jsonl."""
+        return [
+            cls(norm, line["learning_rate"], steps)
+            for line in lines
+            for norm, steps in zip(line["client_update_norms"], line["steps"], strict=True)
+        ]
+
+
 def usable(
     gathered: Gathered,
     adapter: Vector,
     config: RunConfig,
-    usual_norms: Sequence[float],
+    server_round: int,
+    earlier: Sequence[Change],
     most_examples: Mapping[int, int],
 ) -> tuple[dict[int, Vector], Floats, dict[int, str]]:
     """What takes part in the round.
 
     Args:
         adapter: the server's own, which the sites got as ``gathered.sent``.
-        usual_norms: of the changes that took part in the earlier rounds.
-        most_examples: by partition id, what each site said that it has before the run. It is a
-            site's weight: one that lies about it must do so in run.json, for all to see.
+        earlier: the changes that took part in the earlier rounds.
+        most_examples: by partition id, what each site said that it has before the run. It bounds
+            a site's weight: one that lies about it must do so in run.json, for all to see.
 
     Returns:
         Adapters by partition id (sorted), the inner products of their changes [K, K], and
@@ -58,16 +82,13 @@ def usable(
     """
     updates: dict[int, Vector] = {}
     rejected = dict(gathered.failed)
+    steps: dict[int, float] = {}
     for partition_id, content in sorted(gathered.replies.items()):
         numbers = {key: number(content, key) for key in TRAIN_METRICS}
-        if np.isnan(list(numbers.values())).any() or numbers["num-examples"] < 1:
-            rejected[partition_id] = f"metrics {numbers}"
+        if why := _impossible(numbers, config, most_examples[partition_id]):
+            rejected[partition_id] = why
             continue
-        if numbers["num-examples"] > most_examples[partition_id]:
-            rejected[partition_id] = (
-                f"{numbers['num-examples']:.0f} examples, but it has {most_examples[partition_id]}"
-            )
-            continue
+        steps[partition_id] = numbers["steps"]
         try:
             payload = content.array_records["adapter"]["payload"].numpy()
             if payload.dtype != np.uint8 or payload.ndim != 1:
@@ -85,34 +106,63 @@ def usable(
             updates[partition_id] = vector
     products = inner_products(list(updates.values()), adapter)
     norms = dict(zip(updates, np.sqrt(np.diag(products)), strict=True))
-    too_long = _too_long(norms, config, usual_norms)
+    lr = config.learning_rate(server_round)
+    changes = {p: Change(float(norm), lr, steps[p]) for p, norm in norms.items()}
+    too_long = _too_long(changes, config, earlier)
     chosen = [n for n, p in enumerate(updates) if p not in too_long]
     for partition_id in too_long:
         del updates[partition_id]
     return updates, products[np.ix_(chosen, chosen)], rejected | too_long
 
 
+def _impossible(numbers: dict[str, float], config: RunConfig, most_examples: int) -> str:
+    """Why these figures of a training cannot be, or nothing."""
+    examples, steps = numbers["num-examples"], numbers["steps"]
+    if np.isnan(list(numbers.values())).any() or examples < 1 or steps < 1:
+        return f"metrics {numbers}"
+    if examples > most_examples:
+        return f"{examples:.0f} examples, but it has {most_examples}"
+    if steps > config.steps(int(examples)):
+        return f"{steps:.0f} steps, but {examples:.0f} rows make {config.steps(int(examples))}"
+    return ""
+
+
 def _too_long(
-    norms: dict[int, float], config: RunConfig, usual_norms: Sequence[float]
+    changes: dict[int, Change], config: RunConfig, earlier: Sequence[Change]
 ) -> dict[int, str]:
     """Sites whose change is out of all proportion, with the reason.
 
-    Compared with the median of this round's and the earlier rounds' changes; the lower one
-    of two, so that one of two sites cannot lift it.
+    Compared with the median of what this round's and the earlier rounds' changes let expect; the
+    lower one of two, so that one of two sites cannot lift it.
     """
     rejected = {}
-    usual = sorted(n for n in [*usual_norms, *norms.values()] if n > 0)
-    median = usual[(len(usual) - 1) // 2] if usual else 0.0
-    for partition_id, norm in norms.items():
-        if norm > config.max_update_norm:
+    for partition_id, change in changes.items():
+        lengths = [_expected(change, other, config) for other in [*earlier, *changes.values()]]
+        usual = sorted(n for n in lengths if n > 0)
+        median = usual[(len(usual) - 1) // 2] if usual else 0.0
+        if change.norm > config.max_update_norm:
             limit = f"strategy.max-update-norm = {config.max_update_norm:g}"
-        elif norm > config.max_norm_ratio * median > 0:
-            limit = f"{norm / median:.3g} times the median, above strategy.max-norm-ratio = "
-            limit += f"{config.max_norm_ratio:g}"
+        elif change.norm > config.max_norm_ratio * median > 0:
+            limit = f"{change.norm / median:.3g} times the median at its learning rate and steps, "
+            limit += f"above strategy.max-norm-ratio = {config.max_norm_ratio:g}"
         else:
             continue
-        rejected[partition_id] = f"update of norm {norm:.3g}: {limit}"
+        rejected[partition_id] = f"update of norm {change.norm:.3g}: {limit}"
     return rejected
+
+
+def _expected(change: Change, other: Change, config: RunConfig) -> float:
+    """How long ``change`` would be if it came about as ``other`` did.
+
+    Adam's steps are as long as the learning rate, whatever the gradient. So many steps lead at
+    least as far as their root, going to and fro, and at most as far as their number; the root is
+    the narrower. Noise and clipping, though, make a length that knows of neither.
+    """
+    if config.noise_multiplier or 0 < config.clip_norm <= 1.1 * other.norm:
+        return other.norm
+    lr = change.learning_rate / other.learning_rate if other.learning_rate else 1.0
+    steps = min(change.steps / other.steps, _MOST_STEPS)
+    return other.norm * max(lr, _LEAST_PART) * math.sqrt(steps)
 
 
 def number(reply: RecordDict, key: str) -> float:

@@ -67,7 +67,7 @@ def plan(config: RunConfig, layout: Layout, sites: int) -> list[str]:
     each = train * (down + up) + evaluated * down
     sent = rounds * each + evaluated * down  # the initial adapter is evaluated as well
     most = "" if config.down == config.up == "fp32" else "at most "
-    batch = config.batch_size * config.gradient_accumulation_steps
+    batch = config.rows_per_step
     steps = f"{config.max_steps} steps, {config.max_steps * batch} rows"
     if config.max_steps < 0:
         steps = f"{config.num_train_epochs:g} epochs of its rows, {batch} a step"

@@ -24,10 +24,14 @@ from app.preflight import PreflightError, preflight
 from app.privacy import noise_norm
 from app.resume import adopt, find_earlier
 from app.site_list import SiteListError, site_name
-from app.strategy import MB, RoundError, Strategy
+from app.strategy import RoundError, Strategy
 
 app = ServerApp()
 logger = logging.getLogger("app")
+# Figures of an evaluation that a round's line holds of before the round as well.
+COMPARED = (
+    "eval_loss", "eval_loss_median", "eval_token_accuracy", "eval_token_accuracy_median",
+)  # fmt: skip
 
 
 @app.main()
@@ -134,13 +138,13 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
     strategy = Strategy(grid, config, sites, layout, earlier.origin if earlier else facts["run_id"])
     if earlier:
         before = earlier.lines[-1]
-        strategy.bytes_sent = round(before["mb_sent"] * MB)
-        strategy.usual_norms = [n for m in earlier.lines for n in m["client_update_norms"]]
+        strategy.take_up(earlier.lines)
     elif before := strategy.evaluate(0, adapter):
         logger.info(
-            "[before] held-out loss %.4f, token accuracy %.4f",
-            before["eval_loss"],
-            before["eval_token_accuracy"],
+            "[before] held-out loss %.4f, token accuracy %.4f (medians of %d sites)",
+            before["eval_loss_median"],
+            before["eval_token_accuracy_median"],
+            len(before["eval_partitions"]),
         )
     rounds_started = time.monotonic()
     for server_round in range(done + 1, total + 1):
@@ -153,15 +157,14 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
         folder.save_round(server_round, layout, adapter, config, manifest)
         after = strategy.evaluate(server_round, adapter)
         if after and before.get("eval_partitions") == after["eval_partitions"]:
-            line["eval_loss_before"] = before["eval_loss"]
-            line["eval_token_accuracy_before"] = before["eval_token_accuracy"]
+            line |= {f"{key}_before": before[key] for key in COMPARED if key in before}
         line |= after
         before = after
         line |= strategy.budget()
         folder.add_metrics(line)
         per_round = (time.monotonic() - rounds_started) / (server_round - done)
         left = per_round * (total - server_round)
-        held_out = f", held-out loss {after['eval_loss']:.4f}" if after else ""
+        held_out = f", held-out loss {after['eval_loss_median']:.4f}" if after else ""
         logger.info(
             "[round %d/%d] train loss %.4f%s; %.0f s; %.1f MB sent, %.0f of the budget left; %s",
             server_round,

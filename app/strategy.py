@@ -6,6 +6,7 @@ and end "completed" even when nothing was; this one does none of that.
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,18 +16,18 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Rec
 from flwr.serverapp import Grid
 
 from app.adapter import Layout, Vector, initial_adapter
-from app.aggregation import aggregate, mean_cosine, weight_change_norm
+from app.aggregation import aggregate, capped, mean_cosine, weight_change_norm
 from app.codec import decode, encode
 from app.config import RunConfig
 from app.exchange import exchange
-from app.guards import Gathered, number, usable
+from app.fedavgopt import Floats
+from app.guards import Change, Gathered, number, usable
+from app.held_out import believable, held_out
 from app.preflight import Sites
 from app.site_list import site_name
 
 logger = logging.getLogger(__name__)
 
-# What a reply to an evaluation must hold.
-EVAL_METRICS = ("num-tokens", "loss-sum", "num-correct")
 MB = 2**20  # as the leaderboard counts
 NPY_HEADER_BYTES = 128  # that Flower puts in front of an array; framing, not counted
 
@@ -42,7 +43,8 @@ class Strategy:
     Attributes:
         run: names the run at the sites; of a resumed one, the run that it began as.
         bytes_sent: adapter bytes of this run so far, both ways, evaluation included.
-        usual_norms: of the changes that took part so far.
+        changes: those that took part so far.
+        holdout_tokens: by partition id, answer tokens at a site's first evaluation.
     """
 
     grid: Grid
@@ -51,7 +53,19 @@ class Strategy:
     layout: Layout
     run: str
     bytes_sent: int = 0
-    usual_norms: list[float] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    holdout_tokens: dict[int, int] = field(default_factory=dict)
+
+    def take_up(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Go on behind the rounds of these lines of metrics.jsonl, of which there is one."""
+        self.bytes_sent = round(lines[-1]["mb_sent"] * MB)
+        self.changes = Change.of_lines(lines)
+        for line in lines:
+            self._note_tokens(line)
+
+    def _note_tokens(self, line: Mapping[str, Any]) -> None:
+        sites, tokens = line.get("eval_partitions", ()), line.get("eval_site_tokens", ())
+        self.holdout_tokens = dict(zip(sites, tokens, strict=False)) | self.holdout_tokens
 
     @cached_property
     def _initial(self) -> Vector:
@@ -102,7 +116,7 @@ class Strategy:
             down += gathered.bytes_down
             up += gathered.bytes_up
             updates, products, bad = usable(
-                gathered, adapter, self.config, self.usual_norms, self.sites.num_examples
+                gathered, adapter, self.config, server_round, self.changes, self.sites.num_examples
             )
             for partition_id, why in sorted(bad.items()):
                 name = site_name(partition_id)
@@ -118,26 +132,47 @@ class Strategy:
                 f"(strategy.max-retries) ({reasons})"
             )
 
-        def column(key: str) -> list[float]:
-            return [round(number(gathered.replies[p], key), 6) for p in updates]
+        new, line = self._aggregate(server_round, adapter, gathered.replies, updates, products)
+        return new, line | {
+            "bytes_down": down,
+            "bytes_up": up,
+            "rejected": dict(sorted(rejected.items())),
+            "attempts": attempt + 1,
+            "seconds": time.monotonic() - started,
+        }
 
-        num_examples = [int(n) for n in column("num-examples")]
+    def _aggregate(
+        self,
+        server_round: int,
+        adapter: Vector,
+        replies: Mapping[int, RecordDict],
+        updates: dict[int, Vector],
+        products: Floats,
+    ) -> tuple[Vector, dict[str, Any]]:
+        """The new adapter of these sites' updates, and what the round's line says of both."""
         config = self.config
+
+        def column(key: str) -> list[float]:
+            return [round(number(replies[p], key), 6) for p in updates]
+
+        num_examples, steps = ([int(n) for n in column(k)] for k in ("num-examples", "steps"))
+        used = [min(n, s * config.rows_per_step) for n, s in zip(num_examples, steps, strict=True)]
+        weights = capped(used, config.max_share)
         new, alphas = aggregate(
-            config.strategy_name, list(updates.values()), num_examples, adapter, self.layout,
+            config.strategy_name, list(updates.values()), weights, adapter, self.layout,
             config.solver,
         )  # fmt: skip
         norms = np.sqrt(np.diag(products))
-        self.usual_norms += norms.tolist()
-        shares = alphas * num_examples / sum(num_examples)
-        return new, {
+        shares = np.array(weights) / sum(weights)
+        line = {
             "round": server_round,
             "learning_rate": config.learning_rate(server_round),
             "partitions": list(updates),
-            "train_loss": float(np.average(column("train-loss"), weights=num_examples)),
+            "train_loss": float(np.average(column("train-loss"), weights=shares)),
             "num_examples": num_examples,
+            "shares": shares.tolist(),
             "alphas": [float(a) for a in alphas],
-            "weight_sum": float(shares.sum()),
+            "weight_sum": float((alphas * shares).sum()),
             "client_update_norms": [float(n) for n in norms],
             "client_cosine": mean_cosine(products),
             "adapter_norm": float(np.linalg.norm(new)),
@@ -145,17 +180,14 @@ class Strategy:
             "weight_change_norm": weight_change_norm(
                 self.layout, new, config.lora_alpha / config.lora_r
             ),
-            "bytes_down": down,
-            "bytes_up": up,
             "num_tokens": [int(n) for n in column("num-tokens")],
-            "steps": [int(n) for n in column("steps")],
+            "steps": steps,
             "load_s": column("load-s"),
             "train_s": column("train-s"),
             "peak_memory_mb": column("peak-memory-mb"),
-            "rejected": dict(sorted(rejected.items())),
-            "attempts": attempt + 1,
-            "seconds": time.monotonic() - started,
         }
+        self.changes += Change.of_lines([line])
+        return new, line
 
     def evaluate(self, server_round: int, adapter: Vector) -> dict[str, Any]:
         """Held-out loss and token accuracy of ``adapter``; empty where evaluation is off.
@@ -167,27 +199,19 @@ class Strategy:
             return {}
         started = time.monotonic()
         gathered = self._ask(MessageType.EVALUATE, partitions, server_round, adapter)
-        for partition_id, content in list(gathered.replies.items()):
-            numbers = {key: number(content, key) for key in EVAL_METRICS}
-            wrong = np.isnan(list(numbers.values())).any()
-            if wrong or numbers["num-correct"] > numbers["num-tokens"]:
-                gathered.failed[partition_id] = f"metrics {numbers}"
-                del gathered.replies[partition_id]
-        for partition_id, why in sorted(gathered.failed.items()):
-            logger.warning("[evaluation] without %s: %s", site_name(partition_id), why)
-
-        def total(key: str) -> float:
-            return sum(number(reply, key) for reply in gathered.replies.values())
-
-        tokens = total("num-tokens")
-        if not tokens:
+        figures, impossible = believable(
+            gathered.replies, self.sites.num_holdout, self.holdout_tokens, self.config
+        )
+        rejected = {site_name(p): why for p, why in sorted((gathered.failed | impossible).items())}
+        for name, why in rejected.items():
+            logger.warning("[evaluation] without %s: %s", name, why)
+        if not figures:
             logger.warning("[evaluation] no site returned an answer token; no held-out loss")
             return {}
-        return {
-            "eval_loss": total("loss-sum") / tokens,
-            "eval_token_accuracy": total("num-correct") / tokens,
-            "eval_tokens": int(tokens),
-            "eval_partitions": sorted(gathered.replies),
+        result = held_out(figures)
+        self._note_tokens(result)
+        return result | {
+            "eval_rejected": rejected,
             "eval_bytes_down": gathered.bytes_down,
             "eval_seconds": time.monotonic() - started,
         }

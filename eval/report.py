@@ -131,12 +131,16 @@ def _bars(report: Report, column: int, dataset: str) -> str:
 def _charts(report: Report) -> str:
     """Loss, traffic and, where several adapters were evaluated, accuracy over the rounds."""
     rounds = report["rounds"]
-    column = {
-        key: [(r["round"], r[key]) for r in rounds if r.get(key) is not None]
-        for key in ("train_loss", "eval_loss", "eval_loss_before")
-    }
-    held_out = [(0, y) for x, y in column["eval_loss_before"] if x == 1] + column["eval_loss"]
-    html = chart("Loss", "", {"training": column["train_loss"], "held out": held_out})
+
+    def column(*keys: str) -> list[tuple[float, float]]:
+        """By round, the first of these figures that a round has."""
+        found = ((r["round"], next((r[k] for k in keys if k in r), None)) for r in rounds)
+        return [(number, value) for number, value in found if value is not None]
+
+    # The median of the sites, which no single one decides; older runs have the mean alone.
+    before = column("eval_loss_median_before", "eval_loss_before")
+    held_out = [(0, y) for x, y in before if x == 1] + column("eval_loss_median", "eval_loss")
+    html = chart("Loss", "", {"training": column("train_loss"), "held out": held_out})
     if traffic := traffic_by_round(rounds):
         html += chart("MB sent so far", "", {"": [(0, 0), *traffic.items()]})
     scores = {  # base is what training starts from: round 0

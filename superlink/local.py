@@ -21,6 +21,9 @@ from superlink.processes import REPOSITORY, LocalFederation
 from superlink.provision import ProvisionError
 from superlink.submit import submit
 
+# Medians of the sites: no single one decides them (app/held_out.py).
+_SHOWN = ("eval_loss_median", "eval_token_accuracy_median")
+
 
 def table(run: Path) -> str:
     """The run's rounds as text: held-out loss and accuracy before and after, bytes, seconds."""
@@ -30,10 +33,9 @@ def table(run: Path) -> str:
         sent = m["bytes_down"] + m["bytes_up"] + m.get("eval_bytes_down", 0)
         loss = acc = "-"
         if "eval_loss" in m:
-            loss, acc = f"{m['eval_loss']:.4f}", f"{m['eval_token_accuracy']:.4f}"
-        if "eval_loss_before" in m:
-            loss = f"{m['eval_loss_before']:.4f} -> {m['eval_loss']:.4f}"
-            acc = f"{m['eval_token_accuracy_before']:.4f} -> {m['eval_token_accuracy']:.4f}"
+            loss, acc = (f"{m[key]:.4f}" for key in _SHOWN)
+        if "eval_loss_median_before" in m:
+            loss, acc = (f"{m[f'{key}_before']:.4f} -> {m[key]:.4f}" for key in _SHOWN)
         rows.append(
             (
                 str(m["round"]),

@@ -2,10 +2,11 @@
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from app.config import RunConfig, flatten
+from app.site_list import site_name
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -55,6 +56,17 @@ def write_jsonl(path: Path, rows: Sequence[object]) -> Path:
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text(lines, encoding="utf-8")
     return path
+
+
+def write_site_list(folder: Path, listed: Mapping[int, int]) -> Path:
+    """The operator's list in this folder, as superlink.register writes it; makes the folder.
+
+    ``listed``: node id -> partition id.
+    """
+    folder.mkdir(exist_ok=True)
+    named = {str(node_id): site_name(p) for node_id, p in listed.items()}
+    (folder / "sites.json").write_text(json.dumps(named))
+    return folder
 
 
 def flat_config(**changes: object) -> dict[str, object]:

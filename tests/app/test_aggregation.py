@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.adapter import Layout, Vector
-from app.aggregation import aggregate, mean_cosine, weight_change_norm
+from app.aggregation import aggregate, capped, mean_cosine, weight_change_norm
 from app.config import STRATEGIES
 from app.fedavgopt import Floats, fedavgopt, inner_products
 from tests.samples import run_config
@@ -274,3 +274,51 @@ def test_an_adapter_with_b_zero_changes_no_weight() -> None:
         if "lora_B" in name:
             array[:] = 0
     assert weight_change_norm(LAYOUT, vector, 2.0) == 0.0
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.integers(1, 10**9 - 1), min_size=1, max_size=20),
+    st.one_of(st.floats(0.01, 1), st.integers(1, 20).map(lambda k: 1 / k)),
+)
+def test_no_site_weighs_more_than_its_share_and_what_need_not_change_does_not(
+    counts: list[int], max_share: float
+) -> None:
+    weights = capped(counts, max_share)
+    total, level = sum(weights), max(weights)
+    assert all(1 <= w <= n for w, n in zip(weights, counts, strict=True))
+    lowered = [w for w, n in zip(weights, counts, strict=True) if w < n]
+    assert set(lowered) <= {level}  # to one level, and nobody else
+    if len(counts) * max_share <= 1:
+        assert set(weights) == {min(counts)}  # the best that there is
+    else:
+        assert level <= max(1, (1 + 1e-6) * max_share * total)
+    if max(counts) <= max_share * sum(counts):
+        assert weights == counts
+    elif len(counts) * max_share > 1 + 1e-6:
+        # Not lower than needed: a row more would be above the share.
+        more = [min(n, level + 1) for n in counts]
+        assert max(more) > (1 - 1e-6) * max_share * sum(more)
+
+
+@given(st.integers(1, 20), st.integers(1, 10**9 - 1), st.floats(0.01, 1))
+def test_sites_of_the_same_size_weigh_the_same_under_any_share(
+    sites: int, rows: int, max_share: float
+) -> None:
+    assert len(set(capped([rows] * sites, max_share))) == 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "max_share", "weights"),
+    [
+        ([160, 160], 0.5, [160, 160]),
+        ([10_000, 160], 0.5, [160, 160]),
+        ([10_000, 160], 1.0, [10_000, 160]),
+        ([10, 20, 10**9 - 1], 0.5, [10, 20, 30]),
+        ([7], 0.5, [7]),
+        ([100, 100, 5], 0.4, [10, 10, 5]),
+        ([9, 4, 2], 0.25, [2, 2, 2]),
+    ],
+)
+def test_weights_by_hand(counts: list[int], max_share: float, weights: list[int]) -> None:
+    assert capped(counts, max_share) == weights

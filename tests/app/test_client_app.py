@@ -45,7 +45,8 @@ def base(tiny_model: Path) -> dict[str, Any]:
     return {
         "model_name": str(tiny_model), "quantization": 0, "lora_r": 4, "lora_alpha": 8,
         "batch_size": 4, "max_steps": 2, "gradient_checkpointing": False, "lr_max": 0.01,
-        "min_nodes": 1, "min_train_nodes": 1, "fraction_evaluate": 1.0, "max_retries": 0,
+        "min_nodes": 1, "min_train_nodes": 1, "min_replies": 1, "max_retries": 0,
+        "fraction_evaluate": 1.0,
     }  # fmt: skip
 
 

@@ -5,10 +5,8 @@ import json
 import httpx
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
-from hypothesis import given
-from hypothesis import strategies as st
 
-from app.exchange import POLL_S, REFUSED, exchange, one_line
+from app.exchange import POLL_S, REFUSED, exchange
 from tests.stand_in_grid import Clock, Node, StandInGrid
 
 
@@ -96,10 +94,3 @@ def test_an_error_is_given_with_its_reason_on_one_line() -> None:
     _, failed = exchange(grid, messages(1, 2), 60)
     assert failed["to 1"].startswith("line 1 line 2 [31mxxx")
     assert failed["to 2"] == "error without a reason"
-
-
-@given(st.text(max_size=2000))
-def test_whatever_a_site_says_fits_on_one_short_line(text: str) -> None:
-    line = one_line(text)
-    assert len(line) <= 500
-    assert line.isprintable()

@@ -3,14 +3,19 @@
 import itertools
 import json
 import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
+from app import preflight as module
 from app.config import RunConfig
-from app.preflight import PreflightError, Sites, compare, preflight
-from tests.samples import run_config
+from app.preflight import UNLISTED, PreflightError, Sites, preflight
+from app.site_list import SiteListError
+from tests.samples import run_config, write_site_list
 from tests.stand_in_grid import Clock, Node, StandInGrid
 
 LINEAR = {"model.layers.0.self_attn.q_proj": [32, 32], "lm_head": [300, 32]}
@@ -35,7 +40,20 @@ def broken(partition_id: int, why: str) -> dict[str, Any]:
 
 
 def config(min_nodes: int = 2, strict: bool = True, **changes: Any) -> RunConfig:
-    return run_config(min_nodes=min_nodes, min_train_nodes=1, require_all_nodes=strict, **changes)
+    base: dict[str, Any] = {"min_train_nodes": 1, "min_replies": 1, "require_all_nodes": strict}
+    return run_config(min_nodes=min_nodes, **base, **changes)
+
+
+def compare(
+    answers: Mapping[int, Mapping[str, Any]],
+    silent: Mapping[int, str],
+    config: RunConfig,
+    listed: Mapping[int, int] | None = None,
+) -> Sites:
+    """``listed``: as the sites say themselves, if not given."""
+    if listed is None:
+        listed = {n: facts["partition-id"] for n, facts in answers.items()}
+    return module.compare(answers, silent, listed, config)
 
 
 def test_sites_that_agree_may_start_and_are_known_by_their_partitions() -> None:
@@ -87,7 +105,10 @@ def test_all_sites_failing_is_an_error_of_the_preflight() -> None:
         compare({1: broken(0, "no data")}, {}, config(min_nodes=1, strict=False))
 
 
-def test_different_base_models_are_named_with_the_sites_of_each() -> None:
+@pytest.mark.parametrize("strict", [True, False])
+def test_two_base_models_at_as_many_sites_are_both_named_with_the_sites_of_each(
+    strict: bool,
+) -> None:
     answers = {
         1: answer(0),
         2: answer(5, fingerprint="bbbb"),
@@ -95,30 +116,68 @@ def test_different_base_models_are_named_with_the_sites_of_each() -> None:
         4: answer(12, fingerprint="bbbb"),
     }
     with pytest.raises(PreflightError) as caught:
-        compare(answers, {}, config(strict=False))
+        compare(answers, {}, config(strict=strict))
     lines = str(caught.value).splitlines()
     assert any("aaaa" in x and "site-00, site-09" in x for x in lines)
     assert any("bbbb" in x and "site-05, site-12" in x for x in lines)
 
 
-def test_two_nodes_that_say_they_are_the_same_site_are_refused_with_both_ids() -> None:
-    with pytest.raises(PreflightError, match="site-03") as caught:
-        compare({901: answer(3), 17: answer(0), 902: answer(3)}, {}, config(strict=False))
-    assert "901" in str(caught.value)
-    assert "902" in str(caught.value)
+OTHER_LAYERS = {"linear-layers": json.dumps({"lm_head": [300, 32]})}
 
 
-@pytest.mark.parametrize("both_broken", [False, True])
-@pytest.mark.parametrize("turned", [False, True])
-def test_the_same_site_twice_is_refused_even_if_one_of_the_two_is_not_ready(
-    both_broken: bool, turned: bool
+@pytest.mark.parametrize(
+    ("odd", "why"),
+    [
+        ({"fingerprint": "bbbb"}, "base model bbbb, and 3 sites have aaaa; prepare the same"),
+        (OTHER_LAYERS, "other linear layers, and 3 sites have aaaa; prepare the same"),
+        (
+            {"fingerprint": "\x1b[31mbb\nbb" + "x" * 10**6},
+            r"base model \[31mbb bbx{91}, and 3 sites have aaaa; prepare the same",
+        ),
+    ],
+    ids=["weights", "layers", "escape codes"],
+)
+def test_a_site_with_another_base_model_than_most_is_left_out_alone(
+    odd: dict[str, Any], why: str
 ) -> None:
-    twins = [broken(3, "no data"), broken(3, "no base model") if both_broken else answer(3)]
-    pair = dict(zip((901, 902), twins[::-1] if turned else twins, strict=True))
-    with pytest.raises(PreflightError, match="site-03") as caught:
-        compare({17: answer(0), 18: answer(1), **pair}, {}, config(strict=False))
-    assert "901" in str(caught.value)
-    assert "902" in str(caught.value)
+    answers = {1: answer(0), 2: answer(5, **odd), 3: answer(9), 4: answer(12)}
+    sites = compare(answers, {}, config(strict=False))
+    assert set(sites.node_of) == {0, 9, 12}
+    assert sites.fingerprint == "aaaa"
+    assert sites.linear_layers == LINEAR
+    assert list(sites.left_out) == ["site-05"]
+    assert re.match(why, sites.left_out["site-05"])
+    for strict, min_nodes in ((True, 2), (False, 4)):
+        with pytest.raises(PreflightError, match=f"1 sites are not ready:\n  site-05: {why}"):
+            compare(answers, {}, config(min_nodes, strict))
+
+
+@pytest.mark.parametrize("told", [answer(3), broken(3, "no data"), answer(19)])
+def test_a_site_that_says_it_is_another_is_left_out_alone_under_its_true_name(
+    told: dict[str, Any],
+) -> None:
+    """Whether that one is ready, is broken or is not there."""
+    answers = {1: answer(0), 2: answer(3), 4: answer(5), 3: told}
+    listed = {1: 0, 2: 3, 4: 5, 3: 7}
+    sites = compare(answers, {}, config(strict=False), listed)
+    assert sites.node_of == {0: 1, 3: 2, 5: 4}
+    said = f"site-{told['partition-id']:02d}"
+    why = (
+        f"it says that it is {said}, and its key is that of site-07; correct PARTITION_ID in "
+        "its site.env"
+    )
+    assert sites.left_out == {"site-07": why}
+    with pytest.raises(PreflightError) as caught:
+        compare(answers, {}, config(), listed)
+    assert str(caught.value) == f"1 sites are not ready:\n  site-07: {why}"
+
+
+def test_a_node_that_the_operator_does_not_know_is_left_out_by_its_id_with_the_cure() -> None:
+    answers = {1: answer(0), 2: answer(1), 99: answer(1)}
+    sites = compare(answers, {}, config(strict=False), {1: 0, 2: 1})
+    assert sites.node_of == {0: 1, 1: 2}
+    assert sites.left_out == {"node 99": UNLISTED}
+    assert "run superlink.register" in UNLISTED
 
 
 def test_the_order_of_the_answers_does_not_matter() -> None:
@@ -145,26 +204,25 @@ def test_the_order_of_the_answers_does_not_matter() -> None:
         answer(2, **{"linear-layers": json.dumps(["a list"])}),
         answer(2, **{"linear-layers": json.dumps({"lm_head": [1]})}),
         answer(2, **{"linear-layers": "[" * 100_000}),
+        answer(2, versions=json.dumps({"python": "x" * 50_000_000})),
     ],
 )
-def test_an_answer_that_cannot_be_read_is_that_nodes_alone(facts: dict[str, Any]) -> None:
+def test_an_answer_that_cannot_be_read_is_that_sites_alone(facts: dict[str, Any]) -> None:
     answers = {1: answer(0), 2: answer(1), 66: facts}
+    listed = {1: 0, 2: 1, 66: 2}
     unreadable = "an answer to the preflight that cannot be read"
-    sites = compare(answers, {}, config(strict=False))
+    sites = compare(answers, {}, config(strict=False), listed)
     assert set(sites.node_of) == {0, 1}
-    assert sites.left_out == {"node 66": unreadable}
-    with pytest.raises(PreflightError, match=f"node 66: {unreadable}"):
-        compare(answers, {}, config())
+    assert list(sites.left_out) == ["site-02"]
+    assert sites.left_out["site-02"].startswith(unreadable)
+    assert len(sites.left_out["site-02"]) < 200
+    with pytest.raises(PreflightError, match=f"site-02: {unreadable}"):
+        compare(answers, {}, config(), listed)
 
 
-def test_a_site_with_other_layers_of_the_same_weights_is_told_from_the_others() -> None:
-    other = answer(5, **{"linear-layers": json.dumps({"lm_head": [300, 32]})})
-    with pytest.raises(PreflightError) as caught:
-        compare({1: answer(0), 2: other, 3: answer(9)}, {}, config(strict=False))
-    assert [x.strip() for x in str(caught.value).splitlines()[1:]] == [
-        "aaaa: site-00, site-09",
-        "aaaa: site-05",
-    ]
+@pytest.fixture
+def sites_dir(tmp_path: Path) -> Path:
+    return write_site_list(tmp_path, {40: 0, 50: 1, 60: 2})
 
 
 def ready(facts: dict[str, Any]) -> Node:
@@ -183,50 +241,98 @@ def silent(message: Message) -> None:
     return None
 
 
-def test_every_node_is_asked_once_and_the_answers_are_compared() -> None:
+def test_every_node_is_asked_once_and_the_answers_are_compared(sites_dir: Path) -> None:
     grid = StandInGrid({50: ready(answer(1)), 40: ready(answer(0))}, reverse=True)
-    sites = preflight(grid, config(node_timeout_s=5.0))
+    sites = preflight(grid, config(node_timeout_s=5.0), sites_dir)
     assert sites.node_of == {0: 40, 1: 50}
     assert sorted(m.metadata.dst_node_id for m in grid.sent) == [40, 50]
 
 
 @pytest.mark.parametrize("node", [lost, lost_without_a_reason, silent])
-def test_a_node_that_fails_or_keeps_silent_is_named_when_the_time_is_up(node: Node) -> None:
+def test_a_site_that_fails_or_keeps_silent_is_named_when_the_time_is_up(
+    node: Node, sites_dir: Path
+) -> None:
     grid = StandInGrid({40: ready(answer(0)), 50: ready(answer(1)), 60: node})
-    with pytest.raises(PreflightError, match="60"):
-        preflight(grid, config(node_timeout_s=0.5))
-    sites = preflight(grid, config(strict=False, node_timeout_s=0.5))
+    with pytest.raises(PreflightError, match="site-02: "):
+        preflight(grid, config(node_timeout_s=0.5), sites_dir)
+    sites = preflight(grid, config(strict=False, node_timeout_s=0.5), sites_dir)
     assert set(sites.node_of) == {0, 1}
-    assert len(sites.left_out) == 1
+    assert list(sites.left_out) == ["site-02"]
 
 
-def test_a_node_that_answers_something_else_is_named() -> None:
-    nodes = {1: ready(answer(0)), 2: ready(answer(1))}
-    grid = StandInGrid({**nodes, 66: lambda m: Message(RecordDict(), reply_to=m)})
-    with pytest.raises(PreflightError, match="node 66"):
-        preflight(grid, config(node_timeout_s=0.5))
+def test_a_site_that_answers_something_else_is_named(sites_dir: Path) -> None:
+    nodes = {40: ready(answer(0)), 50: ready(answer(1))}
+    grid = StandInGrid({**nodes, 60: lambda m: Message(RecordDict(), reply_to=m)})
+    with pytest.raises(PreflightError, match="site-02"):
+        preflight(grid, config(node_timeout_s=0.5), sites_dir)
 
 
-def test_a_node_whose_first_answer_is_lost_is_asked_again_and_nobody_else_is() -> None:
+def test_a_site_whose_first_answer_is_lost_is_asked_again_and_nobody_else_is(
+    sites_dir: Path,
+) -> None:
     answers = iter([lost, ready(answer(1))])
     grid = StandInGrid({40: ready(answer(0)), 50: lambda m: next(answers)(m)})
-    assert preflight(grid, config(node_timeout_s=30.0)).node_of == {0: 40, 1: 50}
+    assert preflight(grid, config(node_timeout_s=30.0), sites_dir).node_of == {0: 40, 1: 50}
     assert [m.metadata.dst_node_id for m in grid.sent] == [40, 50, 50]
 
 
-def test_a_site_on_a_busy_host_has_time_to_answer_before_it_is_asked_again(clock: Clock) -> None:
+def test_a_site_on_a_busy_host_has_time_to_answer_before_it_is_asked_again(
+    clock: Clock, sites_dir: Path
+) -> None:
     asked: list[float] = []
     nodes = {40: ready(answer(0)), 50: ready(answer(1)), 60: lambda m: asked.append(clock.now)}
-    with pytest.raises(PreflightError, match="node 60: no answer"):
-        preflight(StandInGrid(nodes), config(node_timeout_s=600.0))
+    with pytest.raises(PreflightError, match="site-02: no answer"):
+        preflight(StandInGrid(nodes), config(node_timeout_s=600.0), sites_dir)
     first, second, third = asked
     assert second - first > 300
     assert third - second > 120
     assert clock.now < 610
 
 
-def test_too_few_nodes_end_the_wait_with_an_error_that_says_how_many() -> None:
+def test_too_few_nodes_end_the_wait_with_an_error_that_says_how_many(sites_dir: Path) -> None:
     grid = StandInGrid({40: ready(answer(0))})
-    with pytest.raises(PreflightError, match="1 of 2 SuperNodes"):
-        preflight(grid, config(node_timeout_s=0.01))
+    with pytest.raises(PreflightError, match="1 of 2 SuperNodes") as caught:
+        preflight(grid, config(node_timeout_s=0.01), sites_dir)
+    assert "operator's list" not in str(caught.value)
+    assert not grid.sent
+
+
+def test_nodes_that_are_not_sites_do_not_make_up_the_number_and_are_never_asked(
+    sites_dir: Path,
+) -> None:
+    strangers = {n: ready(answer(n % 3)) for n in (97, 98, 99)}
+    grid = StandInGrid({40: ready(answer(0)), **strangers})
+    with pytest.raises(PreflightError, match="1 of 2 SuperNodes online") as caught:
+        preflight(grid, config(node_timeout_s=5.0), sites_dir)
+    assert "3 more are not in the operator's list of sites: run superlink.register" in str(
+        caught.value
+    )
+    grid = StandInGrid({40: ready(answer(0)), 50: ready(answer(1)), **strangers})
+    sites = preflight(grid, config(strict=False, node_timeout_s=5.0), sites_dir)
+    assert {m.metadata.dst_node_id for m in grid.sent} == {40, 50}
+    assert sites.left_out == {f"node {n}": UNLISTED for n in strangers}
+
+
+def test_a_site_that_is_entered_in_the_list_meanwhile_takes_part(
+    sites_dir: Path, clock: Clock
+) -> None:
+    """As where register has let a node in and is about to write the list."""
+    nodes = {40: ready(answer(0)), 50: ready(answer(1)), 99: ready(answer(5))}
+    grid = StandInGrid(nodes)
+    sleep = clock.sleep
+
+    def enter(seconds: float) -> None:
+        write_site_list(sites_dir, {40: 0, 50: 1, 60: 2, 99: 5})
+        sleep(seconds)
+
+    clock.sleep = enter  # type: ignore[method-assign]
+    sites = preflight(grid, config(node_timeout_s=60.0), sites_dir)
+    assert sites.node_of == {0: 40, 1: 50, 5: 99}
+    assert sites.left_out == {}
+
+
+def test_without_a_list_of_the_sites_nobody_is_asked(tmp_path: Path) -> None:
+    grid = StandInGrid({40: ready(answer(0)), 50: ready(answer(1))})
+    with pytest.raises(SiteListError, match=r"run superlink\.register"):
+        preflight(grid, config(), tmp_path)
     assert not grid.sent

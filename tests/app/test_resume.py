@@ -22,7 +22,7 @@ from app.codec import decode
 from app.config import CODECS, STRATEGIES, ConfigError, RunConfig
 from app.resume import find_earlier
 from app.server_app import run
-from tests.samples import run_config
+from tests.samples import run_config, write_site_list
 from tests.stand_in_grid import Node, StandInGrid
 
 LINEAR = {"m.q_proj": [6, 10], "m.v_proj": [20, 10]}
@@ -66,8 +66,10 @@ def site(number: int, folder: Path, config: RunConfig) -> Node:
                 "loss-sum": float(np.abs(received).sum()),
             }
             return Message(RecordDict({"metrics": MetricRecord(loss)}), reply_to=message)
-        rng = np.random.default_rng([number, int(job["round"])])  # type: ignore[arg-type]
-        trained = received + 0.1 * rng.standard_normal(layout.size).astype(np.float32)
+        server_round = int(job["round"])  # type: ignore[arg-type]
+        step = np.random.default_rng([number, server_round]).standard_normal(layout.size)
+        step *= 2000 * config.learning_rate(server_round)  # as long as Adam's would be
+        trained = received + step.astype(np.float32)
         os.environ["SITE_DIR"] = str(folder / f"site-{number}")
         payload = client_app._to_send(trained, received, layout, config, job)
         numbers = dict.fromkeys(("train-loss", "load-s", "train-s", "peak-memory-mb"), 1.0)
@@ -98,6 +100,8 @@ def start(
 
     facts: dict[str, Any] = {"run_id": str(run_id)}
     grid = StandInGrid({k: counted(n) for k, n in sites.items()})
+    listed = write_site_list(folder / "sites", {100 + n: n for n in range(SITES)})
+    os.environ["SITES_DIR"] = str(listed)
     run(grid, config, RunFolder(folder / "results", run_id), facts)
     return facts
 

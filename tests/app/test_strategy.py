@@ -1,10 +1,13 @@
 """A round on the server: who takes part, what is accepted, and what comes out."""
 
 import io
+import json
 import math
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +27,7 @@ from tests.samples import run_config
 from tests.stand_in_grid import Node, StandInGrid
 
 LINEAR = {f"model.layers.{i}.self_attn.{n}_proj": [6, 4] for i in range(12) for n in "qv"}
-SITES: dict[str, Any] = {"lora_r": 2, "min_nodes": 2, "min_train_nodes": 2}
+SITES: dict[str, Any] = {"lora_r": 2, "min_nodes": 2, "min_train_nodes": 2, "min_replies": 1}
 LAYOUT = Layout.of(LINEAR, run_config(**SITES))
 Reply = Callable[[int, Vector], RecordDict]  # of a partition that received this adapter
 Change = Callable[[int, Vector], Vector]  # what a partition makes of the adapter it received
@@ -216,7 +219,7 @@ def aggregate_of(vectors: dict[int, Vector]) -> tuple[Vector, NDArray[np.float64
     """FedAvgOpt of these partitions' adapters, in their order."""
     chosen = sorted(vectors)
     updates = [list(LAYOUT.split(vectors[p]).values()) for p in chosen]
-    layers, alphas = fedavgopt(updates, [10 * (p + 1) for p in chosen])
+    layers, alphas = fedavgopt(updates, [min(10 * (p + 1), 160) for p in chosen])  # 10 steps of 16
     return np.concatenate([layer.ravel() for layer in layers]), alphas
 
 
@@ -395,6 +398,7 @@ BAD: dict[str, Reply] = {
     "a loss below zero": with_metric("train-loss", -1.0),
     "tokens without end": with_metric("num-tokens", 1e308),
     "steps backwards": with_metric("steps", -3),
+    "more steps than its rows make": with_metric("steps", 11),
     "no examples": with_metric("num-examples", 0),
     "fewer than no examples": with_metric("num-examples", -5),
     "examples not a number": with_metric("num-examples", math.nan),
@@ -579,7 +583,7 @@ def asked(s: Strategy, grid: StandInGrid) -> list[int]:
 def test_a_round_without_usable_replies_is_repeated_with_the_next_sample(bad: Node) -> None:
     first, second = (set(strategy(list(range(20))).sample(4, a)) for a in (0, 1))
     assert not first & second  # or this test needs another round
-    s, grid = of_twenty(first, bad)
+    s, grid = of_twenty(first, bad, max_share=1.0)
     new, line = s.train_round(4, initial_adapter(s.layout, 1))
     assert asked(s, grid) == sorted(first) + sorted(second)
     assert line["attempts"] == 2
@@ -760,6 +764,172 @@ def test_no_change_may_be_longer_than_max_update_norm(factor: float, used: bool)
         assert "site-01" in str(caught.value)
 
 
+# --- lengths at other learning rates and with other numbers of steps ------------------------------
+
+
+def adam(
+    s: Strategy, partition_id: int, factor: float = 1.0, growth: float = 0.75, claim: int = 0
+) -> Node:
+    """A site whose change is ``factor`` times as long as Adam's would be in its round.
+
+    Honest lengths go with the learning rate and with steps to the power of ``growth``. ``claim``:
+    rows, and so steps, that it says it took instead.
+    """
+    config, rows = s.config, 10 * (partition_id + 1)
+
+    def answer(message: Message) -> Message:
+        server_round = int(message.content.config_records["job"]["round"])  # type: ignore[arg-type]
+        rng = np.random.default_rng([partition_id, server_round])
+        direction = rng.standard_normal(480) / 480**0.5  # about 1 long
+        length = factor * 3000 * config.learning_rate(server_round) * config.steps(rows) ** growth
+        change = plus((length * direction).astype(np.float32))
+        content = changed(change)(partition_id, received(message))
+        content.metric_records["metrics"]["num-examples"] = claim or rows
+        content.metric_records["metrics"]["steps"] = config.steps(claim or rows)
+        return Message(content, reply_to=message)
+
+    return answer
+
+
+def of_the_reference(sites: int = 20, growth: float = 0.75, **changes: Any) -> Strategy:
+    """Two honest sites a round, the learning rate from 5e-5 to 1e-6 in ten rounds."""
+    nodes = dict.fromkeys(range(sites), silent)
+    s = strategy(list(range(sites)), {**nodes}, min_nodes=sites, max_retries=0, **changes)
+    assert (s.config.lr_max, s.config.lr_min, s.config.num_server_rounds) == (5e-5, 1e-6, 10)
+    replace_nodes(s, lambda p: adam(s, p, growth=growth))
+    return s
+
+
+def replace_nodes(s: Strategy, new: Callable[[int], Node], only: int | None = None) -> None:
+    assert isinstance(s.grid, StandInGrid)
+    for partition_id, node_id in s.sites.node_of.items():
+        if only in (None, partition_id):
+            s.grid.nodes[node_id] = new(partition_id)
+
+
+@pytest.mark.parametrize("resumed_after", [None, 1, 5, 9])
+@pytest.mark.parametrize("factor", [1.0, 12.0, 255.0])
+def test_in_round_10_a_change_of_12_times_the_honest_length_is_refused_and_no_honest_one_ever(
+    factor: float, resumed_after: int | None
+) -> None:
+    s = of_the_reference()
+    adapter, lines = initial_adapter(s.layout, 1), []
+    for server_round in range(1, 10):
+        adapter, line = s.train_round(server_round, adapter)
+        assert line["rejected"] == {}, server_round
+        lines.append(json.loads(json.dumps(line | s.budget())))
+        if server_round == resumed_after:
+            sent = s.bytes_sent
+            s = of_the_reference()
+            s.take_up(lines)
+            assert s.bytes_sent == sent
+    bad = s.sample(10)[0]
+    replace_nodes(s, lambda p: adam(s, p, factor), bad)
+    _, line = s.train_round(10, adapter)
+    if factor == 1:
+        assert line["rejected"] == {}
+    else:
+        assert list(line["rejected"]) == [f"site-{bad:02d}"]
+        assert "strategy.max-norm-ratio = 10" in line["rejected"][f"site-{bad:02d}"]
+
+
+@pytest.mark.parametrize("growth", [0.5, 0.75, 1.0])
+def test_sites_of_30_times_the_steps_of_others_all_take_part_in_every_round(growth: float) -> None:
+    """Whole epochs: rows from 10 to 320, batches of 2, so 5 to 160 steps and more lengths yet."""
+    s = of_the_reference(32, growth, max_steps=-1, num_train_epochs=1, batch_size=2)
+    adapter = initial_adapter(s.layout, 1)
+    for server_round in range(1, 11):
+        adapter, line = s.train_round(server_round, adapter)
+        assert line["rejected"] == {}, server_round
+
+
+def test_steps_that_a_site_claims_make_room_for_four_times_the_length_and_no_more() -> None:
+    s = of_the_reference(max_steps=-1, num_train_epochs=1, batch_size=2)
+    s.sites.num_examples.update(dict.fromkeys(s.sites.num_examples, 10**9 - 1))
+    adapter = initial_adapter(s.layout, 1)
+    for server_round in range(1, 10):
+        adapter, line = s.train_round(server_round, adapter)
+    bad = s.sample(10)[0]
+    replace_nodes(s, lambda p: adam(s, p, 200, claim=10**9 - 1), bad)
+    _, line = s.train_round(10, adapter)
+    assert list(line["rejected"]) == [f"site-{bad:02d}"]
+
+
+def test_a_learning_rate_of_nothing_lets_nothing_pass_that_is_longer_than_a_late_rest() -> None:
+    s = of_the_reference()
+    adapter = initial_adapter(s.layout, 1)
+    for server_round in range(1, 10):
+        adapter, _ = s.train_round(server_round, adapter)
+    s.config = replace(s.config, lr_min=0.0)
+    assert s.config.learning_rate(10) == 0
+    usual, bad = max(c.norm for c in s.changes), s.sample(10)[0]
+    for part, fine in ((0.1, True), (0.5, False)):  # int4 leaves out a tenth
+        step = np.full(480, part * usual * 480**-0.5, np.float32)
+        replace_nodes(s, lambda p: node(p, changed(plus(0.0))))
+        replace_nodes(s, partial(node, reply=changed(plus(step))), bad)
+        _, line = s.train_round(10, adapter)
+        assert line["rejected"].keys() == (set() if fine else {f"site-{bad:02d}"})
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_clipped_and_noisy_changes_are_as_long_in_round_10_as_in_round_1_and_take_part(
+    noise: float,
+) -> None:
+    s = of_the_reference(clip_norm=0.3, noise_multiplier=noise)
+
+    def private(message: Message) -> Message:
+        rng = np.random.default_rng(int(message.content.config_records["job"]["round"]))  # type: ignore[arg-type]
+        step = rng.standard_normal(480) * 0.3 / 480**0.5
+        reply = changed(plus(step.astype(np.float32)))
+        return Message(reply(1, received(message)), reply_to=message)
+
+    replace_nodes(s, lambda _: private)
+    s.sites.num_examples.update(dict.fromkeys(s.sites.num_examples, 20))
+    adapter = initial_adapter(s.layout, 1)
+    for server_round in range(1, 11):
+        adapter, line = s.train_round(server_round, adapter)
+        assert line["rejected"] == {}, server_round
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_steps", [10, -1])
+@pytest.mark.parametrize("name", ["fedavg", "fedprox"])
+def test_a_site_that_claims_a_billion_rows_weighs_as_much_as_all_others_together_at_most(
+    name: str, max_steps: int
+) -> None:
+    config = run_config(**SITES, max_steps=max_steps)
+
+    def greedy(partition_id: int, adapter: Vector) -> RecordDict:
+        content = trained(partition_id, adapter)
+        rows = 10**9 - 1 if partition_id == 2 else 10 * (partition_id + 1)
+        content.metric_records["metrics"]["num-examples"] = rows
+        content.metric_records["metrics"]["steps"] = config.steps(rows)
+        return content
+
+    nodes = {p: node(p, greedy) for p in range(3)}
+    s = strategy([0, 1, 2], nodes, strategy_name=name, max_steps=max_steps, **ALL)
+    s.sites.num_examples[2] = 10**9 - 1
+    start = initial_adapter(s.layout, 1)
+    new, line = s.train_round(1, start)
+    assert line["num_examples"] == [10, 20, 10**9 - 1]  # as it said, for all to see
+    assert line["shares"] == pytest.approx([1 / 6, 1 / 3, 1 / 2])
+    vectors = np.stack([moved(p, start) for p in range(3)]).astype(float)
+    np.testing.assert_allclose(new, np.array(line["shares"]) @ vectors, atol=1e-6)
+    assert line["train_loss"] == pytest.approx(1 / 6 + 2 / 3 + 3 / 2)
+
+
+def test_rows_that_a_round_did_not_use_weigh_nothing() -> None:
+    """Ten steps of 16 rows: 160 of 10,000 count, and all of 100."""
+    s = strategy([0, 1], {p: node(p) for p in range(2)}, max_share=1.0, **ALL)
+    s.sites.num_examples.update({0: 10_000, 1: 100})
+    rows = {0: 10_000, 1: 100}
+    replace_nodes(s, lambda p: node(p, with_metric("num-examples", rows[p])))
+    _, line = s.train_round(1, initial_adapter(s.layout, 1))
+    assert line["shares"] == pytest.approx([160 / 260, 100 / 260])
+
+
 # --- what a round's line says -------------------------------------------------------------------
 
 UNIT = np.eye(480, dtype=np.float32)
@@ -902,7 +1072,10 @@ def test_the_roundings_on_the_way_down_do_not_add_up(down: str) -> None:
         return np.asarray(adapter + steps[current] * np.float32(partition_id + 1), np.float32)
 
     nodes = {p: node(p, changed(step), down) for p in range(2)}
-    s = strategy([0, 1], nodes, codec_down=down, strategy_name="fedavg", **ALL)
+    s = strategy(
+        [0, 1], nodes, codec_down=down, strategy_name="fedavg", max_share=1.0,
+        num_server_rounds=12, lr_min=5e-5, **ALL,
+    )  # fmt: skip
     adapter = start = far_from_the_start()
     for current in range(12):
         adapter, _ = s.train_round(current + 1, adapter)
@@ -966,6 +1139,61 @@ def test_the_held_out_loss_is_a_mean_over_all_tokens_not_over_sites() -> None:
     assert result["eval_partitions"] == [0, 1, 2]
 
 
+def telling(loss: float, tokens: int, partition_id: int = 1) -> Node:
+    """A site that is evaluated with this loss a token."""
+
+    def reply(_: int, adapter: Vector) -> RecordDict:
+        metrics: dict[str, Any] = {
+            "num-examples": 5, "loss-sum": loss * tokens, "num-correct": 0, "num-tokens": tokens,
+        }  # fmt: skip
+        return RecordDict({"metrics": MetricRecord(metrics)})
+
+    return node(partition_id, reply)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(3, 9), st.data(), st.floats(0, 100), st.integers(1, 5 * 512))
+def test_a_minority_of_liars_cannot_move_the_median_beyond_what_honest_sites_say(
+    k: int, data: st.DataObject, lie: float, tokens: int
+) -> None:
+    honest = data.draw(st.lists(st.floats(1, 4), min_size=k, max_size=k))
+    liars = data.draw(st.sets(st.integers(0, k - 1), max_size=(k - 1) // 2))
+    nodes = {
+        p: telling(lie, tokens, p) if p in liars else telling(loss, 20, p)
+        for p, loss in enumerate(honest)
+    }
+    s = strategy(list(range(k)), nodes, fraction_evaluate=1.0)
+    result = s.evaluate(1, initial_adapter(s.layout, 1))
+    true = [loss for p, loss in enumerate(honest) if p not in liars]
+    assert min(true) * (1 - 1e-9) <= result["eval_loss_median"] <= max(true) * (1 + 1e-9)
+    assert result["eval_site_losses"] == pytest.approx(
+        [lie if p in liars else loss for p, loss in enumerate(honest)]
+    )
+    assert result["eval_partitions"] == list(range(k))
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_site_that_has_other_tokens_than_at_first_is_left_out_of_the_figure_by_name(
+    resumed: bool,
+) -> None:
+    s = evaluating({0: node(0, scored), 1: telling(2.0, 40), 2: node(2, scored)})
+    adapter = initial_adapter(s.layout, 1)
+    first = s.evaluate(1, adapter)
+    assert first["eval_site_tokens"] == [10, 40, 30]
+    if resumed:
+        s = evaluating({0: node(0, scored), 1: telling(2.0, 40), 2: node(2, scored)})
+        line = {"mb_sent": 0.0, "client_update_norms": [], "steps": [], **first}
+        s.take_up([json.loads(json.dumps(line))])
+    assert isinstance(s.grid, StandInGrid)
+    s.grid.nodes[s.sites.node_of[1]] = telling(0.0, 2000)
+    for _ in range(2):  # what was left out is no measure for later
+        second = s.evaluate(2, adapter)
+        assert second["eval_partitions"] == [0, 2]
+        assert second["eval_rejected"] == {
+            "site-01": "2000 answer tokens, 40 when it was evaluated first in this run"
+        }
+
+
 def scored_as(key: str, value: Any) -> Node:
     def reply(partition_id: int, adapter: Vector) -> RecordDict:
         content = scored(partition_id, adapter)
@@ -986,10 +1214,15 @@ def scored_as(key: str, value: Any) -> Node:
         scored_as("num-correct", 10**9),
         scored_as("loss-sum", 1.7e308),
         scored_as("loss-sum", -1.0),
+        scored_as("loss-sum", 2001.0),
+        telling(0.0, 5 * 512 + 1),
+        scored_as("num-tokens", 20.5),
+        telling(0.0, 0),
     ],
     ids=[
         "error", "late", "malformed", "tokens below zero", "tokens without end",
-        "more hits than tokens", "loss without end", "loss below zero",
+        "more hits than tokens", "loss without end", "loss below zero", "loss of no model",
+        "more tokens than its rows hold", "half a token", "no token",
     ],
 )  # fmt: skip
 def test_a_site_that_cannot_be_evaluated_is_left_out_of_the_figure(bad: Node) -> None:
@@ -997,6 +1230,7 @@ def test_a_site_that_cannot_be_evaluated_is_left_out_of_the_figure(bad: Node) ->
     result = s.evaluate(4, initial_adapter(s.layout, 1))
     assert result["eval_partitions"] == [0, 2]
     assert result["eval_loss"] == pytest.approx((3 + 9) / 40)
+    assert list(result["eval_rejected"]) == ["site-01"]
 
 
 def test_if_nobody_can_be_evaluated_there_is_no_figure() -> None:

@@ -42,7 +42,7 @@ def test_sites_that_fail_are_named_and_come_back_but_for_one_that_was_revoked(
         f"model.name={json.dumps(str(tiny_model))} model.lora.peft-lora-r=4 train.seq-length=512",
         f"num-server-rounds=2 strategy.min-nodes={SITES} strategy.fraction-train=1.0",
         f"train.training-arguments.max-steps=2 strategy.round-timeout-s={ROUND_TIMEOUT_S}",
-        "strategy.fraction-evaluate=0.0",
+        "strategy.fraction-evaluate=0.0 strategy.min-replies=1",
     ]
     ended: list[int] = []
     with Unreliable(tmp_path, models_dir, tmp_path / "results", SITES) as federation:
@@ -59,7 +59,7 @@ def test_sites_that_fail_are_named_and_come_back_but_for_one_that_was_revoked(
         assert victim is not None
         victim.kill()
         revoke(federation.federation, f"site-{REVOKED:02d}")
-        assert register(control, federation.public).shut_out == 1
+        assert register(control, federation.public, federation.sites_dir).shut_out == 1
         metrics = federation.results / "latest" / "metrics.jsonl"
         until(metrics.is_file, ROUND_TIMEOUT_S + 60, "the end of the first round")
         for number in (LATE, KILLED):

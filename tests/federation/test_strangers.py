@@ -353,9 +353,9 @@ def after(scene: Scene) -> Scene:
     rotate(scene.folder, "site-02")
     address = f"localhost:{scene.federation.fleet_port}"
     assert provision(scene.folder, SITES, address, []) == []
-    done = register(scene.control, scene.folder / "public")
+    done = register(scene.control, scene.folder / "public", scene.federation.sites_dir)
     assert (done.sites, done.new, done.shut_out, done.warnings) == (3, 1, 2, [])
-    again = register(scene.control, scene.folder / "public")
+    again = register(scene.control, scene.folder / "public", scene.federation.sites_dir)
     assert (again.sites, again.new, again.shut_out, again.warnings) == (3, 0, 0, [])
     scene.attempt("revoked", scene.kit("revoked", "site-00"))
     scene.attempt("old-key", old)
@@ -390,9 +390,9 @@ def test_a_revoked_key_that_is_put_back_by_hand_is_refused(after: Scene, tmp_pat
     (retired,) = public.glob("revoked/site-00-*.pub")
     shutil.copy(retired, public / "site-00.pub")
     with pytest.raises(ControlError, match=r"site-00\.pub is a revoked key .*rotate site-00"):
-        register(after.control, public)
+        register(after.control, public, after.federation.sites_dir)
     retired.unlink()
-    done = register(after.control, public)
+    done = register(after.control, public, after.federation.sites_dir)
     assert (done.sites, done.new, done.shut_out) == (4, 0, 0)
     assert len(done.warnings) == 1
     assert "site-00 cannot join; run superlink.provision rotate site-00" in done.warnings[0]
@@ -404,7 +404,7 @@ def test_a_key_that_the_folder_does_not_know_is_reported_and_not_touched(
     public = tmp_path / "public"
     shutil.copytree(after.folder / "public", public)
     (public / "site-03.pub").unlink()
-    done = register(after.control, public)
+    done = register(after.control, public, after.federation.sites_dir)
     assert len(done.warnings) == 1
     assert done.warnings[0].startswith("1 more keys may join")
     assert after.status("site-03") == "registered"
