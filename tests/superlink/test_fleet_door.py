@@ -209,8 +209,8 @@ def scene(link: Link) -> tuple[Link, int, int, int]:
 Scene = tuple[Link, int, int, int]
 
 
-def content(parameters: int = 10) -> RecordDict:
-    adapter = np.random.default_rng(7).integers(0, 255, 4 * parameters, np.uint8)
+def content(parameters: int = 10, seed: int = 7) -> RecordDict:
+    adapter = np.random.default_rng(seed).integers(0, 255, 4 * parameters, np.uint8)
     return RecordDict({
         "adapter": ArrayRecord({"payload": Array(adapter)}),
         "metrics": MetricRecord({"train-loss": 1.0}),
@@ -400,12 +400,12 @@ def test_a_node_has_one_reply_in_store(scene: Scene) -> None:
 
 def test_a_site_cannot_spoil_an_order_that_is_still_to_come(scene: Scene) -> None:
     link, run_id, node, liar = scene
-    adapter = content(ADAPTER - 1)  # as the first adapter, anybody can compute it
+    adapter = content(ADAPTER, seed=8)  # as the first adapter, anybody can compute it
     own = link.order(liar, run_id)
     answer = reply(own, RecordDict())
     tree = get_object_tree(answer)
     lie = ObjectTree(object_id="f" * 64)
-    for foreseen in list(get_all_nested_objects(adapter))[-4:]:
+    for foreseen in list(get_all_nested_objects(adapter["adapter"]))[-4:]:
         tree.children.append(ObjectTree(object_id=foreseen, children=[lie]))
     link.push(liar, answer, message_object_trees=[tree])
     order = link.order(node, run_id, adapter)
