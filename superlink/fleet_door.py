@@ -72,9 +72,9 @@ class Call:
         return ceil((4 * size + 128) / PIECE_BYTES) if size else 0  # 128: numpy's own header
 
 
-def name_of(key: bytes) -> str:
-    """What a key (PEM) is called in the log."""
-    return fingerprint_of_pem(key)
+def name_of(call: Call) -> str:
+    """What the caller is called in the log."""
+    return fingerprint_of_pem(call.key)
 
 
 def install(results: Path) -> None:
@@ -125,10 +125,11 @@ def _guarded(
 
     def guarded(servicer: Any, request: Any, context: Any) -> Any:
         key = get_metadata_bytes(context.invocation_metadata(), PUBLIC_KEY_HEADER) or b""
+        call = Call(request, servicer.state_factory.state(), key, results)
         try:
-            check(Call(request, servicer.state_factory.state(), key, results))
+            check(call)
         except RefusedError as err:
-            _log(f"{name} of {name_of(key)} refused: {err}")
+            _log(f"{name} of {name_of(call)} refused: {err}")
             # No status that a SuperNode would end on, or try again for ever: it logs this line
             # and goes on with its next order.
             context.abort(StatusCode.FAILED_PRECONDITION, str(err))
