@@ -21,10 +21,11 @@ from typing import Any
 
 from superlink.site_keys import fingerprint_of_pem
 
-# Flower cuts arrays into pieces of 5 MiB; everything else of an honest reply is far smaller.
+# Flower cuts arrays into pieces of 5 MiB. Everything else of an honest reply is far smaller; the
+# largest is the list of linear layers in the preflight, 1 MB for a model of 18,000.
 PIECE_BYTES = 5 * 2**20
 MAX_CALL_BYTES = 6 * 2**20
-MAX_OTHER_BYTES = 2**20
+MAX_OTHER_BYTES = 4 * 2**20
 # Message, RecordDict, ArrayRecord, Array and MetricRecord make five objects, beside the pieces.
 MAX_OTHER_OBJECTS = 8
 MAX_TIME_S = 1e10  # a date of the year 2286

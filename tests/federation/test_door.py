@@ -241,11 +241,11 @@ def attack(scene: Scene, liar: Caller) -> None:
         "created at NaN": ("PushMessages", pushed(me, own, created_at=NAN)),
         "a ttl of NaN": ("PushMessages", pushed(me, own, ttl=NAN)),
         "a crowd of objects": ("PushMessages", crowded),
-        "a long message": ("PushMessages", pushed(me, own, group_id="x" * 2**21)),
+        "a long message": ("PushMessages", pushed(me, own, group_id="x" * 5 * 2**20)),
         "an object for no session": ("PushObject", PushObjectRequest(
             **at, object_id=ORDER, object_content=b"x")),
         "a large object": ("PushObject", PushObjectRequest(
-            **at, session_id="any", object_id=ORDER, object_content=bytes(2**21))),
+            **at, session_id="any", object_id=ORDER, object_content=bytes(5 * 2**20))),
         "an array of many pieces": ("PushObject", PushObjectRequest(
             **at, session_id="any", object_id=ORDER, object_content=b"Array x 9\0"
             + json.dumps({"arraychunk_ids": [0] * 9999}).encode())),

@@ -262,7 +262,7 @@ def test_an_error_and_an_answer_before_the_adapter_is_known_pass(link: Link) -> 
         ({"reply_to_message_id": "0" * 64}, "no order of this run to the caller"),
         ({"message_type": "evaluate"}, "no order of this run to the caller"),
         ({"group_id": "x" * 9}, "no order of this run to the caller"),
-        ({"group_id": "x" * 2**21}, "bytes beside its objects"),
+        ({"group_id": "x" * 5 * 2**20}, "bytes beside its objects"),
         ({"message_id": "0" * 64}, "its objects are not its own"),
         ({"message_object_trees": []}, "1 messages with 0 object trees"),
         ({"message_object_trees": [ObjectTree(object_id="a" * 64)]}, "are not its own"),
@@ -325,7 +325,7 @@ def test_a_reply_is_no_larger_than_the_runs_adapter(scene: Scene) -> None:
 def test_an_object_is_no_larger_than_its_kind(scene: Scene) -> None:
     link, run_id, _, liar = scene
     order = link.order(liar, run_id)
-    large = RecordDict({"preflight": ConfigRecord({"versions": "x" * 2**21})})
+    large = RecordDict({"preflight": ConfigRecord({"versions": "x" * 5 * 2**20})})
     answer = reply(order, large)
     with pytest.raises(AbortedError, match="that is no piece of an array"):
         link.push_objects(liar, run_id, answer, link.push(liar, answer))
