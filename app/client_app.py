@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import platform
+import secrets
 import sys
 import time
 import traceback
@@ -99,6 +100,8 @@ def preflight(message: Message, context: Context) -> Message:
             {"python": platform.python_version()}
             | {p: version(p) for p in ("flwr", "torch", "transformers", "peft", "bitsandbytes")}
         ),
+        # Flower stores an answer by its hash: one that can be foreseen, another site could spoil.
+        "nonce": secrets.token_hex(16),
     }
     try:
         config = RunConfig.from_flat(context.run_config)

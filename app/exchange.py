@@ -19,6 +19,7 @@ K = TypeVar("K")
 # Between two looks: at least POLL_S, and POLL_EACH_S for every site still waited for, since each is
 # asked for by itself. Flower's own is 3 s.
 POLL_S, POLL_EACH_S = 1.0, 0.15
+NOBODYS = "0" * 64  # the id of no message
 REFUSED = "the SuperLink takes no message for it: its key was revoked or replaced"
 
 
@@ -31,7 +32,7 @@ def exchange(
         The contents of the replies, and why others failed. A key in neither kept silent.
 
     Raises:
-        httpx.HTTPError: the SuperLink itself fails.
+        httpx.HTTPError: the SuperLink itself fails, not only on the reply of one site.
     """
     ids = list(grid.push_messages(list(messages.values())))
     waiting = dict(zip(messages, ids, strict=True))
@@ -61,6 +62,14 @@ def _pull(grid: Grid, message_id: str) -> RecordDict | str | None:
             if not isinstance(reply.content, RecordDict):
                 raise TypeError
             return reply.content
+    except httpx.HTTPStatusError as err:
+        # What Flower answers as well where it cannot read what a site has stored. Only if it can
+        # do the same for nobody is it the SuperLink that fails.
+        status = err.response.status_code
+        if status < 500 or message_id == NOBODYS:
+            raise
+        _pull(grid, NOBODYS)
+        return f"the SuperLink cannot read its reply (HTTP {status})"
     except httpx.HTTPError:
         raise
     except Exception as err:  # whatever Flower makes of what a site has put together

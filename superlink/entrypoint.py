@@ -94,6 +94,9 @@ def main() -> None:
     from flwr.supercore.constant import SQLITE_PRAGMAS
     from flwr.superlink.cli import flower_superlink
 
+    from superlink import fleet_door
+
+    fleet_door.install(Path(os.environ["RESULTS_DIR"]))
     # Flower 1.36 gives up a database lock after 5 s, and no flag changes that. With 20 busy
     # SuperNodes on one host it then answers "Internal server error", after which a SuperNode,
     # or the process that starts ServerApps, is gone for good.

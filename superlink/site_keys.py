@@ -80,7 +80,17 @@ def publish(federation: Path, site: str) -> None:
 
 def fingerprint(pub: Path) -> str:
     """As ssh-keygen -l shows it."""
-    return f"SHA256:{base64.b64encode(hashlib.sha256(_blob(pub)).digest()).decode().rstrip('=')}"
+    return _fingerprint(_blob(pub))
+
+
+def fingerprint_of_pem(key: bytes) -> str:
+    """The same of a public key as Flower sends it. Raises ValueError: it is none."""
+    form = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    return _fingerprint(_blob_of(serialization.load_pem_public_key(key).public_bytes(*form)))
+
+
+def _fingerprint(blob: bytes) -> str:
+    return f"SHA256:{base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip('=')}"
 
 
 def _retire(pub: Path) -> None:

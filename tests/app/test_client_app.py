@@ -221,3 +221,15 @@ def test_no_message_of_a_site_holds_a_word_of_its_data(
         assert b"num-examples" in dump  # or it was not the message
         assert not [word for word in MARKER.split() if len(word) > 4 and word.encode() in dump]
     assert not [p for p in (site / "state").glob("*") if MARKER.encode() in p.read_bytes()]
+
+
+def test_no_part_of_a_preflights_answer_can_be_foreseen(
+    site: Path, base: dict[str, Any], models_dir: Path
+) -> None:
+    context = Context(
+        7, NODE_ID, {"partition-id": PARTITION, "num-partitions": 1}, RecordDict(),
+        cast(dict[str, Any], run_config(**base).flat()),
+    )  # fmt: skip
+    question = Message(RecordDict(), dst_node_id=NODE_ID, message_type="query")
+    first, second = (get_all_nested_objects(client_app.preflight(question, context)) for _ in "12")
+    assert not first.keys() & second.keys()

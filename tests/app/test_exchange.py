@@ -6,7 +6,7 @@ import httpx
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from app.exchange import POLL_S, REFUSED, exchange
+from app.exchange import NOBODYS, POLL_S, REFUSED, exchange
 from tests.stand_in_grid import Clock, Node, StandInGrid
 
 
@@ -63,6 +63,32 @@ def test_the_superlinks_own_failure_is_nobodys_reply() -> None:
     grid = StandInGrid({1: lambda m: httpx.ReadTimeout("away")})
     with pytest.raises(httpx.ReadTimeout):
         exchange(grid, messages(1), 60)
+
+
+def http(status: int) -> httpx.HTTPStatusError:
+    request = httpx.Request("POST", "http://superlink/v1/runtime/pull-messages")
+    response = httpx.Response(status, request=request)
+    return httpx.HTTPStatusError("Internal Server Error", request=request, response=response)
+
+
+def test_a_reply_that_the_superlink_cannot_read_is_its_senders_failure_alone() -> None:
+    grid = StandInGrid({1: lambda m: http(500), 2: says("fine")})
+    contents, failed = exchange(grid, messages(1, 2), 60)
+    assert list(contents) == ["to 2"]
+    assert failed == {"to 1": "the SuperLink cannot read its reply (HTTP 500)"}
+
+
+@pytest.mark.parametrize("probe", [http(500), httpx.ConnectError("away")])
+def test_a_superlink_that_can_read_nothing_fails_itself(probe: Exception) -> None:
+    grid = StandInGrid({1: lambda m: http(500), 2: says("fine")})
+    grid._replies[NOBODYS] = probe
+    with pytest.raises(type(probe)):
+        exchange(grid, messages(1, 2), 60)
+
+
+def test_a_superlink_that_refuses_the_run_fails_itself() -> None:
+    with pytest.raises(httpx.HTTPStatusError):
+        exchange(StandInGrid({1: lambda m: http(404)}), messages(1), 60)
 
 
 def test_a_site_whose_key_was_revoked_meanwhile_is_told_from_the_others() -> None:
