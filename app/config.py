@@ -48,6 +48,7 @@ def _whole_from(low: int) -> tuple[str, Callable[[Any], bool]]:
 
 
 _POSITIVE = ("a number above 0", lambda v: 0 < v < math.inf)
+_SECONDS_TO_A_WEEK = ("a number from 10 to 604800 (a week)", lambda v: 10 <= v <= 604800)
 _FROM_0 = ("a number, 0 or more", lambda v: 0 <= v < math.inf)
 _NOT_EMPTY = ("a text that is not empty", lambda v: bool(v.strip()))
 _RUNS = (
@@ -121,7 +122,9 @@ class RunConfig:
     max_norm_ratio: float = _key("strategy.max-norm-ratio", *_POSITIVE)
     max_update_norm: float = _key("strategy.max-update-norm", *_POSITIVE)
     node_timeout_s: float = _key("strategy.node-timeout-s", *_POSITIVE)
-    round_timeout_s: float = _key("strategy.round-timeout-s", *_POSITIVE)
+    # So long a site may take, and so long Flower keeps a message and its reply; then the site's
+    # SuperNode ends the work on it.
+    round_timeout_s: float = _key("strategy.round-timeout-s", *_SECONDS_TO_A_WEEK)
 
     # How adapters travel (app/codec.py), both ways; down and up override it one by one.
     codec: str = _key("communication.codec", *_one_of(*CODECS))

@@ -23,6 +23,8 @@ import threading
 import time
 from pathlib import Path
 
+from supernode.pinned import ANY
+
 STOP_AFTER_S = 10
 EX_TEMPFAIL = 75
 # A SuperNode that was killed counts as online for a minute, and its successor is refused.
@@ -134,9 +136,8 @@ def command(env: dict[str, str]) -> list[str]:
     site = Path(env["SITE_DIR"])
     partition, partitions = int(env["PARTITION_ID"]), int(env["NUM_PARTITIONS"])
     health = env.get("HEALTH_PORT")
-    flower = str(Path(sys.executable).with_name("flower-supernode"))
     return [
-        *((sys.executable, "-m", "supernode.pinned", "run", pin, site_name) if pin else (flower,)),
+        sys.executable, "-m", "supernode.pinned", "run", pin or ANY, site_name,
         "--superlink", env["SUPERLINK"],
         "--root-certificates", str(site / "superlink-ca.crt"),
         "--auth-supernode-private-key", str(site / "supernode.key"),
