@@ -17,6 +17,9 @@ STRATEGIES = ("fedavgopt", "fedavg", "fedavgopt-delta", "fedprox")
 CODECS = ("fp32", "bf16", "int8", "int4")
 # Begins the error of a run that would end the same way if it were resumed.
 GIVEN_UP = "given up: "
+# Begins that of one that ended before round 1, because sites kept silent: there is nothing of it to
+# be resumed, and another may find them.
+SILENT = "not begun: "
 WHERE = "set it in pyproject.toml [tool.flwr.app.config] or with --run-config"
 
 

@@ -19,10 +19,15 @@ from app.exchange import exchange, one_line
 
 logger = logging.getLogger(__name__)
 QUERY_TIMEOUT_S, ATTEMPTS = 120.0, 3
+NO_ANSWER = "no answer to the preflight"
 
 
 class PreflightError(Exception):
     """The run must not start; the message names the sites and the reasons."""
+
+
+class SilenceError(PreflightError):
+    """Too few sites are online, or answer, and no other reason is known: it may pass."""
 
 
 def site_name(partition_id: int) -> str:
@@ -84,6 +89,9 @@ def _count(value: Any) -> int:
 def preflight(grid: Grid, config: RunConfig) -> Sites:
     """Wait for ``min-nodes`` SuperNodes, ask each what it has, and compare.
 
+    Of a run that goes on, sites may be at work still on a round of the run before: they are waited
+    for until its orders have expired.
+
     Raises:
         PreflightError: too few nodes within node-timeout-s, or a site's answer forbids the run.
     """
@@ -99,7 +107,27 @@ def preflight(grid: Grid, config: RunConfig) -> Sites:
         for node_id, why in silent.items():
             logger.info("[preflight] try %d of %d: node %d: %s", attempt, ATTEMPTS, node_id, why)
         time.sleep(3)
+    if config.resume:
+        _wait_for_busy_sites(grid, config, answers, silent)
     return compare(answers, silent, config)
+
+
+def _wait_for_busy_sites(
+    grid: Grid, config: RunConfig, answers: dict[int, Mapping[str, Any]], silent: dict[int, str]
+) -> None:
+    deadline = time.monotonic() + config.round_timeout_s + QUERY_TIMEOUT_S
+    while busy := [n for n, why in silent.items() if why == NO_ANSWER]:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return
+        logger.info(
+            "[preflight] %d nodes are silent, perhaps still at work for the run before; waiting "
+            "%.0f s more at most (strategy.round-timeout-s): %s",
+            len(busy),
+            left,
+            ", ".join(map(str, busy)),
+        )
+        _ask(grid, busy, deadline, answers, silent)
 
 
 def _ask(
@@ -123,14 +151,14 @@ def _ask(
             answers[node_id] = contents[node_id].config_records.get("preflight", {})
             silent.pop(node_id, None)
         else:
-            silent[node_id] = failed.get(node_id, "no answer to the preflight")
+            silent[node_id] = failed.get(node_id, NO_ANSWER)
 
 
 def _wait_for_nodes(grid: Grid, config: RunConfig, deadline: float) -> list[int]:
     said = -1
     while len(node_ids := list(grid.get_node_ids())) < config.min_nodes:
         if time.monotonic() > deadline:
-            raise PreflightError(
+            raise SilenceError(
                 f"{len(node_ids)} of {config.min_nodes} SuperNodes online after "
                 f"{config.node_timeout_s:.0f} s (strategy.min-nodes, strategy.node-timeout-s); "
                 "flwr supernode list deployment shows which are offline"
@@ -152,6 +180,7 @@ def compare(
     Raises:
         PreflightError: two sites share a partition or differ in base model; or a site has an
             error, and require-all-nodes is true or fewer than min-nodes others are left.
+        SilenceError: the same, of sites that do not answer only.
     """
     left_out = {f"node {node_id}": why for node_id, why in silent.items()}
     usable: dict[int, Answer] = {}
@@ -175,7 +204,9 @@ def compare(
             usable[partition_id] = answer
     problems = "".join(f"\n  {site}: {why}" for site, why in sorted(left_out.items()))
     if left_out and (config.require_all_nodes or len(usable) < config.min_nodes):
-        raise PreflightError(f"{len(left_out)} sites are not ready:{problems}")
+        silence = set(left_out.values()) == {NO_ANSWER}
+        error = SilenceError if silence else PreflightError
+        raise error(f"{len(left_out)} sites are not ready:{problems}")
     if left_out:
         logger.warning("[preflight] going on without:%s", problems)
 
