@@ -233,7 +233,7 @@ def test_of_a_run_that_goes_on_a_site_at_work_is_waited_for_until_its_order_has_
         return ready(answer(2))(message) if clock.now > 7000 else None
 
     nodes = {40: ready(answer(0)), 50: ready(answer(1)), 60: busy}
-    waits = {"node_timeout_s": 600.0, "round_timeout_s": 7200.0}
+    waits: dict[str, Any] = {"node_timeout_s": 600.0, "round_timeout_s": 7200.0}
     with pytest.raises(SilenceError, match="node 60: no answer"):
         preflight(StandInGrid(nodes), config(**waits))
     assert clock.now < 610
