@@ -228,7 +228,7 @@ def test_a_site_on_a_busy_host_has_time_to_answer_before_it_is_asked_again(clock
 def test_of_a_run_that_goes_on_a_site_at_work_is_waited_for_until_its_order_has_expired(
     clock: Clock,
 ) -> None:
-    def busy(message: Message) -> Message | None:
+    def busy(message: Message) -> Message | Exception | None:
         """Takes no order before its last has expired; ask it what it has then."""
         return ready(answer(2))(message) if clock.now > 7000 else None
 
