@@ -73,11 +73,11 @@ class Setting:
         path = self.federation.work / "logs" / f"site-{number:02d}.log"
         return path.read_text(errors="replace")
 
-    def stored(self, query: str) -> int:
+    def stored(self, query: str, *values: float) -> int:
         """A number out of the SuperLink's database."""
         path = self.federation.work / "superlink" / "superlink.db"
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
-            return int(db.execute(query).fetchone()[0])
+            return int(db.execute(query, values).fetchone()[0])
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_clientapp_that_hangs_is_ended_with_its_order_and_its_site_is_in_the_n
     until(metrics.is_file, ROUND_TIMEOUT_S + 60, "the end of round 1")
     # The run goes on, and nothing of its first round is kept for the sites that were late.
     of_round_1 = setting.stored(
-        f"SELECT count(*) FROM message_ins WHERE created_at < {time.time() - 5}"
+        "SELECT count(*) FROM message_ins WHERE created_at < ?", time.time() - 5
     )
     replies = setting.stored("SELECT count(*) FROM message_res")
     follow.join(timeout=200)
