@@ -115,8 +115,8 @@ def install(site: str) -> None:
         except Expired:
             print(
                 f"supernode: ERROR: {site}'s ClientApp has not answered an order of run "
-                f"{order.run_id} within its {order.ttl:.0f} s (strategy.round-timeout-s), and is "
-                "ended",
+                f"{order.run_id} within the {order.ttl:.0f} s that its answer is waited for, and "
+                "is ended",
                 flush=True,
             )
             _give_up(state, store, order.message_id, workers)
