@@ -144,7 +144,7 @@ def _ask(
     # A site answers in seconds, but 20 on one busy host may take minutes: who asks anew too soon
     # only adds to their load.
     left = deadline - time.monotonic()
-    timeout_s = max(1.0, min(left, max(QUERY_TIMEOUT_S, left / 2)))
+    timeout_s = max(10.0, min(left, max(QUERY_TIMEOUT_S, left / 2)))
     contents, failed = exchange(grid, questions, timeout_s)
     for node_id in node_ids:
         if node_id in contents:
