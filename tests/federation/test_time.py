@@ -64,7 +64,8 @@ class Setting:
         follow = threading.Thread(
             target=lambda: self.ended.append(
                 submit(REPOSITORY, overrides, self.control, self.federation.public)
-            )
+            ),
+            daemon=True,
         )
         follow.start()
         return follow
