@@ -17,6 +17,9 @@ STRATEGIES = ("fedavgopt", "fedavg", "fedavgopt-delta", "fedprox")
 CODECS = ("fp32", "bf16", "int8", "int4")
 # Begins the error of a run that would end the same way if it were resumed.
 GIVEN_UP = "given up: "
+# Begins that of one that ended before round 1, because sites kept silent: there is nothing of it to
+# be resumed, and another may find them.
+SILENT = "not begun: "
 WHERE = "set it in pyproject.toml [tool.flwr.app.config] or with --run-config"
 
 
@@ -48,6 +51,7 @@ def _whole_from(low: int) -> tuple[str, Callable[[Any], bool]]:
 
 
 _POSITIVE = ("a number above 0", lambda v: 0 < v < math.inf)
+_SECONDS_TO_A_WEEK = ("a number from 10 to 604800 (a week)", lambda v: 10 <= v <= 604800)
 _FROM_0 = ("a number, 0 or more", lambda v: 0 <= v < math.inf)
 _NOT_EMPTY = ("a text that is not empty", lambda v: bool(v.strip()))
 _RUNS = (
@@ -128,7 +132,9 @@ class RunConfig:
     max_norm_ratio: float = _key("strategy.max-norm-ratio", *_POSITIVE)
     max_update_norm: float = _key("strategy.max-update-norm", *_POSITIVE)
     node_timeout_s: float = _key("strategy.node-timeout-s", *_POSITIVE)
-    round_timeout_s: float = _key("strategy.round-timeout-s", *_POSITIVE)
+    # So long a site may take, and so long Flower keeps a message and its reply; then the site's
+    # SuperNode ends the work on it.
+    round_timeout_s: float = _key("strategy.round-timeout-s", *_SECONDS_TO_A_WEEK)
 
     # How adapters travel (app/codec.py), both ways; down and up override it one by one.
     codec: str = _key("communication.codec", *_one_of(*CODECS))

@@ -28,27 +28,34 @@ def exchange(
 ) -> tuple[dict[K, RecordDict], dict[K, str]]:
     """Send, then wait for all replies or ``timeout_s``.
 
+    A message lives no longer than it is waited for: then no site gets it any more, and the
+    SuperLink takes no reply to it. Asked for it after that, Flower deletes it and says so: what
+    the last look brings is no failure of the site.
+
     Returns:
         The contents of the replies, and why others failed. A key in neither kept silent.
 
     Raises:
         httpx.HTTPError: the SuperLink itself fails, not only on the reply of one site.
     """
+    for message in messages.values():
+        message.metadata.ttl = timeout_s
+    deadline = time.monotonic() + timeout_s
     ids = list(grid.push_messages(list(messages.values())))
     waiting = dict(zip(messages, ids, strict=True))
     failed = {key: REFUSED for key, message_id in waiting.items() if not message_id}
     contents: dict[K, RecordDict] = {}
-    deadline = time.monotonic() + timeout_s
     while True:
+        over = time.monotonic() >= deadline
         left = waiting.keys() - contents.keys() - failed.keys()
         for key in left:
             reply = _pull(grid, waiting[key])
             if isinstance(reply, RecordDict):
                 contents[key] = reply
-            elif reply is not None:
+            elif reply is not None and not over:
                 failed[key] = one_line(reply)
         left -= contents.keys() | failed.keys()
-        if not left or time.monotonic() >= deadline:
+        if not left or over:
             return contents, failed
         time.sleep(max(POLL_S, POLL_EACH_S * len(left)))
 

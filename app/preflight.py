@@ -23,10 +23,15 @@ from app.untrusted import UnfitError, count, linear_layers, one_line, table
 logger = logging.getLogger(__name__)
 QUERY_TIMEOUT_S, ATTEMPTS = 120.0, 3
 UNLISTED = f"a node that is not in the operator's list of sites; {CURE}"
+NO_ANSWER = "no answer to the preflight"
 
 
 class PreflightError(Exception):
     """The run must not start; the message names the sites and the reasons."""
+
+
+class SilenceError(PreflightError):
+    """Too few sites are online, or answer, and no other reason is known: it may pass."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,9 @@ class Answer:
 def preflight(grid: Grid, config: RunConfig, sites_dir: Path) -> Sites:
     """Wait for ``min-nodes`` SuperNodes, ask each what it has, and compare.
 
-    ``sites_dir`` holds the operator's list of sites. Nodes that are not in it are not asked.
+    ``sites_dir`` holds the operator's list of sites. Nodes that are not in it are not asked. Of a
+    run that goes on, sites may be at work still on a round of the run before: they are waited for
+    until its orders have expired.
 
     Raises:
         PreflightError: too few nodes within node-timeout-s, or a site's answer forbids the run.
@@ -94,11 +101,35 @@ def preflight(grid: Grid, config: RunConfig, sites_dir: Path) -> Sites:
             name = _name(node_id, listed)
             logger.info("[preflight] try %d of %d: %s: %s", attempt, ATTEMPTS, name, why)
         time.sleep(3)
+    if config.resume:
+        _wait_for_busy_sites(grid, config, listed, answers, silent)
     return compare(answers, silent, listed, config)
 
 
 def _name(node_id: int, listed: Mapping[int, int]) -> str:
     return site_name(listed[node_id]) if node_id in listed else f"node {node_id}"
+
+
+def _wait_for_busy_sites(
+    grid: Grid,
+    config: RunConfig,
+    listed: Mapping[int, int],
+    answers: dict[int, Mapping[str, Any]],
+    silent: dict[int, str],
+) -> None:
+    deadline = time.monotonic() + config.round_timeout_s + QUERY_TIMEOUT_S
+    while busy := [n for n, why in silent.items() if why == NO_ANSWER]:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return
+        logger.info(
+            "[preflight] %d sites are silent, perhaps still at work for the run before; waiting "
+            "%.0f s more at most (strategy.round-timeout-s): %s",
+            len(busy),
+            left,
+            ", ".join(_name(n, listed) for n in busy),
+        )
+        _ask(grid, busy, deadline, answers, silent)
 
 
 def _ask(
@@ -115,14 +146,14 @@ def _ask(
     # A site answers in seconds, but 20 on one busy host may take minutes: who asks anew too soon
     # only adds to their load.
     left = deadline - time.monotonic()
-    timeout_s = max(1.0, min(left, max(QUERY_TIMEOUT_S, left / 2)))
+    timeout_s = max(10.0, min(left, max(QUERY_TIMEOUT_S, left / 2)))
     contents, failed = exchange(grid, questions, timeout_s)
     for node_id in node_ids:
         if node_id in contents:
             answers[node_id] = contents[node_id].config_records.get("preflight", {})
             silent.pop(node_id, None)
         else:
-            silent[node_id] = failed.get(node_id, "no answer to the preflight")
+            silent[node_id] = failed.get(node_id, NO_ANSWER)
 
 
 def _wait_for_nodes(
@@ -138,7 +169,7 @@ def _wait_for_nodes(
         if time.monotonic() > deadline:
             others = len(node_ids) - sites
             unlisted = f"; {others} more are not in the operator's list of sites: {CURE}"
-            raise PreflightError(
+            raise SilenceError(
                 f"{sites} of {config.min_nodes} SuperNodes online after "
                 f"{config.node_timeout_s:.0f} s (strategy.min-nodes, strategy.node-timeout-s); "
                 "flwr supernode list deployment shows which are offline"
@@ -164,6 +195,7 @@ def compare(
     Raises:
         PreflightError: a site cannot take part, and require-all-nodes is true or fewer than
             min-nodes others are left; or no base model is that of the most sites.
+        SilenceError: the first, of sites that do not answer only.
     """
     left_out = {_name(node_id, listed): why for node_id, why in silent.items()}
     usable: dict[int, Answer] = {}
@@ -176,7 +208,9 @@ def compare(
     usable, groups = _of_the_most(dict(sorted(usable.items())), left_out)
     problems = "".join(f"\n  {site}: {why}" for site, why in sorted(left_out.items()))
     if left_out and (config.require_all_nodes or len(usable) < config.min_nodes):
-        raise PreflightError(f"{len(left_out)} sites are not ready:{problems}")
+        silence = set(left_out.values()) == {NO_ANSWER}
+        error = SilenceError if silence else PreflightError
+        raise error(f"{len(left_out)} sites are not ready:{problems}")
     if groups:
         raise PreflightError(
             f"the sites hold different weights of {config.model_name} (fingerprint: sites); "

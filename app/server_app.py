@@ -19,8 +19,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from app.adapter import Layout, initial_adapter
 from app.checkpoint import ResultsError, RunFolder
-from app.config import GIVEN_UP, ConfigError, RunConfig
-from app.preflight import PreflightError, preflight
+from app.config import GIVEN_UP, SILENT, ConfigError, RunConfig
+from app.preflight import PreflightError, SilenceError, preflight
 from app.privacy import noise_norm
 from app.resume import adopt, find_earlier
 from app.site_list import SiteListError, site_name
@@ -53,8 +53,10 @@ def main(grid: Grid, context: Context) -> None:
         facts |= {"status": "failed", "error": str(err) or type(err).__name__}
         if isinstance(err, (ConfigError, PreflightError, SiteListError, RoundError, ResultsError)):
             logger.error("ERROR: %s", err)
+        if isinstance(err, SilenceError):
+            raise type(err)(f"{SILENT}{err}") from None  # superlink.submit looks for these two
         if isinstance(err, (ConfigError, PreflightError, SiteListError, ResultsError)):
-            raise type(err)(f"{GIVEN_UP}{err}") from None  # superlink.submit looks for it
+            raise type(err)(f"{GIVEN_UP}{err}") from None
         raise
     finally:
         if folder:

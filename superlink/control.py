@@ -6,6 +6,7 @@ register 20 keys or to watch the nodes come online.
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,17 @@ class RunStatus:
     details: str
     bytes_to_sites: int
     bytes_from_sites: int
+
+
+@dataclass(frozen=True)
+class KnownRun:
+    """``config`` is what was given on top of pyproject.toml's, ``app`` the FAB's SHA-256."""
+
+    run_id: int
+    config: dict[str, Any]
+    app: str
+    state: RunStatus
+    ended_s_ago: float  # by the SuperLink's clock; 0 of a run that has not ended
 
 
 class Control:
@@ -139,17 +151,10 @@ class Control:
             raise lost if gone else self._error(err) from None
         if run_id not in reply.run_dict:
             raise lost
-        run = reply.run_dict[run_id]
-        status = run.status
-        return RunStatus(
-            f"{status.status}:{status.sub_status}" if status.sub_status else status.status,
-            status.details,
-            run.bytes_sent,
-            run.bytes_recv,
-        )
+        return _status(reply.run_dict[run_id])
 
-    def unfinished(self) -> dict[int, dict[str, Any]]:
-        """Runs that have not ended, by run id: the config that each was given, newest first.
+    def runs(self) -> list[KnownRun]:
+        """All runs that the SuperLink knows, newest first.
 
         Raises:
             ControlError: no answer.
@@ -158,14 +163,30 @@ class Control:
             reply = self._stub.ListRuns(ListRunsRequest(), timeout=CALL_TIMEOUT_S)
         except grpc.RpcError as err:
             raise self._error(err) from None
-        going_on = [r for r in reply.run_dict.values() if r.status.status != "finished"]
-        return {
-            r.run_id: user_config_from_proto(r.override_config)
-            for r in sorted(going_on, key=lambda r: r.pending_at, reverse=True)
-        }
+        now = datetime.fromisoformat(reply.now)
+        return [
+            KnownRun(
+                r.run_id,
+                user_config_from_proto(r.override_config),
+                r.fab_hash,
+                _status(r),
+                (now - datetime.fromisoformat(r.finished_at or reply.now)).total_seconds(),
+            )
+            for r in sorted(reply.run_dict.values(), key=lambda r: r.pending_at, reverse=True)
+        ]
 
     def _error(self, err: grpc.RpcError) -> ControlError:
         return ControlError(f"SuperLink at {self.address}: {err.code().name}: {err.details()}")
+
+
+def _status(run: Any) -> RunStatus:
+    status = run.status
+    return RunStatus(
+        f"{status.status}:{status.sub_status}" if status.sub_status else status.status,
+        status.details,
+        run.bytes_sent,
+        run.bytes_recv,
+    )
 
 
 def public_keys(folder: Path) -> dict[str, bytes]:

@@ -5,14 +5,16 @@
 The exit code is 0 exactly if the run finished as completed. (``flwr run --stream`` returns 0
 even when the ServerApp died.) A run that failed is resumed after its last complete round,
 MAX_RESUMES times at most, unless it ended for a reason that would end it again (bad settings, a
-site that is not ready, a full disk). A run of this config that is going on already, because an
-earlier submission was cut off, is followed.
+site that is not ready, a full disk). Where an earlier submission of this config and this very app
+was cut off (a reboot of the host), this one goes on with it: a run that is going on is followed,
+one that was cut off is resumed. A run that has completed, or was stopped, is followed by a new one.
 
 Unlike flwr's own --run-config, files and pairs can be mixed; later ones win, RUN_CONFIG (from the
 environment) last. CONTROL_ADDRESS and PUBLIC_DIR say where the SuperLink and its keys are.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -22,13 +24,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-from app.config import GIVEN_UP, ConfigError, merged_config
+from app.config import GIVEN_UP, SILENT, ConfigError, merged_config
 from superlink.connection import write_connection
-from superlink.control import Control, ControlError, RunLostError, RunStatus, public_keys
+from superlink.control import (
+    Control,
+    ControlError,
+    KnownRun,
+    RunLostError,
+    RunStatus,
+    public_keys,
+)
 
 _POLL_S = 2
 MAX_RESUMES = 3
 DEAD_AFTER_S = 90  # Flower takes up to 60 s to see that a ServerApp is gone
+# compose.yaml's restart policy starts a submission that failed once more, at once: it must not
+# repeat a run that has ended for good.
+JUST_ENDED_S = 30
+_RAISED = "ServerApp failed with exception: "  # Flower's words before ours
 
 
 def wait_for_nodes(control: Control, public: Path, needed: int, timeout_s: float) -> None:
@@ -69,6 +82,15 @@ def submit(app_dir: Path, overrides: list[str], control: Control, public: Path) 
         ConfigError, ControlError: it could not be started or followed.
     """
     flat, config = merged_config(app_dir, overrides)
+    app = _app_sha256(app_dir)
+    control.wait_until_up(config.node_timeout_s)
+    before = _newest(control, app, flat)
+    if before and _for_good(before) and before.ended_s_ago < JUST_ENDED_S:
+        _say(f"run {before.run_id} of these settings has just ended: {before.state.details}")
+        return 1
+    if before and _cut_off(before.state) and not config.resume:
+        flat["resume"] = _resume_after(before.run_id, before.config.get("resume"), before.state)
+        _say(f"run {before.run_id} of these settings was cut off; going on with it")
     with tempfile.TemporaryDirectory() as home:
         write_connection(Path(home), control.address, public / "ca.crt")
         env = {
@@ -79,23 +101,55 @@ def submit(app_dir: Path, overrides: list[str], control: Control, public: Path) 
         }
         for resumes in range(MAX_RESUMES + 1):
             control.wait_until_up(config.node_timeout_s)
-            same = flat | {"resume": ""}
-            going_on = [n for n, f in control.unfinished().items() if f | {"resume": ""} == same]
-            if going_on:
-                run_id = going_on[0]
+            run = _newest(control, app, flat)
+            if run and not run.state.status.startswith("finished"):
+                run_id, resume = run.run_id, run.config.get("resume")
                 _say(f"run {run_id} is going on; following it")
             else:
                 wait_for_nodes(control, public, config.min_nodes, config.node_timeout_s)
-                run_id = _start(app_dir, flat, Path(home), env)
+                run_id, resume = _start(app_dir, flat, Path(home), env), flat.get("resume")
                 _say(f"run {run_id} started")
             state = _follow(control, run_id, env, config.node_timeout_s)
             _say(f"run {run_id} {state.status}{': ' + state.details if state.details else ''}")
-            again = state.status == "finished:failed" and GIVEN_UP not in state.details
-            if not again or resumes == MAX_RESUMES:
+            if not _cut_off(state) or resumes == MAX_RESUMES:
                 break
-            flat["resume"] = f"{run_id},{flat.get('resume') or config.resume or '0'}"
+            flat["resume"] = _resume_after(run_id, resume or config.resume, state)
             _say(f"going on after its last complete round ({resumes + 1} of {MAX_RESUMES} times)")
     return 0 if state.status == "finished:completed" else 1
+
+
+def _newest(control: Control, app: str, flat: dict[str, Any]) -> KnownRun | None:
+    """The newest run of this app and config, whatever it resumed."""
+    same = flat | {"resume": ""}
+    runs = control.runs()
+    return next((r for r in runs if r.app == app and r.config | {"resume": ""} == same), None)
+
+
+def _cut_off(state: RunStatus) -> bool:
+    """Failed, but not for a reason that would end it again."""
+    given_up = state.details.startswith(_RAISED + GIVEN_UP)
+    return state.status == "finished:failed" and not given_up
+
+
+def _for_good(run: KnownRun) -> bool:
+    """A submission has given this run up: it would fail again, or was resumed often enough."""
+    often = str(run.config.get("resume") or "").count(",") >= MAX_RESUMES
+    given_up = not _cut_off(run.state) or (often and run.state.details.startswith(_RAISED))
+    return run.state.status == "finished:failed" and given_up
+
+
+def _resume_after(run_id: int, resume: Any, state: RunStatus) -> str:
+    """The key resume of the run that goes on with this one, which itself had ``resume``."""
+    if state.details.startswith(_RAISED + SILENT):
+        return str(resume or "")
+    return f"{run_id},{resume or '0'}"
+
+
+def _app_sha256(app_dir: Path) -> str:
+    """Of the FAB that flwr run makes of this folder; so Flower names a run's app."""
+    from flwr.cli.build import build_fab_from_disk
+
+    return hashlib.sha256(build_fab_from_disk(app_dir)).hexdigest()
 
 
 def _follow(control: Control, run_id: int, env: dict[str, str], timeout_s: float) -> RunStatus:

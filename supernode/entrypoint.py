@@ -23,15 +23,18 @@ import threading
 import time
 from pathlib import Path
 
+from supernode.node_log import Joining, plain
+from supernode.pinned import ANY
+
 STOP_AFTER_S = 10
 EX_TEMPFAIL = 75
 # A SuperNode that was killed counts as online for a minute, and its successor is refused.
 ACTIVATION_TIMEOUT_S, ACTIVATION_PAUSE_S = 75, 10
 
 NOT_ACTIVATED = "Failed to activate SuperNode"
-# What Flower logs when joining can't work, and what to tell the hospital. Flower itself would
-# go on running without ever working, so that no restart policy could help. The first sign in a
-# line counts.
+# What Flower gives as the reason when joining can't work, and what to tell the hospital. Flower
+# itself would go on running without ever working, so that no restart policy could help. The first
+# sign in a reason counts.
 HOPELESS = {
     NOT_ACTIVATED: "the SuperLink does not know this site's key (its operator must run "
     "superlink.register with this site's .pub file), or the key was revoked (superlink.provision "
@@ -42,9 +45,8 @@ HOPELESS = {
     "Tls handshake failed": "the SuperLink's certificate was not issued by the CA in "
     "superlink-ca.crt, or not for this address; get a new site kit",
 }
-# What Flower logs when it stops, also when the SuperLink refuses a message's signature: it does
+# Flower stops as if it had been asked to when the SuperLink refuses a message's signature: it does
 # not say so, and exits with 0.
-STOPPED = "SuperNode terminated gracefully"
 REFUSED = (
     "the SuperLink refuses this site's key: it was revoked or replaced while the SuperNode ran "
     "(ask the operator for a new supernode.key), or this host's clock is ahead of the SuperLink's"
@@ -134,9 +136,8 @@ def command(env: dict[str, str]) -> list[str]:
     site = Path(env["SITE_DIR"])
     partition, partitions = int(env["PARTITION_ID"]), int(env["NUM_PARTITIONS"])
     health = env.get("HEALTH_PORT")
-    flower = str(Path(sys.executable).with_name("flower-supernode"))
     return [
-        *((sys.executable, "-m", "supernode.pinned", "run", pin, site_name) if pin else (flower,)),
+        sys.executable, "-m", "supernode.pinned", "run", pin or ANY, site_name,
         "--superlink", env["SUPERLINK"],
         "--root-certificates", str(site / "superlink-ca.crt"),
         "--auth-supernode-private-key", str(site / "supernode.key"),
@@ -173,7 +174,7 @@ def main() -> int:
 
 
 def watch(argv: list[str], env: dict[str, str]) -> int:
-    """Run the SuperNode, pass its log on, and end it when it cannot join.
+    """Run the SuperNode, pass its log on as plain text, and end it when it cannot join.
 
     Returns its exit code; EX_TEMPFAIL if it was not activated, 1 if it can never connect or was
     shut out.
@@ -182,7 +183,7 @@ def watch(argv: list[str], env: dict[str, str]) -> int:
         argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
     hopeless: list[str] = []
-    stopped = asked = False
+    asked = False
 
     def stop(*_: object) -> None:
         nonlocal asked
@@ -193,12 +194,12 @@ def watch(argv: list[str], env: dict[str, str]) -> int:
         late.start()
 
     def forward() -> None:
-        nonlocal stopped
-        for line in node.stdout or ():
+        joining = Joining()
+        for line in map(plain, node.stdout or ()):
             print(line, end="", flush=True)
-            stopped = stopped or STOPPED in line
+            reason = joining.reason(line)
             for sign, advice in HOPELESS.items():
-                if sign in line and not hopeless:
+                if sign in reason and not hopeless:
                     print(f"supernode: ERROR: {advice}", file=sys.stderr, flush=True)
                     hopeless.append(sign)
                     stop()
@@ -215,7 +216,7 @@ def watch(argv: list[str], env: dict[str, str]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hopeless:
         return EX_TEMPFAIL if hopeless == [NOT_ACTIVATED] else 1
-    if stopped and not asked:
+    if code == 0 and not asked:
         print(f"supernode: ERROR: {REFUSED}", file=sys.stderr, flush=True)
         return 1
     return code

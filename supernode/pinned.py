@@ -1,6 +1,6 @@
 """Flower's SuperNode, but it runs no other app than the one that this site was given.
 
-    python -m supernode.pinned run SHA256 SITE [flower-supernode's flags]
+    python -m supernode.pinned run SHA256|any SITE [flower-supernode's flags]
     python -m supernode.pinned hash FOLDER     the SHA-256 of the app of a checkout
 
 A run brings its own Python code (the FAB), and Flower 1.36 runs whatever comes, unless it is
@@ -11,10 +11,9 @@ the site answers with Flower's own "invalid FAB" error, and no line of the code 
 import hashlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
+ANY = "any"  # in the place of the SHA-256
 
 
 def install(pinned: str, site: str) -> None:
@@ -58,7 +57,12 @@ def main() -> None:
         return print(hashlib.sha256(build_fab_from_disk(Path(sys.argv[2]))).hexdigest())
     from flwr.supernode.cli import flower_supernode
 
-    install(sys.argv[2], sys.argv[3])
+    from supernode import deadline
+
+    pin, site = sys.argv[2:4]
+    if pin != ANY:
+        install(pin, site)
+    deadline.install(site)
     sys.argv = ["flower-supernode", *sys.argv[4:]]
     flower_supernode()
 

@@ -99,7 +99,7 @@ def test_an_unknown_key_is_refused_and_a_known_one_is_suggested(key: str, hint: 
         ("codec_up", ["codec", *CODECS], ["fp16", "up"]),
         ("budget_mb", [1e-9, 1, 1e9], [0.0, 0, -1.0]),
         ("node_timeout_s", [0.1, 1], [0.0, -1]),
-        ("round_timeout_s", [0.1, 1], [0.0, -1]),
+        ("round_timeout_s", [10, 604800, 604800.0], [9.9, 0.0, -1, 604800.1, 1e300]),
     ],
 )
 def test_each_range_includes_its_edges_and_nothing_beyond(

@@ -1,6 +1,7 @@
 """Messages to sites and what comes back, whatever comes back."""
 
 import json
+from collections.abc import Iterable
 
 import httpx
 import pytest
@@ -104,6 +105,28 @@ def test_a_silent_site_is_waited_for_until_the_time_is_up_and_is_in_neither(cloc
     assert list(contents) == ["to 2"]
     assert failed == {}
     assert 33.0 <= clock.now <= 33.0 + POLL_S
+
+
+def test_a_message_lives_as_long_as_it_is_waited_for() -> None:
+    grid = StandInGrid({1: says("fine"), 2: says("fine")})
+    exchange(grid, messages(1, 2), 33.0)
+    assert [m.metadata.ttl for m in grid.sent] == [33.0, 33.0]
+
+
+def test_a_message_that_has_expired_is_asked_for_once_more_and_is_no_failure(clock: Clock) -> None:
+    """What Flower answers then: it deletes the message, and any reply to it, when asked."""
+    asked: list[float] = []
+
+    class Expiring(StandInGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            asked.append(clock.now)
+            if clock.now >= 33.0:
+                (message,) = self.sent
+                yield Message(Error(code=3, reason="Message Unavailable"), reply_to=message)
+
+    contents, failed = exchange(Expiring({1: silent}), messages(1), 33.0)
+    assert (contents, failed) == ({}, {})
+    assert asked[-1] >= 33.0 > asked[-2]
 
 
 def test_nobody_is_waited_for_when_all_have_answered(clock: Clock) -> None:

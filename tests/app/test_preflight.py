@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from app import preflight as module
 from app.config import RunConfig
-from app.preflight import UNLISTED, PreflightError, Sites, preflight
+from app.preflight import UNLISTED, PreflightError, SilenceError, Sites, preflight
 from app.site_list import SiteListError
 from tests.samples import run_config, write_site_list
 from tests.stand_in_grid import Clock, Node, StandInGrid
@@ -287,6 +287,49 @@ def test_a_site_on_a_busy_host_has_time_to_answer_before_it_is_asked_again(
     assert second - first > 300
     assert third - second > 120
     assert clock.now < 610
+
+
+def test_of_a_run_that_goes_on_a_site_at_work_is_waited_for_until_its_order_has_expired(
+    sites_dir: Path, clock: Clock
+) -> None:
+    def busy(message: Message) -> Message | Exception | None:
+        """Takes no order before its last has expired; ask it what it has then."""
+        return ready(answer(2))(message) if clock.now > 7000 else None
+
+    nodes = {40: ready(answer(0)), 50: ready(answer(1)), 60: busy}
+    waits: dict[str, Any] = {"node_timeout_s": 600.0, "round_timeout_s": 7200.0}
+    with pytest.raises(SilenceError, match="site-02: no answer"):
+        preflight(StandInGrid(nodes), config(**waits), sites_dir)
+    assert clock.now < 610
+    clock.now = 0.0
+    sites = preflight(StandInGrid(nodes), config(**waits, resume="12,0"), sites_dir)
+    assert set(sites.node_of) == {0, 1, 2}
+    assert 7000 < clock.now < 7000 + 600 + 120
+
+
+def test_a_site_that_never_answers_is_waited_for_no_longer_than_its_last_order_can_live(
+    sites_dir: Path, clock: Clock
+) -> None:
+    nodes = {40: ready(answer(0)), 50: ready(answer(1)), 60: silent}
+    with pytest.raises(SilenceError, match="site-02: no answer"):
+        preflight(StandInGrid(nodes), config(round_timeout_s=7200.0, resume="12,0"), sites_dir)
+    assert 7200 < clock.now < 7200 + 600 + 2 * 120
+
+
+def test_silence_alone_is_told_from_reasons_that_stay(sites_dir: Path) -> None:
+    listed = {n: n - 1 for n in (1, 2, 3)}
+
+    def error(answers: dict[int, dict[str, Any]], silent: dict[int, str]) -> type[Exception]:
+        with pytest.raises(PreflightError) as caught:
+            compare(answers, silent, config(), listed)
+        return caught.type
+
+    fine, quiet = {1: answer(0)}, "no answer to the preflight"
+    assert error(fine, {2: quiet, 3: quiet}) is SilenceError
+    assert error(fine, {2: quiet, 3: "site-03 runs app 28a1 only"}) is PreflightError
+    assert error({1: broken(0, "no data")}, {2: quiet}) is PreflightError
+    with pytest.raises(SilenceError, match="1 of 2 SuperNodes"):
+        preflight(StandInGrid({40: ready(answer(0))}), config(node_timeout_s=0.01), sites_dir)
 
 
 def test_too_few_nodes_end_the_wait_with_an_error_that_says_how_many(sites_dir: Path) -> None:

@@ -111,7 +111,8 @@ def test_what_runs_on_comes_back_after_a_crash_and_a_reboot_and_a_one_shot_does_
     gpu: dict[str, Any],
 ) -> None:
     assert {gpu[n].get("restart") for n in [*NODES, "superlink"]} == {"unless-stopped"}
-    assert {gpu[n].get("restart") for n in ONE_SHOT} == {None}
+    assert {gpu[n].get("restart") for n in ONE_SHOT - {"submit"}} == {None}
+    assert gpu["submit"]["restart"] == "on-failure:1"
 
 
 def test_the_evaluation_has_no_network_and_changes_neither_model_nor_cache(

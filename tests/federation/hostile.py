@@ -42,6 +42,17 @@ CHANGES = {
     "                    time.sleep(0.2)\n"
     "                " + _SEND.format("trained"),
 }
+# Never comes back and heeds no signal, if the file is there when its work is done.
+_HANGS = """import pathlib, signal, time
+                here = pathlib.Path(__file__).parent
+                if (here / 'slow').exists():
+                    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                        signal.signal(number, signal.SIG_IGN)
+                    (here / 'waiting').touch()
+                    while True:
+                        {}
+                """ + _SEND.format("trained")
+CHANGES |= {"hangs asleep": _HANGS.format("time.sleep(9)"), "hangs busy": _HANGS.format("pass")}
 
 
 def hostile(folder: Path, change: str) -> dict[str, str]:

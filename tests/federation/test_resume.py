@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,15 @@ def setting(
 @pytest.fixture(scope="module")
 def left(setting: Setting) -> Path:
     """A run whose submission was killed; a second one, of the same config, followed it."""
+    with submission(setting):
+        until(lambda: bool(setting.runs()), 120, "the run")
+    assert setting.submit() == 0
+    return setting.run()
+
+
+@contextmanager
+def submission(setting: Setting) -> Iterator[None]:
+    """One as a process of its own, which is killed at the end."""
     command = [sys.executable, "-m", "superlink.submit"]
     for text in setting.overrides:
         command += ["--run-config", text]
@@ -75,11 +85,11 @@ def left(setting: Setting) -> Path:
         "PUBLIC_DIR": str(setting.federation.public),
         "CONTROL_ADDRESS": setting.control.address,
     }
-    with subprocess.Popen(command, cwd=REPOSITORY, env=env, start_new_session=True) as first:
-        until(lambda: bool(setting.runs()), 120, "the run")
-        os.killpg(first.pid, signal.SIGKILL)
-    assert setting.submit() == 0
-    return setting.run()
+    with subprocess.Popen(command, cwd=REPOSITORY, env=env, start_new_session=True) as process:
+        try:
+            yield
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_second_submission_follows_the_run_that_the_first_left_behind(
@@ -96,23 +106,28 @@ def _kill_the_superlink(setting: Setting) -> None:
     setting.federation.start_superlink()
 
 
-def _kill_the_serverapp(setting: Setting) -> None:
+def _end_the_serverapp(setting: Setting) -> None:
+    """As the host does when it goes down; the run has failed at once."""
     superlink = psutil.Process(setting.federation.processes["superlink"].pid)
     (serverapp,) = (
         c for c in superlink.children(recursive=True) if "flwr-serverapp" in " ".join(c.cmdline())
     )
-    serverapp.kill()
+    serverapp.terminate()
+    until(lambda: setting.control.runs()[0].state.status == "finished:failed", 120, "the run's end")
 
 
 def test_a_run_cut_off_twice_ends_with_the_adapters_of_one_that_was_not(
     setting: Setting, left: Path
 ) -> None:
-    """The ServerApp is killed behind round 1, the SuperLink behind the resumed run's round 2."""
+    """Behind round 1 submission and ServerApp end, as the host goes down; the next submission goes
+    on, and behind its round 2 the SuperLink is killed.
+    """
     ended: list[int] = []
+    with submission(setting):
+        first = _new_run(setting, {left}, 1)
+    _end_the_serverapp(setting)
     follow = threading.Thread(target=lambda: ended.append(setting.submit()))
     follow.start()
-    first = _new_run(setting, {left}, 1)
-    _kill_the_serverapp(setting)
     second = _new_run(setting, {left, first}, 2)
     _kill_the_superlink(setting)
     follow.join(timeout=400)
@@ -152,7 +167,18 @@ def test_a_site_refuses_an_app_that_is_not_its_own(
     with (tmp_path / "app" / "prompts.py").open("a") as file:
         file.write("\n# changed\n")
     overrides = [*setting.overrides, "strategy.node-timeout-s=40"]
+    # A run of the same config that is going on is not its own.
+    known, ended = setting.runs(), list[int]()
+    own = threading.Thread(
+        target=lambda: ended.append(
+            submit(REPOSITORY, overrides, setting.control, setting.federation.public)
+        )
+    )
+    own.start()
+    until(lambda: setting.runs() > known, 120, "the run of the sites' own app")
     assert submit(tmp_path, overrides, setting.control, setting.federation.public) == 1
+    own.join(timeout=300)
+    assert ended == [0]
     said = capfd.readouterr().out
     assert "site-01 runs app" in said
     assert "ALLOW_APP_UPDATES=1" in said

@@ -1,4 +1,5 @@
-"""The run config that a submission sends: files and pairs, in order, and no typo unnoticed."""
+"""What a submission sends: files and pairs, in order, and no typo unnoticed; and which of the runs
+that the SuperLink knows is its own."""
 
 from pathlib import Path
 
@@ -6,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.config import ConfigError, flatten, merged_config
+from app.config import GIVEN_UP, SILENT, ConfigError, flatten, merged_config
+from superlink.control import Control, KnownRun, RunStatus
+from superlink.submit import MAX_RESUMES, _cut_off, _for_good, _newest, _resume_after
 from tests.samples import REPOSITORY, flat_config, run_config
 
 
@@ -153,3 +156,72 @@ def test_flattening_joins_the_names_of_nested_tables() -> None:
         "b.f.g": 4,
     }
     assert all(not isinstance(v, dict) for v in flat_config().values())
+
+
+# --- which run is this submission's, and may it go on? ------------------------------------------
+
+RAISED = "ServerApp failed with exception: "
+RESUMED = ",".join(["7"] * MAX_RESUMES) + ",0"
+
+
+def state(status: str, details: str = "") -> RunStatus:
+    return RunStatus(status, details, 0, 0)
+
+
+class Knows(Control):
+    def __init__(self, *runs: KnownRun) -> None:
+        self.known = list(runs)
+
+    def runs(self) -> list[KnownRun]:
+        return self.known
+
+
+def known(run_id: int, app: str = "aa", **config: object) -> KnownRun:
+    return KnownRun(run_id, config, app, state("running"), 0.0)
+
+
+def test_a_run_is_ones_own_by_its_app_and_its_config_whatever_it_resumed() -> None:
+    others = [known(5, "bb", seed=7), known(4, seed=8), known(3, seed=7, more=1)]
+    own = [known(2, seed=7, resume="1,0"), known(1, seed=7)]
+    assert _newest(Knows(*others, *own), "aa", {"seed": 7}) == own[0]
+    assert _newest(Knows(*others, *own), "aa", {"seed": 7, "resume": "9"}) == own[0]
+    assert _newest(Knows(*others), "aa", {"seed": 7}) is None
+
+
+@pytest.mark.parametrize(
+    ("ended", "cut_off", "for_good", "for_good_resumed"),
+    [
+        (state("running"), False, False, False),
+        (state("finished:completed"), False, False, False),
+        (state("finished:stopped"), False, False, False),
+        (state("finished:failed", "No heartbeat received from the task"), True, False, False),
+        (state("finished:failed", RAISED + "round 3: 0 usable replies"), True, False, True),
+        (state("finished:failed", RAISED + SILENT + "node 5"), True, False, True),
+        (state("finished:failed", RAISED + GIVEN_UP + "a full disk"), False, True, True),
+        # A site's words in an error are none of ours.
+        (state("finished:failed", f"{RAISED}round 3: site-01: {GIVEN_UP}"), True, False, True),
+    ],
+)
+def test_a_run_that_was_cut_off_may_go_on_but_not_for_ever(
+    ended: RunStatus, cut_off: bool, for_good: bool, for_good_resumed: bool
+) -> None:
+    assert _cut_off(ended) == cut_off
+    assert _for_good(KnownRun(8, {}, "aa", ended, 1.0)) == for_good
+    assert _for_good(KnownRun(8, {"resume": RESUMED}, "aa", ended, 1.0)) == for_good_resumed
+
+
+@pytest.mark.parametrize(
+    ("resume", "details", "key"),
+    [
+        (None, "No heartbeat", "8,0"),
+        ("7,0", "No heartbeat", "8,7,0"),
+        ("latest", "No heartbeat", "8,latest"),
+        # It has no round of its own, and no site was at work for it.
+        (None, RAISED + SILENT, ""),
+        ("7,0", RAISED + SILENT, "7,0"),
+    ],
+)
+def test_the_next_run_goes_on_with_the_last_that_has_a_round(
+    resume: str | None, details: str, key: str
+) -> None:
+    assert _resume_after(8, resume, state("finished:failed", details)) == key

@@ -17,6 +17,7 @@ from supernode.entrypoint import (
     EX_TEMPFAIL,
     HOPELESS,
     NOT_ACTIVATED,
+    REFUSED,
     choose_gpu,
     command,
     main,
@@ -129,7 +130,8 @@ def test_without_a_pinned_app_a_site_starts_only_if_it_says_so(
     with pytest.raises(SystemExit, match=r"APP_SHA256=.* ALLOW_APP_UPDATES=1"):
         command(read_site(env | {"APP_SHA256": pin}))
     argv = command(read_site(env | {"APP_SHA256": pin, "ALLOW_APP_UPDATES": "1"}))
-    assert [Path(a).name for a in argv[:2]] == ["flower-supernode", "--superlink"]
+    unpinned = [sys.executable, "-m", "supernode.pinned", "run", "any", "site-02"]
+    assert argv[: argv.index("--superlink")] == unpinned
     with pytest.raises(SystemExit, match="ALLOW_APP_UPDATES=yes"):
         command(read_site(env | {"ALLOW_APP_UPDATES": "yes"}))
 
@@ -202,20 +204,37 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.usefixtures("_own_signal_handlers")
-@pytest.mark.parametrize("code", [0, 3])
-def test_the_nodes_log_and_exit_code_are_passed_on(
-    code: int, capfd: pytest.CaptureFixture[str]
-) -> None:
-    script = f"import sys; print('one'); print('two', file=sys.stderr); sys.exit({code})"
-    assert watch(child(script), dict(os.environ)) == code
+def test_the_nodes_log_and_exit_code_are_passed_on(capfd: pytest.CaptureFixture[str]) -> None:
+    script = "import sys; print('one'); print('two', file=sys.stderr); sys.exit(3)"
+    assert watch(child(script), dict(os.environ)) == 3
     assert sorted(capfd.readouterr().out.splitlines()) == ["one", "two"]
 
 
 @pytest.mark.usefixtures("_own_signal_handlers")
+def test_a_node_that_ends_well_without_being_asked_was_shut_out(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert watch(child("print('bye')"), dict(os.environ)) == 1
+    assert capfd.readouterr().err == f"supernode: ERROR: {REFUSED}\n"
+
+
+@pytest.mark.usefixtures("_own_signal_handlers")
 def test_a_log_of_strange_bytes_does_not_end_the_node(capfd: pytest.CaptureFixture[str]) -> None:
-    script = r"import os; os.write(1, b'caf\xe9\nlast\n')"
-    assert watch(child(script), dict(os.environ)) == 0
+    script = r"import os, sys; os.write(1, b'caf\xe9\nlast\n'); sys.exit(3)"
+    assert watch(child(script), dict(os.environ)) == 3
     assert capfd.readouterr().out.splitlines()[-1] == "last"
+
+
+def failure(reason: str) -> str:
+    """As Flower 1.36 logs it when it cannot join."""
+    return (
+        "\x1b[91mERROR \x1b[0m:     <_InactiveRpcError of RPC that terminated with:\n"
+        f'\tstatus = StatusCode.UNAVAILABLE\n\tdetails = "{reason}"\n'
+        f'\tdebug_error_string = "{reason}"\n>\n'
+    )
+
+
+JOINED = "\x1b[92mINFO \x1b[0m:      SuperNode ID: 8087837277720571498\n"
 
 
 @pytest.mark.usefixtures("_own_signal_handlers")
@@ -225,7 +244,7 @@ def test_a_node_that_cannot_join_is_ended_with_advice(
 ) -> None:
     script = (
         "import os, time; print(os.getpid(), flush=True); "
-        f"print('ERROR : x {sign} y', flush=True); time.sleep(60)"
+        f"print({failure(f'x {sign} y')!r}, flush=True); time.sleep(60)"
     )
     started = time.monotonic()
     again = EX_TEMPFAIL if sign == NOT_ACTIVATED else 1
@@ -235,6 +254,48 @@ def test_a_node_that_cannot_join_is_ended_with_advice(
     assert not alive(int(out.splitlines()[0]))
     assert HOPELESS[sign] in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.usefixtures("_own_signal_handlers")
+@pytest.mark.parametrize("sign", HOPELESS)
+@pytest.mark.parametrize(
+    "said",
+    [
+        # What a run's code prints, or chooses as a round's name, once the node has joined.
+        JOINED + "{sign}\n" + failure("{sign}"),
+        JOINED + "\x1b[92mINFO \x1b[0m:      [RUN 1, ROUND {sign}]\n",
+        # Nor is it Flower's word on joining before that.
+        "\x1b[92mINFO \x1b[0m:      Starting {sign}\n",
+        'ERROR :     no such error\n\tdetails = "{sign}"\n',
+    ],
+)
+def test_nobody_but_flower_can_say_that_a_node_cannot_join(
+    said: str, sign: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = said.replace("{sign}", sign)
+    assert watch(child(f"import sys; print({text!r}); sys.exit(3)"), dict(os.environ)) == 3
+    out, err = capfd.readouterr()
+    assert sign in out
+    assert err == ""
+
+
+@pytest.mark.usefixtures("_own_signal_handlers")
+def test_nothing_that_steers_a_terminal_is_passed_on(capfd: pytest.CaptureFixture[str]) -> None:
+    text = (
+        "\x1b[92mINFO \x1b[0m:\tcolour\n"
+        "\x1b]0;a new title\x07title\n"
+        "\x1b]8;;http://a.example\x1b\\link\x1b]8;;\x1b\\\n"
+        "\x1b[2J\x1b[1;1Hcleared\x1bc\x9b31m\n"
+        "\x1bPdevice\x1b\\control\x08\x07\x00\n"
+        "turned \u202eround\u2028here\n"
+        "unfinished \x1b]0;\n"
+        "Grüße, 10 µg – 医\n"
+    )
+    assert watch(child(f"import sys; print({text!r}, end=''); sys.exit(3)"), dict(os.environ)) == 3
+    assert capfd.readouterr().out == (
+        "INFO :\tcolour\ntitle\nlink\ncleared31m\ncontrol\nturned roundhere\nunfinished \n"
+        "Grüße, 10 µg – 医\n"
+    )
 
 
 def test_a_stopped_container_stops_the_node_too() -> None:

@@ -1,0 +1,37 @@
+"""Reading a SuperNode's log: what Flower says while it joins, and nothing that others say in it.
+
+Later the log also holds what a run's code prints and texts that a run chooses: they are passed on
+without what could steer a terminal, and mean nothing here.
+"""
+
+import re
+
+# Escape sequences whole, then what is left of control characters (not tab and newline), and the
+# characters that break a line or turn its direction.
+_NO_TEXT = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]?"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
+_JOINED = re.compile(r"INFO\b.*: +SuperNode ID: \d+\n?")
+_NOT_JOINED = re.compile(r"ERROR\b.*: +<_InactiveRpcError of RPC that terminated with:\n?")
+_REASON = '\tdetails = "'
+
+
+def plain(line: str) -> str:
+    """``line`` as text alone."""
+    return _NO_TEXT.sub("", line)
+
+
+class Joining:
+    """Flower's own words on why a SuperNode could not join; to be given its log line by line."""
+
+    def __init__(self) -> None:
+        self._over = self._failed = False
+
+    def reason(self, line: str) -> str:
+        """What this plain line says about it, or nothing; after joining, nothing any more."""
+        self._over = self._over or _JOINED.fullmatch(line) is not None
+        if self._over:
+            return ""
+        self._failed = self._failed or _NOT_JOINED.fullmatch(line) is not None
+        return line if self._failed and line.startswith(_REASON) else ""
