@@ -80,6 +80,8 @@ def provision(federation: Path, sites: int, address: str, names: list[str]) -> l
             should be, or one cannot be written.
     """
     made: list[str] = []
+    for torn in federation.glob("*/.*.part"):  # of a call that was killed; maybe half a key
+        torn.unlink(missing_ok=True)
     ca_key, ca_cert = _authority(federation, made)
     host = address.rsplit(":", 1)[0].strip("[]")  # [::1]:9092
     wanted = list(dict.fromkeys([host, *names, "localhost", "127.0.0.1"]))
@@ -134,13 +136,16 @@ def show(federation: Path) -> list[str]:
 
 def _authority(federation: Path, made: list[str]) -> tuple[Key, x509.Certificate]:
     key_file, cert_file = federation / "ca" / "ca.key", federation / "public" / "ca.crt"
-    if key_file.exists() != cert_file.exists():
+    # The key comes first: alone in a folder without any certificate or site, it is of a first
+    # call that was cut off. Elsewhere the certificate is lost.
+    cut_off = not cert_file.exists() and not _in_use(federation)
+    if key_file.exists() != cert_file.exists() and not cut_off:
         have, lost = (key_file, cert_file) if key_file.exists() else (cert_file, key_file)
         raise ProvisionError(
             f"{have} is there but {lost} is not: put it back, or delete {federation} to start "
             "anew (every site then needs a new kit)"
         )
-    if key_file.exists():
+    if cert_file.exists():
         key, cert = load_key(key_file), load_certificate(cert_file)
         if key.public_key() != cert.public_key():
             raise ProvisionError(
@@ -153,12 +158,24 @@ def _authority(federation: Path, made: list[str]) -> tuple[Key, x509.Certificate
             f"{cert.not_valid_after_utc:%Y-%m-%d})"
         )
     else:
-        key = new_key()
+        key = load_key(key_file) if key_file.exists() else new_key()
         made.append("CA")
     cert = ca_certificate(key)
     write_key(key_file, key)
     write_certificate(cert_file, cert)
     return key, cert
+
+
+def _in_use(federation: Path) -> bool:
+    """A file is there that is only made once there is a CA certificate."""
+    files = (
+        "superlink/*.crt",
+        "superlink/*.key",
+        "site-*/*.crt",
+        "site-*/*.key",
+        "public/**/*.pub",
+    )
+    return any(True for pattern in files for _ in federation.glob(pattern))
 
 
 def _server(
