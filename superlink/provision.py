@@ -136,10 +136,11 @@ def show(federation: Path) -> list[str]:
 
 def _authority(federation: Path, made: list[str]) -> tuple[Key, x509.Certificate]:
     key_file, cert_file = federation / "ca" / "ca.key", federation / "public" / "ca.crt"
-    # The key comes first: alone in a folder without any certificate or site, it is of a first
-    # call that was cut off. Elsewhere the certificate is lost.
-    cut_off = not cert_file.exists() and not _in_use(federation)
-    if key_file.exists() != cert_file.exists() and not cut_off:
+    # The key comes first: alone, it is of a first call that was cut off. With anything that is made
+    # later, the certificate is lost.
+    later = ("superlink/*.*", "site-*/*.crt", "site-*/*.key", "public/**/*.pub", "public/ca.crt")
+    begun = any(True for pattern in later for _ in federation.glob(pattern))
+    if key_file.exists() != cert_file.exists() and begun:
         have, lost = (key_file, cert_file) if key_file.exists() else (cert_file, key_file)
         raise ProvisionError(
             f"{have} is there but {lost} is not: put it back, or delete {federation} to start "
@@ -164,18 +165,6 @@ def _authority(federation: Path, made: list[str]) -> tuple[Key, x509.Certificate
     write_key(key_file, key)
     write_certificate(cert_file, cert)
     return key, cert
-
-
-def _in_use(federation: Path) -> bool:
-    """A file is there that is only made once there is a CA certificate."""
-    files = (
-        "superlink/*.crt",
-        "superlink/*.key",
-        "site-*/*.crt",
-        "site-*/*.key",
-        "public/**/*.pub",
-    )
-    return any(True for pattern in files for _ in federation.glob(pattern))
 
 
 def _server(
