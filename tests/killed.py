@@ -18,13 +18,13 @@ TORN_BYTES = 10
 def kills(action: Callable[[Path], object], copies: Iterator[Path]) -> Iterator[Path]:
     """Each of ``copies`` as ``action`` leaves it when it is killed, at one step after the other.
 
-    Killed before its first, second, … step, until it gets to its end; and, where a step opens a
-    file, also when ``TORN_BYTES`` of it are written.
+    Killed before its first, second, … step in that folder, until it gets to its end; and, where a
+    step opens a file, also when ``TORN_BYTES`` of it are written.
     """
     for step in range(1, _ENOUGH):
         for torn in (False, True):
             folder = next(copies)
-            if not _killed(lambda folder=folder: action(folder), step, torn):  # type: ignore[misc]
+            if not _killed(action, folder, step, torn):
                 if torn:
                     continue  # that step wrote less
                 assert step > 1, "no step on the disk at all"
@@ -33,13 +33,13 @@ def kills(action: Callable[[Path], object], copies: Iterator[Path]) -> Iterator[
     raise AssertionError(f"no end after {_ENOUGH} steps")
 
 
-def _killed(action: Callable[[], object], step: int, torn: bool) -> bool:
+def _killed(action: Callable[[Path], object], folder: Path, step: int, torn: bool) -> bool:
     """Run in a child; False if it came to its end."""
     child = os.fork()
     if child == 0:
         try:
-            sys.addaudithook(_hook(step, torn))
-            action()
+            sys.addaudithook(_hook(str(folder), step, torn))
+            action(folder)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
@@ -52,7 +52,7 @@ def _killed(action: Callable[[], object], step: int, torn: bool) -> bool:
     return False
 
 
-def _hook(step: int, torn: bool) -> Callable[[str, Any], None]:
+def _hook(folder: str, step: int, torn: bool) -> Callable[[str, Any], None]:
     seen = 0
 
     def hook(event: str, args: Any) -> None:
@@ -60,6 +60,9 @@ def _hook(step: int, torn: bool) -> Callable[[str, Any], None]:
         opens = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
         if not opens and event not in _STEPS:
             return
+        path = os.fspath(args[0]) if not isinstance(args[0], int) else ""
+        if path.startswith("/") and not path.startswith(folder):
+            return  # a library's cache; what is relative comes from shutil
         seen += 1
         if seen != step:
             return
