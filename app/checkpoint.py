@@ -75,15 +75,25 @@ class RunFolder:
 
     def write_run(self, facts: dict[str, Any]) -> None:
         """Replace run.json. Raises ResultsError if it cannot be written."""
-        with self.writing("run.json"):
-            part = self.path / ".run.json"
-            part.write_text(json.dumps(facts, indent=2) + "\n")
-            part.replace(self.path / "run.json")
+        self._replace("run.json", json.dumps(facts, indent=2) + "\n")
+
+    def write_metrics(self, lines: list[dict[str, Any]]) -> None:
+        """Replace metrics.jsonl, a line a round. Raises ResultsError if it cannot be written."""
+        self._replace("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _replace(self, name: str, text: str) -> None:
+        with self.writing(name):
+            part = self.path / f".{name}"
+            part.write_text(text)
+            _fsync(part)
+            part.replace(self.path / name)
 
     def add_metrics(self, line: dict[str, Any]) -> None:
         """Append one round to metrics.jsonl. Raises ResultsError if it cannot be written."""
-        with self.writing("metrics.jsonl"), (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with self.writing("metrics.jsonl"):
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            _fsync(self.path / "metrics.jsonl")
 
     def save_round(
         self,
@@ -116,6 +126,8 @@ class RunFolder:
             (part / "round.json").write_text(json.dumps(manifest, indent=2) + "\n")
             for file in (*part.iterdir(), part):
                 _fsync(file)
+            # An old one goes as a whole: without its manifest it is invisible.
+            (target / "round.json").unlink(missing_ok=True)
             shutil.rmtree(target, ignore_errors=True)
             part.replace(target)
             _fsync(self.path)

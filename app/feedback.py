@@ -12,6 +12,10 @@ from safetensors.numpy import load, save
 
 from app.adapter import Layout, Vector
 
+# Runs at a site that have one, newest first: side by side, or resumed after another. A file holds
+# two adapters in float32 at most.
+RUNS_KEPT = 4
+
 
 class Feedback:
     """One run's rests at one site: a file in the site's own folder, lost without harm.
@@ -46,7 +50,7 @@ class Feedback:
         return earlier
 
     def write(self, server_round: int, rest: Vector) -> None:
-        """Keep what this round left out, and forget other runs.
+        """Keep what this round left out; of other runs only the RUNS_KEPT - 1 that wrote last.
 
         Raises:
             OSError: the folder cannot be written.
@@ -58,6 +62,12 @@ class Feedback:
         part = self._path.with_suffix(".part")
         part.write_bytes(save(named))
         part.replace(self._path)
-        for old in self._folder.glob("feedback-*"):
-            if old != self._path:
-                old.unlink(missing_ok=True)
+        self._forget()
+
+    def _forget(self) -> None:
+        found = {p: p.stat().st_mtime_ns for p in self._folder.glob("feedback-*.safetensors")}
+        others = sorted(found.keys() - {self._path}, key=lambda p: found[p], reverse=True)
+        # A SuperNode has one ClientApp at a time: another's .part was left by one that was killed.
+        torn = self._folder.glob("feedback-*.part")
+        for old in (*others[RUNS_KEPT - 1 :], *torn):
+            old.unlink(missing_ok=True)

@@ -4,11 +4,13 @@ Messages about a data file carry its name, line numbers and counts, never its te
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
 COLUMNS = ("instruction", "input", "output")
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -41,7 +43,9 @@ def data_file(site_dir: Path, part: str) -> Path | None:
 def load(site_dir: Path, part: str) -> list[Row]:
     """Rows of ``data/train.*`` or ``data/holdout.*``; empty answers and repeats are left out.
 
-    A site without a holdout file gets an empty list; it then takes no part in evaluation.
+    Of the held-out rows also those whose question the site trains on: that would be scored as
+    known by heart. A site without a holdout file gets an empty list; it then takes no part in
+    evaluation.
 
     Raises:
         SiteError: no training file, a bad line (numbered from 1), or no usable row.
@@ -54,6 +58,22 @@ def load(site_dir: Path, part: str) -> list[Row]:
                 "question/answer file there or run supernode.prepare"
             )
         return []
+    rows = _rows(path)
+    if not rows and part == "train":
+        raise SiteError(f"data/{path.name}: no row with a question and an answer")
+    trained_on = data_file(site_dir, "train") if rows and part == "holdout" else None
+    if trained_on:
+        known = {row.question for row in _rows(trained_on)}
+        all_rows, rows = rows, [row for row in rows if row.question not in known]
+        if both := len(all_rows) - len(rows):
+            logger.warning(
+                "data/%s: %d of %d rows ask what data/%s asks too; they are not scored as held-out",
+                path.name, both, len(all_rows), trained_on.name,
+            )  # fmt: skip
+    return rows
+
+
+def _rows(path: Path) -> list[Row]:
     rows: dict[Row, None] = {}  # a dict keeps the order and drops repeats
     for where, record in _records(path):
         for column in COLUMNS:
@@ -66,8 +86,6 @@ def load(site_dir: Path, part: str) -> list[Row]:
         question = record["input"].strip() or record["instruction"].strip()
         if question and record["output"].strip():
             rows[Row(question, record["output"].strip())] = None
-    if not rows and part == "train":
-        raise SiteError(f"data/{path.name}: no row with a question and an answer")
     return list(rows)
 
 

@@ -137,6 +137,9 @@ def _check(run: Path, lines: list[dict[str, Any]], config: RunConfig) -> Earlier
 def adopt(folder: RunFolder, earlier: Earlier) -> None:
     """Give the new run's folder the rounds of the earlier one: links, where the disk has them.
 
+    In an order in which no interruption loses a round: without its lines the new run has no round
+    that could be resumed, and ``latest`` names it only when it has them all.
+
     Raises:
         ResultsError: the folder cannot be written.
     """
@@ -147,9 +150,8 @@ def adopt(folder: RunFolder, earlier: Earlier) -> None:
                 shutil.rmtree(part, ignore_errors=True)
                 shutil.copytree(checkpoint, part, copy_function=_link)
                 part.replace(folder.path / checkpoint.name)
+        folder.write_metrics(earlier.lines)
         folder.point_latest_here()
-    for line in earlier.lines:
-        folder.add_metrics(line)
 
 
 def _link(source: str, target: str) -> None:

@@ -124,6 +124,8 @@ def write(path: Path, content: bytes, mode: int = 0o644) -> None:
     part.unlink(missing_ok=True)
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut could leave the name without the content
     part.replace(path)
 
 

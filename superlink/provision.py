@@ -80,6 +80,8 @@ def provision(federation: Path, sites: int, address: str, names: list[str]) -> l
             should be, or one cannot be written.
     """
     made: list[str] = []
+    for torn in federation.glob("*/.*.part"):  # of a call that was killed; maybe half a key
+        torn.unlink(missing_ok=True)
     ca_key, ca_cert = _authority(federation, made)
     host = address.rsplit(":", 1)[0].strip("[]")  # [::1]:9092
     wanted = list(dict.fromkeys([host, *names, "localhost", "127.0.0.1"]))
@@ -134,13 +136,17 @@ def show(federation: Path) -> list[str]:
 
 def _authority(federation: Path, made: list[str]) -> tuple[Key, x509.Certificate]:
     key_file, cert_file = federation / "ca" / "ca.key", federation / "public" / "ca.crt"
-    if key_file.exists() != cert_file.exists():
+    # The key comes first: alone, it is of a first call that was cut off. With anything that is made
+    # later, the certificate is lost.
+    later = ("superlink/*.*", "site-*/*.crt", "site-*/*.key", "public/**/*.pub", "public/ca.crt")
+    begun = any(True for pattern in later for _ in federation.glob(pattern))
+    if key_file.exists() != cert_file.exists() and begun:
         have, lost = (key_file, cert_file) if key_file.exists() else (cert_file, key_file)
         raise ProvisionError(
             f"{have} is there but {lost} is not: put it back, or delete {federation} to start "
             "anew (every site then needs a new kit)"
         )
-    if key_file.exists():
+    if cert_file.exists():
         key, cert = load_key(key_file), load_certificate(cert_file)
         if key.public_key() != cert.public_key():
             raise ProvisionError(
@@ -153,7 +159,7 @@ def _authority(federation: Path, made: list[str]) -> tuple[Key, x509.Certificate
             f"{cert.not_valid_after_utc:%Y-%m-%d})"
         )
     else:
-        key = new_key()
+        key = load_key(key_file) if key_file.exists() else new_key()
         made.append("CA")
     cert = ca_certificate(key)
     write_key(key_file, key)

@@ -1,12 +1,16 @@
 """Split a question/answer data set into the sites' partitions.
 
 Writes ``site-NN/data/train.jsonl`` and ``holdout.jsonl`` and one manifest, ``data.json``,
-with rows and sha256 of every file. Disjoint, complete and a function of the seed.
+with rows and sha256 of every file. Disjoint, complete and a function of the seed. A question that
+is there twice is taken once; with a file a site, once a site, and one that several sites have is
+held out at none of them: the others train on it.
 """
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +50,21 @@ def prepare_data(federation: Path, split: Split) -> list[str]:
     old = json.loads(manifest_file.read_text()) if manifest_file.exists() else {}
     wanted = asdict(split) | {"source_sha256": _source_sha256(split.source)}
     intact = _check_intact(federation, old.get("files", {}))
-    if intact and old["split"] == wanted:
-        return [f"{f}: {facts['rows']} rows" for f, facts in old["files"].items()]
-    parts = _own_files(split) if split.partitioner == "files" else _partitions(split)
+    # Where "notes" are missing, a site's own file was split with its repeats.
+    if intact and old["split"] == wanted and (split.partitioner != "files" or "notes" in old):
+        return _said(old)
+    notes: list[str] = []
+    if split.partitioner == "files":
+        parts = _own_files(split, notes)
+        shared = _shared(parts, notes)
+    else:
+        parts, shared = _partitions(split, notes), set()
     files: dict[str, dict[str, Any]] = {}
     written: dict[Path, str] = {}
     for number, dataset in enumerate(parts):
-        held_out = min(split.holdout_rows, int(len(dataset) * split.holdout_fraction))
-        order = dataset.shuffle(seed=split.seed)
         folder = federation / f"site-{number:02d}" / "data"
         folder.mkdir(parents=True, exist_ok=True)
-        for name, rows in (
-            ("holdout", order.select(range(held_out))),
-            ("train", order.select(range(held_out, len(order)))),
-        ):
+        for name, rows in _halves(dataset, split, shared).items():
             path = folder / f"{name}.jsonl"
             content = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
             digest = hashlib.sha256(content.encode()).hexdigest()
@@ -68,13 +73,31 @@ def prepare_data(federation: Path, split: Split) -> list[str]:
     # In this order, so that what an interruption leaves is no stranger to the next call.
     for name in old.get("files", {}):  # all intact; also those of sites that there are no longer
         (federation / name).unlink(missing_ok=True)
-    _write_manifest(manifest_file, {"split": None, "files": files})
+    for torn in federation.glob("site-*/data/.*.part"):  # rows that nobody would find again
+        torn.unlink()
+    manifest = {"split": wanted, "notes": notes, "files": files}
+    _write_manifest(manifest_file, manifest | {"split": None})
     for path, content in written.items():
         part = path.with_name(f".{path.name}.part")
         part.write_text(content, encoding="utf-8")
         part.replace(path)
-    _write_manifest(manifest_file, {"split": wanted, "files": files})
-    return [f"{f}: {facts['rows']} rows" for f, facts in files.items()]
+    _write_manifest(manifest_file, manifest)
+    return _said(manifest)
+
+
+def _halves(dataset: Any, split: Split, shared: set[str]) -> dict[str, Any]:
+    """A site's rows, shuffled: those held out, none of them ``shared``, and those to train on."""
+    order = dataset.shuffle(seed=split.seed)
+    count = min(split.holdout_rows, int(len(order) * split.holdout_fraction))
+    own = (i for i, row in enumerate(order) if not shared or _question(row) not in shared)
+    held_out = list(islice(own, count))
+    rest = sorted(set(range(len(order))).difference(held_out))
+    return {"holdout": order.select(held_out), "train": order.select(rest)}
+
+
+def _said(manifest: dict[str, Any]) -> list[str]:
+    lines = [f"{name}: {facts['rows']} rows" for name, facts in manifest["files"].items()]
+    return [*lines, *manifest.get("notes", [])]
 
 
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
@@ -143,14 +166,19 @@ def _load(source: str) -> Any:
     return loaded
 
 
-def _partitions(split: Split) -> list[Any]:
+def _once(loaded: Any, source: str, notes: list[str]) -> Any:
+    """Without the rows whose question was there before: they could be held out and trained on."""
+    first = {q: i for i, q in reversed(list(enumerate(map(_question, loaded))))}
+    if repeats := len(loaded) - len(first):
+        notes.append(f"{source}: {repeats} rows ask a question again and are left out")
+    return loaded.select(sorted(first.values()))
+
+
+def _partitions(split: Split, notes: list[str]) -> list[Any]:
     """The sites' data sets by flwr-datasets' partitioners."""
     from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 
-    loaded = _load(split.source)
-    # A question that is asked twice must not be in one site's holdout and another's training rows.
-    first = {q: i for i, q in reversed(list(enumerate(map(_question, loaded))))}
-    loaded = loaded.select(sorted(first.values()))
+    loaded = _once(_load(split.source), split.source, notes)
     if len(loaded) < 2 * split.sites:
         raise PrepareError(
             f"data set {split.source}: {len(loaded)} rows are too few for {split.sites} sites"
@@ -185,7 +213,7 @@ def _question(row: dict[str, Any]) -> str:
     return str(row["input"] or "").strip() or str(row["instruction"] or "").strip()
 
 
-def _own_files(split: Split) -> list[Any]:
+def _own_files(split: Split, notes: list[str]) -> list[Any]:
     """Exactly the files of a folder: site-00.jsonl goes to site 00, and so on."""
     folder, parts = Path(split.source), []
     for number in range(split.sites):
@@ -195,5 +223,15 @@ def _own_files(split: Split) -> list[Any]:
                 f"{folder}: exactly one of site-{number:02d}.jsonl, .json, .parquet is needed, "
                 f"{len(found)} found"
             )
-        parts.append(_load(str(found[0])).select_columns(list(COLUMNS)))
+        loaded = _load(str(found[0])).select_columns(list(COLUMNS))
+        parts.append(_once(loaded, found[0].name, notes))
     return parts
+
+
+def _shared(parts: list[Any], notes: list[str]) -> set[str]:
+    """The questions that more than one site has."""
+    sites = Counter(question for part in parts for question in map(_question, part))
+    shared = {question for question, count in sites.items() if question and count > 1}
+    if shared:
+        notes.append(f"{len(shared)} questions are at more than one site: none of them is held out")
+    return shared

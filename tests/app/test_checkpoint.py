@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import threading
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from app.adapter import Layout, initial_adapter
-from app.checkpoint import ResultsError, RunFolder, rounds
+from app.checkpoint import ResultsError, RunFolder, rounds, sha256
 from tests.full_disk import full_disk
+from tests.killed import kills
 from tests.samples import run_config
 
 CONFIG = run_config(lora_r=4)
@@ -78,6 +80,20 @@ def test_saving_a_round_again_replaces_it_as_a_whole(tmp_path: Path) -> None:
     assert {p.name for p in path.iterdir()} == FILES
     arrays = load_file(path / "adapter_model.safetensors")
     assert LAYOUT.join(arrays).tobytes() == initial_adapter(LAYOUT, 2).tobytes()
+
+
+def test_killed_at_any_step_only_whole_checkpoints_are_listed(tmp_path: Path) -> None:
+    """Also of a round that is saved again."""
+    start = tmp_path / "start"
+    for number in (1, 2):
+        save(RunFolder(start, 7), number)
+    copies = (Path(shutil.copytree(start, tmp_path / str(n), symlinks=True)) for n in count())
+    for results in kills(lambda results: save(RunFolder(results, 7), 2, seed=2), copies):
+        assert 1 in rounds(results / "7")
+        for path in rounds(results / "7").values():
+            assert {p.name for p in path.iterdir()} == FILES
+            assert json.loads((path / "round.json").read_text())["sha256"] == sha256(path)
+        assert link_of(results) == "7"
 
 
 @pytest.mark.parametrize("room", [0, 4096])

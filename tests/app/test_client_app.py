@@ -190,8 +190,8 @@ def dumped(message: Message) -> bytes:
 def test_no_message_of_a_site_holds_a_word_of_its_data(
     site: Path, models_dir: Path, base: dict[str, Any], codec: str
 ) -> None:
-    for part in ("train", "holdout"):
-        told = [r | {k: f"{MARKER} {r[k]} {MARKER}" for k in ("input", "output")} for r in ROWS[:8]]
+    for part, rows in (("train", ROWS[:8]), ("holdout", ROWS[8:16])):
+        told = [r | {k: f"{MARKER} {r[k]} {MARKER}" for k in ("input", "output")} for r in rows]
         write_jsonl(site / "data" / f"{part}.jsonl", told)
     config = run_config(**base, codec=codec)
     s = strategy(models_dir, config)

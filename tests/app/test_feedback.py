@@ -2,6 +2,8 @@
 
 import itertools
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,8 @@ from app import client_app
 from app.adapter import Layout, Vector
 from app.codec import decode, encode
 from app.config import RunConfig
-from app.feedback import Feedback
+from app.feedback import RUNS_KEPT, Feedback
+from tests.killed import kills
 from tests.samples import run_config
 
 COARSE = ("bf16", "int8", "int4")
@@ -148,15 +151,51 @@ def test_a_file_of_anything_gives_a_finite_rest(
     assert np.isfinite(feedback(folder).read(next(ROUNDS))).all()
 
 
-def test_writing_forgets_other_runs_and_torn_files_and_nothing_else(tmp_path: Path) -> None:
-    for run_id in (1, 2, 3):
-        feedback(tmp_path, run_id).write(next(ROUNDS), rest_of(run_id))
-        assert not feedback(tmp_path, run_id - 1).read(next(ROUNDS)).any()
-    file(tmp_path, 9).with_suffix(".part").write_bytes(b"torn")
-    (tmp_path / "keys.json").write_text("{}")
-    feedback(tmp_path).write(next(ROUNDS), rest_of(5))
-    assert sorted(p.name for p in tmp_path.iterdir()) == [file(tmp_path).name, "keys.json"]
-    assert feedback(tmp_path).read(next(ROUNDS)).tobytes() == rest_of(5).tobytes()
+def test_runs_side_by_side_and_an_old_one_that_is_resumed_keep_their_rests(tmp_path: Path) -> None:
+    for server_round in range(1, 5):
+        for run_id in range(1, RUNS_KEPT + 1):
+            feedback(tmp_path, run_id).write(server_round, rest_of(10 * run_id + server_round))
+    for run_id in range(1, RUNS_KEPT + 1):
+        kept = feedback(tmp_path, run_id).read(5)
+        assert kept.tobytes() == rest_of(10 * run_id + 4).tobytes()
+
+
+def test_the_runs_that_wrote_last_are_kept_and_nothing_torn(tmp_path: Path) -> None:
+    for run_id in range(1, RUNS_KEPT + 1):
+        feedback(tmp_path, run_id).write(1, rest_of(run_id))
+    feedback(tmp_path, 1).write(2, rest_of(5))  # resumed: no longer the oldest
+    largest = 0
+    for run_id in (8, 9):
+        file(tmp_path, run_id + 100).with_suffix(".part").write_bytes(b"torn")
+        (tmp_path / "keys.json").write_text("{}")
+        feedback(tmp_path, run_id).write(1, rest_of(run_id))
+        for server_round in range(2, 20):
+            feedback(tmp_path, run_id).write(server_round, rest_of(server_round))
+        largest = max(largest, sum(p.stat().st_size for p in tmp_path.iterdir()))
+    names = {file(tmp_path, n).name for n in (1, RUNS_KEPT, 8, 9)}
+    assert {p.name for p in tmp_path.iterdir()} == names | {"keys.json"}
+    assert largest < RUNS_KEPT * (2 * 4 * N + 500)
+    assert not feedback(tmp_path, 2).read(5).any()  # the oldest
+    assert feedback(tmp_path, 1).read(3).tobytes() == rest_of(5).tobytes()
+
+
+def test_killed_anywhere_a_write_leaves_the_old_rest_or_the_new_one(tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    for run_id in (*range(20, 20 + RUNS_KEPT), RUN):
+        feedback(start, run_id).write(1, rest_of(1))
+    file(start, 9).write_bytes(b"one more, to be forgotten")
+    os.utime(file(start, 9), (0, 0))
+    copies = (Path(shutil.copytree(start, tmp_path / str(n))) for n in itertools.count())
+    seen = set()
+    for folder in kills(lambda folder: feedback(folder).write(2, rest_of(2)), copies):
+        rest = feedback(folder).read(3)
+        assert rest.tobytes() in (rest_of(1).tobytes(), rest_of(2).tobytes())
+        seen.add(rest.tobytes())
+        feedback(folder).write(2, rest_of(2))
+        assert feedback(folder).read(3).tobytes() == rest_of(2).tobytes()
+        assert not list(folder.glob("*.part"))
+        assert len(list(folder.iterdir())) == RUNS_KEPT
+    assert len(seen) == 2
 
 
 def test_a_round_that_is_repeated_starts_from_the_rest_it_started_from(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A site's rows: what is read, what is left out, and that no message carries a row's text."""
 
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -98,6 +99,31 @@ def test_repeats_and_rows_without_question_or_answer_are_left_out(
         Row("Why?", "Because."),
         Row(ROWS[0]["input"], ROWS[0]["output"]),
     ]
+
+
+@pytest.fixture
+def site_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    logging.getLogger("app").addHandler(caplog.handler)
+    yield caplog
+    logging.getLogger("app").removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_what_a_site_trains_on_is_not_scored_as_held_out(
+    tmp_path: Path, suffix: str, site_log: pytest.LogCaptureFixture
+) -> None:
+    told = [r | {"output": f"{MARKER} {n}"} for n, r in enumerate(ROWS[:8])]
+    write(tmp_path, told, suffix)
+    spaced = [r | {"input": f" {r['input']} "} for r in ROWS[5:10]]  # with other answers
+    write(tmp_path, spaced, ".jsonl", "holdout")
+    assert load(tmp_path, "holdout") == [Row(r["input"], r["output"]) for r in ROWS[8:10]]
+    assert len(load(tmp_path, "train")) == 8
+    assert {r.getMessage() for r in site_log.records} == {
+        f"data/holdout.jsonl: 3 of 5 rows ask what data/train{suffix} asks too; they are not "
+        "scored as held-out"
+    }
+    write(tmp_path, spaced[:2], ".jsonl", "holdout")
+    assert load(tmp_path, "holdout") == []
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from app.codec import decode
 from app.config import CODECS, STRATEGIES, ConfigError, RunConfig
 from app.resume import find_earlier
 from app.server_app import run
+from tests.killed import kills
 from tests.samples import run_config, write_site_list
 from tests.stand_in_grid import Node, StandInGrid
 
@@ -161,6 +164,32 @@ def test_the_chain_of_runs_is_recorded_and_no_round_is_lost_but_the_one_in_work(
     ]
     assert list(adapters(tmp_path, 13)) == [1, 2, 3, 4, 5]
     assert (tmp_path / "results" / "latest").readlink() == Path("13")
+
+
+def test_killed_at_any_step_on_the_disk_a_resumed_run_loses_no_round(tmp_path: Path) -> None:
+    whole, begun = tmp_path / "whole", tmp_path / "begun"
+    small = config(num_server_rounds=2)
+    start(whole, small, 1)
+    with pytest.raises(Killed):
+        start(begun, small, 11, 8 + 6 + 1)  # in round 2
+    copies = (Path(shutil.copytree(begun, tmp_path / str(n), symlinks=True)) for n in count())
+    for folder in kills(lambda f: start(f, replace(small, resume="latest"), 12), copies):
+        done = max(1, whole_lines(folder / "results" / "12"))
+        for resume in ("latest", "12,11,0"):  # a person's way, and superlink.submit's
+            earlier = find_earlier(folder / "results", replace(small, resume=resume))
+            assert earlier
+            assert earlier.server_round == done
+        with suppress(Killed):  # the next run takes them over
+            start(folder, replace(small, resume="latest"), 13, killed_after=0)
+        assert adapters(folder, 13) == {n: adapters(whole, 1)[n] for n in range(1, done + 1)}
+        assert lines(folder, 13) == lines(whole, 1)[:done]
+        assert (folder / "results" / "latest").readlink() == Path("13")
+        shutil.rmtree(folder)
+
+
+def whole_lines(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
 
 
 def test_where_the_disk_knows_no_links_the_rounds_are_copied(

@@ -1,12 +1,14 @@
 """Keys and certificates: made once, kept, renewed when they must be, and good for TLS."""
 
 import ipaddress
+import itertools
 import os
 import shutil
 import ssl
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import superlink.provision
 from superlink import site_keys
 from superlink.control import public_keys
 from superlink.provision import ProvisionError, main, provision
+from tests.killed import kills
 
 ADDRESS = "superlink.example:9092"
 SECRETS = {"ca.key", "server.key", "supernode.key"}
@@ -491,28 +494,76 @@ def test_a_lost_private_key_revokes_its_public_key(tmp_path: Path) -> None:
     assert list(public_keys(tmp_path / "public" / "revoked").values()) == [old]
 
 
-def test_an_interrupted_rotation_is_completed_by_the_next_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def first(federation: Path) -> None:
+    provision(federation, 2, ADDRESS, [])
+
+
+def renewed(federation: Path) -> None:
+    superlink.provision.renew(federation)
+
+
+def rotated(federation: Path) -> None:
+    site_keys.rotate(federation, "site-00")
+
+
+def lost(federation: Path) -> None:
+    (federation / "site-00" / "supernode.key").unlink(missing_ok=True)
+    first(federation)
+
+
+def revoked(federation: Path) -> None:
+    site_keys.revoke(federation, "site-00")
+
+
+def readmitted(federation: Path) -> None:
+    revoked(federation)
+    rotated(federation)
+
+
+COMPLETE = {
+    "site-00/superlink-ca.crt", "site-00/site.env", "site-00/supernode.key",
+    "site-01/superlink-ca.crt", "site-01/site.env", "site-01/supernode.key",
+    "public/ca.crt", "public/site-01.pub", "ca/ca.key",
+    "superlink/ca.crt", "superlink/server.crt", "superlink/server.key",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [first, renewed, rotated, lost, revoked, readmitted])
+def test_killed_anywhere_a_command_is_completed_by_the_next_call(
+    tmp_path: Path, command: Callable[[Path], None]
 ) -> None:
-    provision(tmp_path, 1, ADDRESS, [])
-    old = public_keys(tmp_path / "public")["site-00"]
-    steps: list[Path] = []
-
-    def power_cut(path: Path, content: bytes, mode: int = 0o644) -> None:
-        steps.append(path)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(site_keys, "write", power_cut)  # the old is revoked, the new not published
-    with pytest.raises(KeyboardInterrupt):
-        site_keys.rotate(tmp_path, "site-00")
-    monkeypatch.undo()
-    assert [p.name for p in steps] == ["site-00.pub"]
-    assert public_keys(tmp_path / "public") == {}
-    provision(tmp_path, 1, ADDRESS, [])
-    (new,) = public_keys(tmp_path / "public").values()
-    own = superlink.certificates.load_key(tmp_path / "site-00" / "supernode.key")
-    assert new == public_key_to_bytes(own.public_key()) != old
-    assert list(public_keys(tmp_path / "public" / "revoked").values()) == [old]
+    start = tmp_path / "start"
+    start.mkdir()
+    if command != first:
+        first(start)
+    before = public_keys(start / "public") if command != first else {}
+    copies = (shutil.copytree(start, tmp_path / str(n)) for n in itertools.count())
+    moments = 0
+    for federation in kills(command, copies):
+        moments += 1
+        written = {p: p.read_bytes() for p in files(federation)}
+        secret = [p for p, c in written.items() if c.startswith(b"-----B") and b"CERT" not in c]
+        assert {stat.S_IMODE(p.stat().st_mode) for p in secret if "crt" not in p.name} <= {0o600}
+        provision(federation, 2, ADDRESS, [])
+        assert provision(federation, 2, ADDRESS, []) == [], "not complete"
+        handshake(federation, "superlink.example")
+        if command != first:
+            assert ca_of(federation) == ca_of(start)
+        keys = public_keys(federation / "public")
+        out = public_keys(federation / "public" / "revoked")
+        assert keys["site-01"] == before.get("site-01", keys["site-01"])
+        there = {p.relative_to(federation).as_posix() for p in files(federation)}
+        marks = {f"public/revoked/{name}.pub" for name in out}
+        assert there - marks - {"public/site-00.pub"} == COMPLETE
+        for site, key in keys.items():
+            own = superlink.certificates.load_key(federation / site / "supernode.key")
+            assert public_key_to_bytes(own.public_key()) == key
+        # A key that the site had is its key still, or must not come back.
+        old = before.get("site-00", keys.get("site-00"))
+        assert old in (keys.get("site-00"), *out.values())
+        assert len(out) == (keys.get("site-00") != old)
+        shutil.rmtree(federation)
+    assert moments > (1 if command == revoked else 4)
 
 
 @pytest.mark.parametrize("command", ["rotate", "revoke"])

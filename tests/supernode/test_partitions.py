@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import shutil
 from collections import Counter
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from app import partition
+from supernode import partitions
 from supernode.partitions import BUNDLED, PrepareError, Split, prepare_data
+from tests.killed import kills
 from tests.samples import ROWS, write_jsonl
 
 
@@ -218,6 +222,79 @@ def test_own_files_go_to_their_sites_in_every_format(tmp_path: Path, federation:
     for site, (start, end) in enumerate([(0, 10), (10, 15), (15, 20)]):
         rows = rows_of(federation, site, "train") + rows_of(federation, site, "holdout")
         assert {r["input"] for r in rows} == {r["input"] for r in numbered(20)[start:end]}
+
+
+def all_of(federation: Path, site: int) -> tuple[list[str], list[str]]:
+    """The questions that this site trains on, and those that it holds out."""
+    train, holdout = (rows_of(federation, site, part) for part in ("train", "holdout"))
+    return [r["input"].strip() for r in train], [r["input"].strip() for r in holdout]
+
+
+def test_a_question_that_a_sites_file_has_twice_is_taken_once(
+    tmp_path: Path, federation: Path
+) -> None:
+    rows = numbered(20)
+    again = [r | {"input": f" {r['input']}\n", "output": "Another answer."} for r in rows[:17]]
+    write_jsonl(tmp_path / "own" / "site-00.jsonl", rows + again)
+    split = Split(str(tmp_path / "own"), 1, "files", holdout_fraction=0.5)
+    said = prepare_data(federation, split)
+    train, holdout = all_of(federation, 0)
+    assert sorted(train + holdout) == sorted(r["input"] for r in rows)
+    assert len(holdout) == 10
+    answers = {r["output"] for part in ("train", "holdout") for r in rows_of(federation, 0, part)}
+    assert answers == {r["output"] for r in rows}  # the first of each
+    assert said[-1] == "site-00.jsonl: 17 rows ask a question again and are left out"
+
+
+def test_what_several_sites_have_is_trained_on_and_never_held_out(
+    tmp_path: Path, federation: Path
+) -> None:
+    """Or one would be scored on what another trains on."""
+    rows = numbered(40)
+    own = [rows[:20], rows[8:30], rows[28:] + rows[:2]]
+    for site, part in enumerate(own):
+        write_jsonl(tmp_path / "own" / f"site-{site:02d}.jsonl", part)
+    split = Split(str(tmp_path / "own"), 3, "files", holdout_fraction=0.4)
+    said = prepare_data(federation, split)
+    assert said[-1] == "16 questions are at more than one site: none of them is held out"
+    assert prepare_data(federation, split) == said  # also of the call that finds them made
+    trained: set[str] = set()
+    held_out: list[str] = []
+    for site, part in enumerate(own):
+        train, holdout = all_of(federation, site)
+        assert sorted(train + holdout) == sorted(r["input"] for r in part), "no row is lost"
+        trained |= set(train)
+        held_out += holdout
+    assert not trained & set(held_out)
+    # Two fifths; of the first site only 6 rows are nobody else's.
+    assert [len(all_of(federation, site)[1]) for site in range(3)] == [6, 8, 5]
+
+
+def test_files_that_were_split_with_their_repeats_are_split_anew(
+    tmp_path: Path, federation: Path
+) -> None:
+    write_jsonl(tmp_path / "own" / "site-00.jsonl", numbered(20))
+    split = Split(str(tmp_path / "own"), 1, "files")
+    prepare_data(federation, split)
+    manifest = json.loads((federation / "data.json").read_text())
+    del manifest["notes"]  # as an older version wrote it
+    (federation / "data.json").write_text(json.dumps(manifest))
+    prepare_data(federation, split)
+    assert "notes" in json.loads((federation / "data.json").read_text())
+
+
+def test_killed_anywhere_prepare_is_completed_by_the_next_call(
+    tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, loaded = tmp_path / "start", partitions._load(source)
+    monkeypatch.setattr(partitions, "_load", lambda source: loaded)  # read once, not fifty times
+    prepare_data(start, Split(source, 3))
+    copies = (Path(shutil.copytree(start, tmp_path / str(n))) for n in count())
+    for federation in kills(lambda f: prepare_data(f, Split(source, 2, seed=9)), copies):
+        prepare_data(federation, Split(source, 1))  # another one than that, with fewer sites
+        assert Counter(inputs(federation, 1)) == Counter(r["input"] for r in numbered(100))
+        names = {f"site-00/data/{part}.jsonl" for part in ("train", "holdout")}
+        assert set(files(federation)) == names | {"data.json"}
 
 
 @pytest.mark.parametrize("twice", [False, True])
