@@ -91,7 +91,7 @@ def test_half_a_first_line_starts_anew(tmp_path: Path) -> None:
     [
         ({"adapter": "1f"}, "adapter differs"),
         ({"questions": ["b", "a"]}, "questions differs"),
-        ({"adapter": "1f", "model": "n"}, "model, adapter differ"),
+        ({"adapter": "1f", "model": "n"}, "adapter, model differ"),
         ({"more": 1}, "more differs"),
     ],
     ids=str,
