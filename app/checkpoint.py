@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from app.adapter import Layout, Vector, save_peft
-from app.config import RunConfig
+from app.config import MIB, RunConfig
 
 
 class ResultsError(Exception):
@@ -69,8 +69,8 @@ class RunFolder:
         free, needed = shutil.disk_usage(self.path).free, checkpoints * adapter_bytes
         if free < needed:
             raise ResultsError(
-                f"{checkpoints} checkpoints need {needed / 1e6:.0f} MB in {self.path}, "
-                f"{free / 1e6:.0f} MB are free; make room or set RESULTS_DIR to another disk"
+                f"{checkpoints} checkpoints need {needed / MIB:.0f} MiB in {self.path}, "
+                f"{free / MIB:.0f} MiB are free; make room or set RESULTS_DIR to another disk"
             )
 
     def write_run(self, facts: dict[str, Any]) -> None:

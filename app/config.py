@@ -20,6 +20,9 @@ GIVEN_UP = "given up: "
 # Begins that of one that ended before round 1, because sites kept silent: there is nothing of it to
 # be resumed, and another may find them.
 SILENT = "not begun: "
+# Sizes are in MiB: what the leaderboard calls MB can only be these, and so are those of the names
+# that hold "mb": communication.budget-mb, mb_sent, mb_left, peak_memory_mb.
+MIB = 2**20
 WHERE = "set it in pyproject.toml [tool.flwr.app.config] or with --run-config"
 
 
@@ -142,7 +145,8 @@ class RunConfig:
     codec_up: str = _key("communication.up", *_one_of("codec", *CODECS))
     # A site keeps what its last coarse upload left out and adds it to its next.
     error_feedback: bool = _key("communication.error-feedback", *_YES_NO)
-    # The FlowerTune leaderboard's limit is 200,000 MB; the log says how much of it is used.
+    # The FlowerTune leaderboard's limit is its 200,000 MB, counted as MiB here; the log says how
+    # much of it is used.
     budget_mb: float = _key("communication.budget-mb", *_POSITIVE)
 
     # At the site, before the upload: the change is clipped to this length (0: not at all), and

@@ -6,7 +6,7 @@ answers, and what goes wrong with it is that site's failure alone.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import httpx
@@ -24,13 +24,19 @@ REFUSED = "the SuperLink takes no message for it: its key was revoked or replace
 
 
 def exchange(
-    grid: Grid, messages: Mapping[K, Message], timeout_s: float
+    grid: Grid,
+    messages: Mapping[K, Message],
+    timeout_s: float,
+    arrived: Callable[[RecordDict], None] = lambda _: None,
 ) -> tuple[dict[K, RecordDict], dict[K, str]]:
     """Send, then wait for all replies or ``timeout_s``.
 
     A message lives no longer than it is waited for: then no site gets it any more, and the
     SuperLink takes no reply to it. Asked for it after that, Flower deletes it and says so: what
     the last look brings is no failure of the site.
+
+    Args:
+        arrived: called with each reply's content as it comes, not only when all are there.
 
     Returns:
         The contents of the replies, and why others failed. A key in neither kept silent.
@@ -52,6 +58,7 @@ def exchange(
             reply = _pull(grid, waiting[key])
             if isinstance(reply, RecordDict):
                 contents[key] = reply
+                arrived(reply)
             elif reply is not None and not over:
                 failed[key] = one_line(reply)
         left -= contents.keys() | failed.keys()

@@ -12,10 +12,9 @@ from pathlib import Path
 from app.adapter import Layout
 from app.base_model import prepared
 from app.codec import unpacked_bytes
-from app.config import ConfigError, RunConfig, merged_config
+from app.config import MIB, ConfigError, RunConfig, merged_config
 from app.privacy import DELTA, epsilon, noise_norm
 
-MB = 2**20  # as the leaderboard counts
 # Layers, hidden size, MLP size, and rows of the key and value projections, from config.json.
 KNOWN = {
     "ContactDoctor/Bio-Medical-Llama-3-8B": (32, 4096, 14336, 1024),
@@ -62,8 +61,8 @@ def plan(config: RunConfig, layout: Layout, sites: int) -> list[str]:
             sites, max(int(sites * config.fraction_evaluate), config.min_evaluate_nodes)
         )
     # Fp32 arrays as .npy files, each with a header of 128 bytes, both ways.
-    leaderboard = rounds * train * 2 * (4 * n + 128 * arrays) / MB
-    down, up = (unpacked_bytes(codec, n) / MB for codec in (config.down, config.up))
+    leaderboard = rounds * train * 2 * (4 * n + 128 * arrays) / MIB
+    down, up = (unpacked_bytes(codec, n) / MIB for codec in (config.down, config.up))
     each = train * (down + up) + evaluated * down
     sent = rounds * each + evaluated * down  # the initial adapter is evaluated as well
     most = "" if config.down == config.up == "fp32" else "at most "
@@ -73,14 +72,14 @@ def plan(config: RunConfig, layout: Layout, sites: int) -> list[str]:
         steps = f"{config.num_train_epochs:g} epochs of its rows, {batch} a step"
     lines = [
         f"model: {config.model_name}, {config.quantization or 'no'} bits",
-        f"adapter: {n:,} parameters in {arrays} arrays, {4 * n / MB:.2f} MB in float32",
+        f"adapter: {n:,} parameters in {arrays} arrays, {4 * n / MIB:.2f} MiB in float32",
         f"a round: {train} of {sites} sites train ({steps}), {evaluated} are evaluated",
-        f"a transfer: {most}{down:.2f} MB down ({config.down}), {up:.2f} MB up ({config.up})",
-        f"communication a round: {most}{each:.2f} MB",
+        f"a transfer: {most}{down:.2f} MiB down ({config.down}), {up:.2f} MiB up ({config.up})",
+        f"communication a round: {most}{each:.2f} MiB",
         f"communication (leaderboard counting): {leaderboard:.2f} MB",
-        f"communication (sent): {most}{sent:.2f} MB in {rounds} rounds, "
+        f"communication (sent): {most}{sent:.2f} MiB in {rounds} rounds, "
         f"{100 * sent / config.budget_mb:.2f} % of communication.budget-mb",
-        f"checkpoints: {rounds * 4 * n / MB:.2f} MB",
+        f"checkpoints: {rounds * 4 * n / MIB:.2f} MiB",
     ]
     if config.clip_norm:
         lines.append(_privacy(config, n))

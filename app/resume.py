@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.numpy import load
 
 from app.adapter import Layout, Vector
 from app.checkpoint import RunFolder, rounds, sha256
-from app.config import ConfigError, RunConfig
+from app.config import MIB, ConfigError, RunConfig
 
 logger = logging.getLogger(__name__)
 # Of another value of these the earlier rounds would have been others altogether.
@@ -82,6 +83,18 @@ def find_earlier(results: Path, config: RunConfig) -> Earlier | None:
         f"run config: resume = {config.resume!r}: no complete round in {results}; runs that have "
         f"one: {', '.join(there) or 'none'}"
     )
+
+
+def bytes_before(results: Path, config: RunConfig, earlier: Earlier | None) -> int:
+    """Adapter bytes that the runs named in the key resume have sent, also in cut-off rounds.
+
+    Each of them counted on from the one before, so the largest holds all; 0 where none is named.
+    """
+    sent = [round(earlier.lines[-1]["mb_sent"] * MIB) if earlier else 0]
+    for name in filter(None, config.resume.split(",")):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # as little as a kill left of it
+            sent.append(int(json.loads((results / name / "run.json").read_text())["bytes_sent"]))
+    return max(sent)
 
 
 def _complete(run: Path) -> list[dict[str, Any]]:

@@ -19,10 +19,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from app.adapter import Layout, initial_adapter
 from app.checkpoint import ResultsError, RunFolder
-from app.config import GIVEN_UP, SILENT, ConfigError, RunConfig
+from app.config import GIVEN_UP, MIB, SILENT, ConfigError, RunConfig
 from app.preflight import PreflightError, SilenceError, preflight
 from app.privacy import noise_norm
-from app.resume import adopt, find_earlier
+from app.resume import adopt, bytes_before, find_earlier
 from app.site_list import SiteListError, site_name
 from app.strategy import RoundError, Strategy
 
@@ -82,6 +82,7 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
     started = time.monotonic()
     facts["config"] = config.flat()
     earlier = find_earlier(folder.results, config)
+    facts["bytes_sent"] = bytes_before(folder.results, config, earlier)
     if earlier:
         facts["resumed_from"] = earlier.chain
         folder.write_run(facts)  # before the rounds: a run that has some can be resumed
@@ -112,13 +113,13 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
     folder.reserve(total - done, adapter.nbytes)
     logger.info(
         "[preflight] %d sites ready with %d rows; base model %s, fingerprint %s; "
-        "adapter of %d parameters, %.1f MB",
+        "adapter of %d parameters, %.1f MiB",
         len(sites.node_of),
         sum(sites.num_examples.values()),
         config.model_name,
         sites.fingerprint,
         layout.size,
-        adapter.nbytes / 1e6,
+        adapter.nbytes / MIB,
     )
     facts |= {
         "base_model_fingerprint": sites.fingerprint,
@@ -137,7 +138,14 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
     }
     folder.write_run(facts)
 
-    strategy = Strategy(grid, config, sites, layout, earlier.origin if earlier else facts["run_id"])
+    def keep(bytes_sent: int) -> None:
+        facts["bytes_sent"] = bytes_sent
+        folder.write_run(facts)
+
+    origin = earlier.origin if earlier else facts["run_id"]
+    strategy = Strategy(
+        grid, config, sites, layout, origin, bytes_sent=facts["bytes_sent"], keep=keep
+    )
     if earlier:
         before = earlier.lines[-1]
         strategy.take_up(earlier.lines)
@@ -168,7 +176,7 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
         left = per_round * (total - server_round)
         held_out = f", held-out loss {after['eval_loss_median']:.4f}" if after else ""
         logger.info(
-            "[round %d/%d] train loss %.4f%s; %.0f s; %.1f MB sent, %.0f of the budget left; %s",
+            "[round %d/%d] train loss %.4f%s; %.0f s; %.1f MiB sent, %.0f of the budget left; %s",
             server_round,
             total,
             line["train_loss"],

@@ -6,7 +6,7 @@ and end "completed" even when nothing was; this one does none of that.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,8 +18,8 @@ from flwr.serverapp import Grid
 from app.adapter import Layout, Vector, initial_adapter
 from app.aggregation import aggregate, capped, mean_cosine, weight_change_norm
 from app.codec import decode, encode
-from app.config import RunConfig
-from app.exchange import exchange
+from app.config import MIB, RunConfig
+from app.exchange import REFUSED, exchange
 from app.fedavgopt import Floats
 from app.guards import Change, Gathered, number, usable
 from app.held_out import believable, held_out
@@ -28,7 +28,6 @@ from app.site_list import site_name
 
 logger = logging.getLogger(__name__)
 
-MB = 2**20  # as the leaderboard counts
 NPY_HEADER_BYTES = 128  # that Flower puts in front of an array; framing, not counted
 
 
@@ -42,7 +41,9 @@ class Strategy:
 
     Attributes:
         run: names the run at the sites; of a resumed one, the run that it began as.
-        bytes_sent: adapter bytes of this run so far, both ways, evaluation included.
+        bytes_sent: adapter bytes of this run so far, both ways, evaluation included; also those of
+            rounds that failed or were cut off.
+        keep: called with bytes_sent whenever it changes, so that a killed run's are not lost.
         changes: those that took part so far.
         holdout_tokens: by partition id, answer tokens at a site's first evaluation.
     """
@@ -53,12 +54,12 @@ class Strategy:
     layout: Layout
     run: str
     bytes_sent: int = 0
+    keep: Callable[[int], None] = lambda _: None
     changes: list[Change] = field(default_factory=list)
     holdout_tokens: dict[int, int] = field(default_factory=dict)
 
     def take_up(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Go on behind the rounds of these lines of metrics.jsonl, of which there is one."""
-        self.bytes_sent = round(lines[-1]["mb_sent"] * MB)
+        """Go on behind the rounds of these lines of metrics.jsonl."""
         self.changes = Change.of_lines(lines)
         for line in lines:
             self._note_tokens(line)
@@ -217,8 +218,8 @@ class Strategy:
         }
 
     def budget(self) -> dict[str, float]:
-        """MB of adapters sent so far in this run, both ways, and what is left of the budget."""
-        sent = self.bytes_sent / MB
+        """MiB of adapters sent so far in this run, both ways, and what is left of the budget."""
+        sent = self.bytes_sent / MIB
         return {"mb_sent": sent, "mb_left": self.config.budget_mb - sent}
 
     def _ask(
@@ -237,17 +238,30 @@ class Strategy:
             )
             for partition_id in partitions
         }
-        contents, failed = exchange(self.grid, messages, self.config.round_timeout_s)
+        # Before they are sent: whatever happens now, a site may have got them.
+        self._count(len(payload) * len(messages))
+        contents, failed = exchange(
+            self.grid, messages, self.config.round_timeout_s, lambda c: self._count(_uploaded(c))
+        )
+        # The very constant: a site can say the same words, but not be refused by them.
+        refused = sum(why is REFUSED for why in failed.values())
+        self._count(-len(payload) * refused)
         late = f"no reply within strategy.round-timeout-s = {self.config.round_timeout_s:.0f}"
-        gathered = Gathered(
+        return Gathered(
             replies=contents,
             failed={p: failed.get(p, late) for p in partitions if p not in contents},
-            bytes_down=len(payload) * len(partitions),
+            bytes_down=len(payload) * (len(partitions) - refused),
+            bytes_up=sum(map(_uploaded, contents.values())),
             sent=adapter if codec == "fp32" else decode(codec, payload, self._initial),
         )
-        for content in contents.values():
-            for arrays in content.array_records.values():
-                sizes = (len(a.data) - NPY_HEADER_BYTES for a in arrays.values())
-                gathered.bytes_up += sum(max(size, 0) for size in sizes)
-        self.bytes_sent += gathered.bytes_down + gathered.bytes_up
-        return gathered
+
+    def _count(self, size: int) -> None:
+        if size:
+            self.bytes_sent += size
+            self.keep(self.bytes_sent)
+
+
+def _uploaded(content: RecordDict) -> int:
+    """Bytes of a reply's arrays."""
+    arrays = (a for record in content.array_records.values() for a in record.values())
+    return sum(max(len(a.data) - NPY_HEADER_BYTES, 0) for a in arrays)

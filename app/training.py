@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from app.base_model import device_and_dtype
-from app.config import RunConfig
+from app.config import MIB, RunConfig
 from app.examples import IGNORED, Example, collate
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def evaluate(model: Any, examples: list[Example], batch_size: int) -> Evaluated:
 
 
 def peak_memory_mb(device: str) -> float:
-    """Peak of this process: the GPU's memory where it trains there, else its RSS. In MB (10^6)."""
+    """Peak of this process: the GPU's memory where it trains there, else its RSS. In MiB."""
     if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+        return torch.cuda.max_memory_allocated() / MIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from app.partition import SiteError
 from eval import EvalError
-from eval.benchmarks import BENCHMARKS, LEADERBOARD, benchmark, fetch, load
+from eval.benchmarks import BENCHMARKS, LEADERBOARD, Question, benchmark, fetch, load
 from eval.scoring import score_file
 
 if TYPE_CHECKING:
@@ -143,19 +143,36 @@ def _evaluate(arguments: list[str]) -> int:
     # spin while they wait halve everybody's speed.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     _quiet()
-    from eval.evaluation import evaluate
-    from eval.model import base_model_name, load_base
-    from eval.report import write_report
-    from eval.results import metrics, state
-    from eval.summary import PUBLISHED, text_table
+    from eval.folder import claimed
+    from eval.model import base_model_name
 
     run, adapters = _adapters(args)
     name = args.base_model_name_path or (base_model_name(adapters[0]) if adapters else None)
     if not name:
         raise EvalError("--base-model-name-path: which base model?")
     out = args.out or (run / "eval" if run else Path("benchmarks"))
-    _writable(out)
-    status = state(run) if run else None
+    with claimed(out):
+        _score_into(out, name, args, sets, run, adapters)
+    return 0
+
+
+def _score_into(
+    out: Path,
+    name: str,
+    args: argparse.Namespace,
+    sets: dict[str, tuple[list[Question], str]],
+    run: Path | None,
+    adapters: "list[Adapter]",
+) -> None:
+    """Answers, scores and report of base model ``name`` and adapters, into ``out``."""
+    from eval.evaluation import evaluate
+    from eval.model import load_base
+    from eval.report import write_report
+    from eval.results import metrics, state
+    from eval.summary import PUBLISHED, text_table
+
+    # Both now: what a run that is going on does meanwhile is not what is scored here.
+    status, rounds = (state(run), metrics(run)) if run else (None, [])
     if run:
         print(f"eval: run {run.name}, {status}: {', '.join(a.name for a in adapters)}")
     print(f"eval: base model {name}, --quantization {args.quantization}", flush=True)
@@ -186,14 +203,13 @@ def _evaluate(arguments: list[str]) -> int:
         "published": PUBLISHED,
         "subjects": subjects,
         "best": max(subjects[1:], key=lambda s: s["average"])["name"] if adapters[1:] else None,
-        "rounds": metrics(run) if run else [],
+        "rounds": rounds,
     }
     try:
         page = write_report(out, report)
     except OSError as err:
         raise EvalError(f"cannot write the report to {out}: {err.strerror}") from None
     print(f"\n{text_table(report)}\n\neval: report: {page}", flush=True)
-    return 0
 
 
 def _quiet() -> None:
@@ -237,16 +253,6 @@ def _adapters(args: argparse.Namespace) -> "tuple[Path | None, list[Adapter]]":
             for a in found
         ]
     return run, found
-
-
-def _writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
-    except OSError as err:
-        raise EvalError(f"cannot write to {folder}: {err.strerror}; give --out") from None
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@ in the leaderboard's two files."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,44 +13,87 @@ import pandas as pd
 
 from eval import EvalError
 from eval.benchmarks import Question
+from eval.identity import digests
 from eval.inference import Answer
 
 
 class Journal:
     """The answers of one model to one set, a line each, in the order in which they came.
 
-    Its name and its first line say what they are answers to: another model, adapter, precision
-    or choice of questions has a journal of its own.
+    Its first line says what they follow from, part by part, and its name holds a hash of that:
+    whatever differs has a journal of its own, and the one before stays.
     """
 
-    def __init__(
-        self, folder: Path, name: str, facts: dict[str, Any], questions: Sequence[Question]
-    ) -> None:
-        """Open ``folder``/.answers_<name>_<what they answer>.jsonl for appending.
+    def __init__(self, folder: Path, name: str, parts: Mapping[str, Any], count: int) -> None:
+        """Open ``folder``/.answers_<name>_<hash of parts>.jsonl for appending.
+
+        Args:
+            parts: all that the answers follow from, under names for the user.
+            count: of the questions.
 
         Raises:
-            EvalError: the folder cannot be written.
+            EvalError: the folder cannot be written, or what is there is no such journal.
         """
-        content = json.dumps([facts, questions], sort_keys=True)
-        identity = hashlib.sha256(content.encode()).hexdigest()
-        self.path = path = folder / f".answers_{name}_{identity[:8]}.jsonl"
+        self._folder, self._name, self._count = folder, name, count
+        head = json.dumps(digests(parts), sort_keys=True)
+        identity = hashlib.sha256(head.encode()).hexdigest()[:16]
+        self.path = path = folder / f".answers_{name}_{identity}.jsonl"
         self.answers: dict[int, Answer] = {}
-        kept = [identity]
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_text().split("\n") if path.exists() else []
-            if lines and lines[0] == identity:
-                for line in lines[1:]:
-                    try:
-                        index, output, pick = json.loads(line)
-                    except ValueError:
-                        break  # a killed process left it unfinished
-                    self.answers[index] = Answer(output, pick)
-                    kept.append(line)
-            replace_file(path, "\n".join(kept) + "\n")
+            folder.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                kept = self._read(head)
+            else:
+                kept = []
+                self._say_what_differs(json.loads(head))
+            replace_file(path, "\n".join([head, *kept]) + "\n")
             self._file = path.open("a")
         except OSError as err:
             raise self._failed(err) from None
+
+    def _read(self, head: str) -> list[str]:
+        """The lines that hold answers, which are taken; raises EvalError under another head."""
+        first, *lines = self.path.read_text(encoding="utf-8").split("\n")
+        if first != head and (lines or not head.startswith(first)):  # else it is cut off
+            raise EvalError(f"{self.path} is not what it is called; move it away")
+        kept = []
+        for line in lines:
+            try:
+                index, output, pick = json.loads(line)
+                if not (type(index) is int and 0 <= index < self._count):
+                    raise ValueError
+                if not (isinstance(output, str) and isinstance(pick, str | None)):
+                    raise ValueError
+            except (ValueError, TypeError):
+                break  # a killed process left it unfinished
+            self.answers[index] = Answer(output, pick)
+            kept.append(line)
+        return kept
+
+    def _say_what_differs(self, parts: dict[str, str]) -> None:
+        """From the answers that this model's name already has to this set, if any."""
+        prefix, old_forms = f".answers_{self._name}_", 0
+        differences: list[list[str]] = []
+        for path in self._folder.glob(f"{prefix}*.jsonl"):
+            if not (re.fullmatch("[0-9a-f]+", path.stem.removeprefix(prefix)) and path.is_file()):
+                continue  # of a longer name
+            with path.open(encoding="utf-8", errors="replace") as file:
+                first = file.readline(1 << 16)
+            try:
+                before = dict(json.loads(first))
+            except (ValueError, TypeError):
+                before = {}
+            if unlike := [k for k in parts if before and before.get(k) != parts[k]]:
+                differences.append(unlike)
+            else:
+                old_forms += 1
+        if differences or old_forms:
+            what = min(differences, key=len, default=["the evaluation's version"])
+            print(
+                f"eval: {self._name}: answering anew: {', '.join(what)} "
+                f"{'differs' if len(what) == 1 else 'differ'}",
+                flush=True,
+            )
 
     def add(self, index: int, answer: Answer) -> None:
         """Keep one answer. Raises EvalError if the disk does not take it."""

@@ -8,10 +8,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from app.checkpoint import sha256
+from eval import EvalError
 from eval.answers import Journal, write_results
 from eval.benchmarks import Question, benchmark
-from eval.inference import Inference
+from eval.identity import of_answers, of_model
+from eval.inference import Inference, NotFinite
 from eval.model import Adapter, Base, attached, check
 from eval.scoring import compare, right, score
 
@@ -32,7 +33,8 @@ def evaluate(
         out: folder for answers and scores; what is answered there already is kept.
 
     Raises:
-        EvalError: an adapter does not fit (before anything is answered), or the disk is full.
+        EvalError: an adapter does not fit (before anything is answered), the disk is full, or a
+            model's logits are not finite.
     """
     for candidate in adapters:
         check(candidate, base)  # all of them, before hours of answering
@@ -41,19 +43,19 @@ def evaluate(
     base_right: dict[str, list[bool]] = {}
     for adapter in (None, *adapters):
         name = adapter.name if adapter else base_name
-        weights = sha256(adapter.folder) if adapter else None
-        facts = {**base.facts, "adapter": weights, "device": ""}  # a GPU gives the CPU's answers
+        identity = of_model(base, adapter)
         subject: dict[str, Any] = {
             "name": name,
             "adapter": str(adapter.folder) if adapter else None,
-            "sha256": weights,
+            "sha256": identity["adapter_model.safetensors"],
+            "config": identity["adapter_config.json"],
             "round": adapter.round if adapter else None,
             "scores": {},
         }
         with attached(adapter, base) if adapter else nullcontext(base.model) as model:
             inference = Inference(model, base.tokenizer, batch_size)
             for dataset, (questions, _) in sets.items():
-                result, correct = _answer(inference, facts, dataset, questions, name, out)
+                result, correct = _answer(inference, identity, dataset, questions, name, out)
                 subject["scores"][dataset] = result
                 if adapter is None:
                     base_right[dataset] = correct
@@ -68,7 +70,7 @@ def evaluate(
 
 def _answer(
     inference: Inference,
-    facts: dict[str, Any],
+    identity: dict[str, Any],
     dataset: str,
     questions: Sequence[Question],
     name: str,
@@ -76,9 +78,8 @@ def _answer(
 ) -> tuple[dict[str, Any], list[bool]]:
     """One model, one set: answers, files, the score, and which questions it has right."""
     labels = benchmark(dataset).labels
-    if not inference.one_pass(questions):  # then a batch's first gold counts for all of it
-        facts = {**facts, "batch_size": inference.batch_size}
-    journal = Journal(out, f"{dataset}_{name}", facts, questions)
+    parts = of_answers(identity, inference, dataset, questions)
+    journal = Journal(out, f"{dataset}_{name}", parts, len(questions))
     kept, tokens, repeated = len(journal.answers), inference.tokens, inference.repeated
     started = time.monotonic()
     with tqdm(
@@ -89,6 +90,12 @@ def _answer(
             for index, answer in inference.answers(questions, labels, journal.answers):
                 bar.update(index not in journal.answers)
                 journal.add(index, answer)
+        except NotFinite as err:
+            raise EvalError(
+                f"{dataset}, question {err.index + 1}: the logits of {name} are not finite: "
+                f"broken weights, or --quantization {identity['--quantization'][0]} is too coarse; "
+                "try --quantization 0"
+            ) from None
         finally:
             journal.close()
     answers = [journal.answers[i] for i in range(len(questions))]

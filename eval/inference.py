@@ -29,6 +29,14 @@ _NEUTRAL = {
 }  # fmt: skip
 
 
+class NotFinite(Exception):  # noqa: N818
+    """The model's logits behind a question are no numbers to choose by; the question's index."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.index = index
+
+
 class Answer(NamedTuple):
     """What the model says, and the likeliest of the set's labels (None if not known)."""
 
@@ -47,6 +55,7 @@ class Inference:
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.asked_batch_size = batch_size  # a GPU that is too small for it changes no answer
         self.tokens = self.repeated = 0
         self.near_tie = NEAR_TIE
 
@@ -59,6 +68,7 @@ class Inference:
 
         Raises:
             EvalError: the GPU is too small for a single question.
+            NotFinite: NaN or infinite logits, also when the question is asked alone.
         """
         try:
             yield from self._answers(questions, labels, done)
@@ -71,10 +81,10 @@ class Inference:
     def _answers(
         self, questions: Sequence[Question], labels: Sequence[str], done: Mapping[int, object]
     ) -> Iterator[tuple[int, Answer]]:
-        prompts: list[list[int]] = [self.tokenizer.encode(wrap(q.prompt)) for q in questions]
         todo = [i for i in range(len(questions)) if i not in done]
         if not todo:
             return
+        prompts = self.encoded(questions)
         if not self.one_pass(questions):
             yield from self._generated(questions, prompts, set(todo))
             return
@@ -89,8 +99,17 @@ class Inference:
             pick = labels[int(by_label(logits).argmax())] if all(label_ids) else None
             return Answer(self._text([int(logits.argmax())]), pick)
 
+        def alone(index: int) -> torch.Tensor:
+            logits = self._logits([prompts[index]], None)[0]
+            if not logits.isfinite().all():
+                raise NotFinite(index)
+            self.repeated += 1
+            return logits
+
         def gap(logits: torch.Tensor) -> float:
             """Of the two best tokens, and of the two best labels: whichever is smaller."""
+            if not logits.isfinite().all():
+                return 0.0
             candidates = [logits, by_label(logits)] if all(label_ids) else [logits]
             pairs = [c.topk(2).values.tolist() for c in candidates]
             return min(float(first - second) for first, second in pairs)
@@ -109,19 +128,22 @@ class Inference:
             for row in closest:
                 index, here = batch[row], logits[row]
                 if index in marks or gaps[row] < self.near_tie:
-                    here = self._logits([prompts[index]], None)[0]
-                    shift = max(shift, float((logits[row] - here).abs().max()))
+                    here = alone(index)
+                    if logits[row].isfinite().all():
+                        shift = max(shift, float((logits[row] - here).abs().max()))
                     # A gap changes by two shifts at most; as much again for what was not seen.
                     self.near_tie = max(NEAR_TIE, 4 * shift)
-                    self.repeated += 1
                 else:
                     gap_of[index] = gaps[row]
                 yield index, answer(here)
             todo = todo[len(batch) :]
         for index in [i for i, g in gap_of.items() if g < self.near_tie]:
             # Judged when less was known of what a near tie is.
-            self.repeated += 1
-            yield index, answer(self._logits([prompts[index]], None)[0])
+            yield index, answer(alone(index))
+
+    def encoded(self, questions: Sequence[Question]) -> list[list[int]]:
+        """The token ids of each question as it is asked."""
+        return [self.tokenizer.encode(wrap(q.prompt)) for q in questions]
 
     def one_pass(self, questions: Sequence[Question]) -> bool:
         """Whether what the leaderboard generates is the arg-max behind a fully seen prompt."""
@@ -219,9 +241,10 @@ class Inference:
         self, questions: Sequence[Question], prompts: Sequence[list[int]], todo: set[int]
     ) -> Iterator[tuple[int, Answer]]:
         """The leaderboard's own loop: each batch generates as many tokens as its first gold has."""
-        for start in range(0, len(questions), self.batch_size):
+        size = self.asked_batch_size
+        for start in range(0, len(questions), size):
             new_tokens = len(self._ids(questions[start].gold))
-            for i in range(start, min(start + self.batch_size, len(questions))):
+            for i in range(start, min(start + size, len(questions))):
                 if i not in todo:
                     continue
                 ids = torch.tensor([prompts[i]], device=self.model.device)
@@ -231,6 +254,11 @@ class Inference:
                         max_new_tokens=new_tokens,
                         do_sample=False,
                         pad_token_id=self.tokenizer.eos_token_id,
+                        return_dict_in_generate=True,
+                        output_logits=True,
                     )
-                self.tokens += out.numel()
-                yield i, Answer(self._text(out[0, len(prompts[i]) :].tolist()), None)
+                if not all(step.isfinite().all() for step in out.logits):
+                    raise NotFinite(i)
+                new = out.sequences[0, len(prompts[i]) :]
+                self.tokens += out.sequences.numel()
+                yield i, Answer(self._text(new.tolist()), None)

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from app.base_model import check_files, device_and_dtype, prepared
 from eval import EvalError
+from eval.identity import files_digest
 
 # --quantization -> how weights are stored. 4 is what the leaderboard asks for: bitsandbytes'
 # defaults, FP4 computed in float32 (eval.py of its evaluation).
@@ -71,9 +72,11 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
         check_files(matches[0])
         source = matches[0].folder
         fingerprints = {kind: matches[0].fingerprint}
+        files = files_digest(source, weights=True)  # what is recorded may not hold any more
     else:
         source = Path(name) if Path(name).is_dir() else _source(name, quantization, models, cache)
         fingerprints = _fingerprints(source)
+        files = files_digest(source, weights=False)
     disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source)
@@ -117,6 +120,7 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
         "kind": kind,
         "compute_dtype": str(dtype).split(".")[1],
         "fingerprint": fingerprints[kind],
+        "files": files,
         "device": torch.cuda.get_device_name(0) if device == "cuda" else "cpu",
     }
     return Base(model.eval(), tokenizer, name, layers, set(fingerprints.values()), facts)

@@ -67,9 +67,9 @@ print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 
 def _main_table(report: Report) -> str:
     rows, chosen = table_rows(report), shown_subjects(report)[-1]["name"]
-    sent = any(row.megabytes is not None for row in rows)
+    sent = any(row.mib is not None for row in rows)
     head = ["Model", *(a["title"] for a in report["datasets"].values()), "Average"]
-    head += ["MB sent"] * sent
+    head += ["MiB sent"] * sent
     body, starred = "", False
     for row in rows:
         cells, css = [escape(row.name)], row.kind
@@ -80,7 +80,7 @@ def _main_table(report: Report) -> str:
             star = row.tests.get(dataset, {"p_value": 1})["p_value"] < alpha(report)
             starred |= star
             cells.append(decimals(percent) + "<sup>*</sup>" * star)
-        cells += [decimals(row.average)] + [decimals(row.megabytes)] * sent
+        cells += [decimals(row.average)] + [decimals(row.mib)] * sent
         body += f'<tr class="{css}">{"".join(f"<td>{c}</td>" for c in cells)}</tr>\n'
     notes = "Accuracy in percent. "
     if starred:
@@ -88,8 +88,10 @@ def _main_table(report: Report) -> str:
     if report["best"]:
         notes += "The best adapter was picked by these same questions, which flatters it. "
     if sent:
-        notes += "MB sent: adapters down and up until that round, for held-out evaluation too; "
-        notes += "1 MB is 2^20 bytes. "
+        notes += "MiB sent: adapters down and up until that round, also for held-out evaluation "
+        notes += "and in rounds that were cut off; 1 MiB is 2^20 bytes. "
+        if any(row.mib for row in rows if row.kind == "published"):
+            notes += "What is published as MB can only be MiB. "
     head_html = "".join(f"<th>{escape(t)}</th>" for t in head)
     return (
         f'<div class="scroll"><table class="wide"><thead><tr>{head_html}</tr></thead>\n<tbody>'
@@ -142,7 +144,7 @@ def _charts(report: Report) -> str:
     held_out = [(0, y) for x, y in before if x == 1] + column("eval_loss_median", "eval_loss")
     html = chart("Loss", "", {"training": column("train_loss"), "held out": held_out})
     if traffic := traffic_by_round(rounds):
-        html += chart("MB sent so far", "", {"": [(0, 0), *traffic.items()]})
+        html += chart("MiB sent so far", "", {"": [(0, 0), *traffic.items()]})
     scores = {  # base is what training starts from: round 0
         s["round"] or 0: 100 * s["average"]
         for s in report["subjects"]

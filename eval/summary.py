@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+from app.config import MIB
+
 Report = dict[str, Any]
 
-MB = 2**20  # what the published 2080.62 "MB" can only be (README); both share one column
 ALPHA = 0.05
 # In percent, as the board had them in 2026 (flower.ai/benchmarks/llm-leaderboard/medical).
 _BOARD = "https://flower.ai/benchmarks/llm-leaderboard/medical"
@@ -36,7 +37,7 @@ class Row:
     kind: str  # "published", "base" or "adapter"
     percents: list[float | None]
     average: float | None  # over all datasets of the report or not at all
-    megabytes: float | None
+    mib: float | None  # sent until then
     tests: dict[str, Any]  # dataset -> paired test against base
 
 
@@ -59,13 +60,16 @@ def table_rows(report: Report) -> list[Row]:
 
 
 def traffic_by_round(rounds: list[dict[str, Any]]) -> dict[int, float]:
-    """MB moved up to each round; ends before the first round that was not counted."""
+    """MiB sent up to each round, as the run itself counted; else the sum of what its lines say.
+
+    Ends before the first round that was not counted.
+    """
     total, traffic = 0, {}
     for number, line in enumerate(rounds, 1):
         if line["round"] != number or not {"bytes_down", "bytes_up"} <= line.keys():
             break
         total += line["bytes_down"] + line["bytes_up"] + line.get("eval_bytes_down", 0)
-        traffic[number] = total / MB
+        traffic[number] = line.get("mb_sent", total / MIB)
     return traffic
 
 

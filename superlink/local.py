@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from app.config import ConfigError, merged_config
+from app.config import MIB, ConfigError, merged_config
 from superlink.control import ControlError
 from superlink.processes import REPOSITORY, LocalFederation
 from superlink.provision import ProvisionError
@@ -28,7 +28,7 @@ _SHOWN = ("eval_loss_median", "eval_token_accuracy_median")
 def table(run: Path) -> str:
     """The run's rounds as text: held-out loss and accuracy before and after, bytes, seconds."""
     lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
-    rows = [("round", "sites", "train loss", "held-out loss", "token accuracy", "MB sent", "s")]
+    rows = [("round", "sites", "train loss", "held-out loss", "token accuracy", "MiB sent", "s")]
     for m in lines:
         sent = m["bytes_down"] + m["bytes_up"] + m.get("eval_bytes_down", 0)
         loss = acc = "-"
@@ -43,7 +43,7 @@ def table(run: Path) -> str:
                 f"{m['train_loss']:.4f}",
                 loss,
                 acc,
-                f"{sent / 1e6:.2f}",
+                f"{sent / MIB:.2f}",
                 f"{m['seconds'] + m.get('eval_seconds', 0):.0f}",
             )
         )

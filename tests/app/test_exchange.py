@@ -129,6 +129,13 @@ def test_a_message_that_has_expired_is_asked_for_once_more_and_is_no_failure(clo
     assert asked[-1] >= 33.0 > asked[-2]
 
 
+def test_a_reply_is_told_when_it_comes_and_not_when_all_are_there(clock: Clock) -> None:
+    grid = StandInGrid({1: says("fine"), 2: silent, 3: lambda m: KeyError()})
+    arrived: list[tuple[object, float]] = []
+    exchange(grid, messages(1, 2, 3), 33.0, lambda c: arrived.append((word(c), clock.now)))
+    assert arrived == [("fine", 0.0)]
+
+
 def test_nobody_is_waited_for_when_all_have_answered(clock: Clock) -> None:
     exchange(StandInGrid({1: says("fine")}), messages(1), 33.0)
     assert clock.now == 0

@@ -16,7 +16,7 @@ from app.config import CODECS, merged_config
 from tests.samples import REPOSITORY, run_config
 
 PROFILES = REPOSITORY / "app" / "profiles"
-MB = 2**20
+MIB = 2**20
 LLAMA = "ContactDoctor/Bio-Medical-Llama-3-8B"
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -67,7 +67,7 @@ def test_the_reference_recipe_costs_what_the_leaderboard_says(
     assert printed(capsys, monkeypatch, PROFILES / "reference.toml") == lines
     assert number(lines, "adapter:") == 13_631_488
     (adapter,) = (x for x in lines if x.startswith("adapter:"))
-    assert "13,631,488 parameters in 128 arrays, 52.00 MB" in adapter
+    assert "13,631,488 parameters in 128 arrays, 52.00 MiB" in adapter
     (a_round,) = (x for x in lines if x.startswith("a round:"))
     for part in ("2 of 20 sites", "10 steps, 160 rows", "0 are evaluated"):
         assert part in a_round
@@ -88,7 +88,7 @@ def test_the_efficient_profile_sends_no_more_than_300_mb(
     sent = number(lines, "communication (sent): at most")
     assert sent <= 300
     # By hand: 40 transfers of a half-byte a value and a scale of 2 bytes for 64 of them.
-    assert sent == pytest.approx(40 * 13_631_488 * (1 / 2 + 2 / 64) / MB, abs=0.005)
+    assert sent == pytest.approx(40 * 13_631_488 * (1 / 2 + 2 / 64) / MIB, abs=0.005)
     # All else is the reference recipe, also as the leaderboard counts.
     assert "communication (leaderboard counting): 2080.62 MB" in lines
     reference = printed(capsys, monkeypatch)
@@ -116,13 +116,13 @@ def test_evaluation_downloads_are_counted_as_well(
     lines = printed(capsys, monkeypatch, PROFILES / "demo.toml")
     assert number(lines, "adapter:") == parameters == 921_600
     assert any("2 of 20 sites train (8 steps, 32 rows), 4 are evaluated" in x for x in lines)
-    each = 4 * parameters / MB
+    each = 4 * parameters / MIB
     transfers = 3 * (2 + 2) + 4 * 4
     sent = number(lines, "communication (sent):")
     assert sent == pytest.approx(transfers * each, abs=0.005)
     # The leaderboard counts training only, with a header for each of 120 arrays.
     counted = number(lines, "communication (leaderboard counting):")
-    assert counted == pytest.approx(12 * (each + 120 * 128 / MB), abs=0.005)
+    assert counted == pytest.approx(12 * (each + 120 * 128 / MIB), abs=0.005)
     assert not any(x.startswith("a GPU:") for x in lines)
     without = printed(capsys, monkeypatch, PROFILES / "demo.toml", "strategy.fraction-evaluate=0")
     assert number(without, "communication (sent):") == pytest.approx(12 * each, abs=0.005)
@@ -157,8 +157,8 @@ def test_the_bytes_are_those_of_every_transfer_of_the_run(
     n_down, n_up = unpacked_bytes(down, layout.size), unpacked_bytes(up, layout.size)
     total = rounds * train * (n_down + n_up) + (rounds + 1) * evaluate * n_down
     (sent,) = (x for x in lines if x.startswith("communication (sent):"))
-    assert f" {total / MB:.2f} MB in {rounds} rounds" in sent
-    assert f"{100 * total / MB / config.budget_mb:.2f} % of" in sent
+    assert f" {total / MIB:.2f} MiB in {rounds} rounds" in sent
+    assert f"{100 * total / MIB / config.budget_mb:.2f} % of" in sent
     # zlib makes the coarse ones fewer, so that it is a limit; fp32 is what it is.
     assert ("at most" in sent) == ((down, up) != ("fp32", "fp32"))
 
@@ -171,7 +171,7 @@ def test_each_way_has_its_own_codec(
     lines = printed(capsys, monkeypatch, overrides)
     mb = {"fp32": 52, "int8": 13 * (1 + 2 / 64), "int4": 13 * (0.5 + 2 / 64)}
     (line,) = (x for x in lines if x.startswith("a transfer:"))
-    assert f"{mb[down]:.2f} MB down ({down}), {mb[up]:.2f} MB up ({up})" in line
+    assert f"{mb[down]:.2f} MiB down ({down}), {mb[up]:.2f} MiB up ({up})" in line
     total = number(lines, "communication (sent): at most")
     assert total == pytest.approx(20 * (mb[down] + mb[up]), abs=0.006)
 

@@ -21,8 +21,8 @@ from app import client_app
 from app.adapter import Layout, initial_adapter
 from app.checkpoint import RunFolder, rounds
 from app.codec import decode
-from app.config import CODECS, STRATEGIES, ConfigError, RunConfig
-from app.resume import find_earlier
+from app.config import CODECS, MIB, STRATEGIES, ConfigError, RunConfig
+from app.resume import bytes_before, find_earlier
 from app.server_app import run
 from tests.killed import kills
 from tests.samples import run_config, write_site_list
@@ -32,6 +32,7 @@ LINEAR = {"m.q_proj": [6, 10], "m.v_proj": [20, 10]}
 SITES, ROUNDS = 4, 5
 # What differs from one run to the next whatever it computes.
 CLOCKS = ("seconds", "eval_seconds")
+TRAFFIC = ("mb_sent", "mb_left")  # of a run that was cut off more than of one that was not
 
 
 class Killed(BaseException):
@@ -103,7 +104,9 @@ def start(
 
     facts: dict[str, Any] = {"run_id": str(run_id)}
     grid = StandInGrid({k: counted(n) for k, n in sites.items()})
-    listed = write_site_list(folder / "sites", {100 + n: n for n in range(SITES)})
+    listed = folder / "sites"
+    if not listed.exists():
+        write_site_list(listed, {100 + n: n for n in range(SITES)})
     os.environ["SITES_DIR"] = str(listed)
     run(grid, config, RunFolder(folder / "results", run_id), facts)
     return facts
@@ -117,7 +120,8 @@ def adapters(folder: Path, run_id: int) -> dict[int, bytes]:
 def lines(folder: Path, run_id: int) -> list[dict[str, Any]]:
     text = (folder / "results" / str(run_id) / "metrics.jsonl").read_text()
     return [
-        {k: v for k, v in json.loads(line).items() if k not in CLOCKS} for line in text.splitlines()
+        {k: v for k, v in json.loads(line).items() if k not in CLOCKS + TRAFFIC}
+        for line in text.splitlines()
     ]
 
 
@@ -190,6 +194,56 @@ def test_killed_at_any_step_on_the_disk_a_resumed_run_loses_no_round(tmp_path: P
 def whole_lines(run: Path) -> int:
     path = run / "metrics.jsonl"
     return path.read_text().count("\n") if path.is_file() else 0
+
+
+def adapters_sent(folder: Path, run_id: int) -> float:
+    """In the last line, and in run.json, as so many adapters in float32."""
+    run = folder / "results" / str(run_id)
+    each = 4 * Layout.of(LINEAR, config()).size
+    sent = json.loads((run / "run.json").read_text())["bytes_sent"] / each
+    if (run / "metrics.jsonl").exists():
+        last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        assert last["mb_sent"] * MIB / each <= sent
+    return float(sent)
+
+
+def test_the_bytes_of_rounds_that_were_cut_off_are_counted(tmp_path: Path) -> None:
+    """4 adapters for an evaluation, 2 down and 2 up for a training, an order before it is sent."""
+    with pytest.raises(Killed):
+        start(tmp_path, config(), 11, 8 + 2 * 6 + 1)  # round 3 has been ordered
+    assert adapters_sent(tmp_path, 11) == 4 + 2 * 8 + 2
+    with pytest.raises(Killed):
+        start(tmp_path, config(resume="11,0"), 12, 1)  # in the preflight
+    assert adapters_sent(tmp_path, 12) == 4 + 2 * 8 + 2
+    with pytest.raises(Killed):
+        start(tmp_path, config(resume="12,11,0"), 13, 4 + 6 + 2)  # round 4 is being evaluated
+    assert adapters_sent(tmp_path, 13) == 4 + 2 * 8 + 2 + 8 + 8
+    start(tmp_path, config(resume="13,12,11,0"), 14)
+    assert adapters_sent(tmp_path, 14) == 4 + 2 * 8 + 2 + 8 + 8 + 2 * 8
+    last = json.loads((tmp_path / "results/14/metrics.jsonl").read_text().splitlines()[-1])
+    each = 4 * Layout.of(LINEAR, config()).size
+    assert last["mb_sent"] * MIB == pytest.approx(adapters_sent(tmp_path, 14) * each)
+
+
+def test_the_bytes_of_a_run_that_ended_before_its_first_checkpoint_are_counted(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(Killed):
+        start(tmp_path, config(), 11, 8 + 1)
+    start(tmp_path, config(resume="11,0", num_server_rounds=1), 12)
+    assert adapters_sent(tmp_path, 12) == 4 + 2 + 4 + 8
+
+
+@pytest.mark.parametrize("left", [None, "", "[]", '{"bytes_sent": "x"}'])
+def test_without_a_count_the_last_line_says_what_was_sent(tmp_path: Path, left: str | None) -> None:
+    start(tmp_path, config(num_server_rounds=1), 1)
+    sent = adapters_sent(tmp_path, 1)
+    earlier = find_earlier(tmp_path / "results", config(resume="1"))
+    path = tmp_path / "results" / "1" / "run.json"
+    path.unlink() if left is None else path.write_text(left)
+    each = 4 * Layout.of(LINEAR, config()).size
+    assert bytes_before(tmp_path / "results", config(resume="1"), earlier) == sent * each
+    assert bytes_before(tmp_path / "results", config(), None) == 0
 
 
 def test_where_the_disk_knows_no_links_the_rounds_are_copied(

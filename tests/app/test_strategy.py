@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from app.adapter import Layout, Vector, initial_adapter
 from app.codec import BLOCK, decode, encode
-from app.config import CODECS, RunConfig
+from app.config import CODECS, MIB, RunConfig
+from app.exchange import REFUSED
 from app.fedavgopt import fedavgopt
 from app.preflight import Sites
-from app.strategy import MB, RoundError, Strategy
+from app.strategy import RoundError, Strategy
 from tests.samples import run_config
-from tests.stand_in_grid import Node, StandInGrid
+from tests.stand_in_grid import Clock, Node, StandInGrid
 
 LINEAR = {f"model.layers.{i}.self_attn.{n}_proj": [6, 4] for i in range(12) for n in "qv"}
 SITES: dict[str, Any] = {"lora_r": 2, "min_nodes": 2, "min_train_nodes": 2, "min_replies": 1}
@@ -489,7 +490,7 @@ def test_a_bad_coarse_reply_alone_is_left_out_and_recorded_by_its_site(kind: str
 @pytest.mark.parametrize("codec", ["bf16", "int8", "int4"])
 def test_a_small_payload_that_unfolds_to_gigabytes_is_not_unfolded(codec: str) -> None:
     bomb = zip_bomb(4)
-    assert len(bomb) < 5 * MB
+    assert len(bomb) < 5 * MIB
     tracemalloc.start()
     try:
         why = is_left_out_alone(with_bytes(lambda b: bomb, codec), codec)
@@ -497,7 +498,7 @@ def test_a_small_payload_that_unfolds_to_gigabytes_is_not_unfolded(codec: str) -
     finally:
         tracemalloc.stop()
     assert "adapter" in why
-    assert peak < 48 * MB  # copies of the bomb as it is
+    assert peak < 48 * MIB  # copies of the bomb as it is
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -614,6 +615,38 @@ def test_the_bytes_of_all_attempts_are_counted_those_of_unused_replies_as_well()
     assert line["bytes_down"] == 4 * 4 * s.layout.size
     assert line["bytes_up"] == 3 * 4 * s.layout.size
     assert s.bytes_sent == line["bytes_down"] + line["bytes_up"]
+
+
+def refusing_in_words(message: Message) -> Message:
+    """The SuperLink's words in a site's mouth: it got the order all the same."""
+    return Message(Error(code=1, reason=REFUSED), reply_to=message)
+
+
+def test_an_order_that_the_superlink_refused_is_not_counted_as_sent() -> None:
+    nodes = {0: node(0), 1: node(1), 2: refusing_in_words}
+    s = strategy([0, 1, 2], nodes, fraction_evaluate=1.0, max_retries=0, **ALL)
+    assert isinstance(s.grid, StandInGrid)
+    s.grid.revoked = {s.sites.node_of[1]}
+    kept: list[int] = []
+    s.keep = kept.append
+    each = 4 * s.layout.size
+    adapter, line = s.train_round(1, initial_adapter(s.layout, 1))
+    assert line["rejected"] == {"site-01": REFUSED, "site-02": REFUSED}
+    assert (line["bytes_down"], line["bytes_up"]) == (2 * each, each)
+    assert s.bytes_sent == 3 * each
+    s.grid.nodes[s.sites.node_of[0]] = node(0, scored)
+    assert s.evaluate(1, adapter)["eval_bytes_down"] == 2 * each
+    assert s.bytes_sent == kept[-1] == 5 * each
+
+
+def test_what_is_sent_and_what_comes_is_kept_at_once(clock: Clock) -> None:
+    """A SuperLink that dies while it waits for a site has the others' bytes on its disk."""
+    s = strategy([0, 1], {0: node(0), 1: silent}, round_timeout_s=33.0, max_retries=0, **ALL)
+    kept: list[tuple[int, float]] = []
+    s.keep = lambda size: kept.append((size, clock.now))
+    s.train_round(1, initial_adapter(s.layout, 1))
+    each = 4 * s.layout.size
+    assert kept == [(2 * each, 0.0), (3 * each, 0.0)]
 
 
 def test_a_site_that_failed_once_may_take_part_in_the_next_attempt() -> None:
@@ -1022,7 +1055,7 @@ def test_the_budget_is_used_up_by_every_payload_both_ways() -> None:
         assert line["eval_bytes_down"] == 3 * len(payload)
         total += line["bytes_down"] + line["bytes_up"] + line["eval_bytes_down"]
         lines.append(line | s.budget())
-        assert lines[-1]["mb_sent"] == pytest.approx(total / MB, rel=1e-12)
+        assert lines[-1]["mb_sent"] == pytest.approx(total / MIB, rel=1e-12)
         assert lines[-1]["mb_sent"] + lines[-1]["mb_left"] == pytest.approx(0.5, rel=1e-12)
     assert lines[0]["mb_sent"] < lines[1]["mb_sent"]
 

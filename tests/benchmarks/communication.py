@@ -26,10 +26,10 @@ from app import client_app, partition, training
 from app.adapter import Layout, Vector, initial_adapter
 from app.base_model import find, get_adapter, load_with_lora, set_adapter
 from app.codec import decode
-from app.config import RunConfig, merged_config
+from app.config import MIB, RunConfig, merged_config
 from app.examples import encode_all
 from app.preflight import Sites
-from app.strategy import MB, Strategy
+from app.strategy import Strategy
 from supernode.partitions import Split, prepare_data
 from tests.samples import REPOSITORY
 from tests.stand_in_grid import Node, StandInGrid
@@ -47,7 +47,7 @@ CONDITIONS = {
 }
 
 
-Runs = dict[tuple[str, int], dict[str, float]]  # (condition, seed) -> loss, MB, seconds
+Runs = dict[tuple[str, int], dict[str, float]]  # (condition, seed) -> loss, MiB, seconds
 
 
 class Federation:
@@ -119,7 +119,7 @@ class Federation:
         return result.loss_sum / result.num_tokens
 
     def run(self, changes: str, seed: int, run_id: int) -> dict[str, float]:
-        """Held-out loss of the final adapter, MB sent, seconds."""
+        """Held-out loss of the final adapter, MiB sent, seconds."""
         config, started = self.config(changes, seed), time.monotonic()
         numbers = range(self.args.sites)
         sites = Sites(
@@ -138,7 +138,7 @@ class Federation:
             adapter, _ = strategy.train_round(server_round, adapter)
         return {
             "loss": self.loss(adapter),
-            "mb": strategy.bytes_sent / MB,
+            "mib": strategy.bytes_sent / MIB,
             "seconds": time.monotonic() - started,
         }
 
@@ -183,12 +183,12 @@ def table(runs: Runs) -> str:
     """Mean and spread (standard deviation) over the seeds, and the mean difference to the first."""
     names = list(dict.fromkeys(name for name, _ in runs))
     seeds = sorted({seed for _, seed in runs})
-    rows = [f"{'condition':<30} {'loss':>8} {'spread':>8} {'to first':>9} {'MB':>8}"]
+    rows = [f"{'condition':<30} {'loss':>8} {'spread':>8} {'to first':>9} {'MiB':>8}"]
     for name in names:
         losses = [runs[name, seed]["loss"] for seed in seeds]
         spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
         gap = statistics.mean(runs[name, s]["loss"] - runs[names[0], s]["loss"] for s in seeds)
-        mb = statistics.mean(runs[name, seed]["mb"] for seed in seeds)
+        mb = statistics.mean(runs[name, seed]["mib"] for seed in seeds)
         mean = statistics.mean(losses)
         rows.append(f"{name:<30} {mean:8.4f} {spread:8.4f} {gap:+9.4f} {mb:8.2f}")
     return "\n".join(rows)

@@ -139,7 +139,7 @@ def main() -> None:
                 for kind, (arrays, size) in kinds.items():
                     found[kind] = rounds_s(control, home, app, arrays, size, args.rounds)
                     print(
-                        f"2 of {nodes} nodes, {kind:<17} {size / 2**20:6.2f} MB a transfer: "
+                        f"2 of {nodes} nodes, {kind:<17} {size / 2**20:6.2f} MiB a transfer: "
                         f"{found[kind]:6.1f} s a round",
                         flush=True,
                     )

@@ -257,7 +257,7 @@ def test_a_full_results_volume_ends_the_run_with_one_line(few: Federation) -> No
     lines = [x for x in done.stdout.splitlines() if x.startswith("submit: run") and "failed" in x]
     assert len(lines) == 1, done.stdout + done.stderr
     assert "1 checkpoints need" in lines[0]
-    assert "0 MB are free; make room or set RESULTS_DIR to another disk" in lines[0]
+    assert "0 MiB are free; make room or set RESULTS_DIR to another disk" in lines[0]
 
 
 def test_after_a_reboot_in_any_order_the_nodes_find_the_superlink(

@@ -16,8 +16,8 @@ from eval.benchmarks import Question
 from eval.inference import Answer
 from tests.full_disk import full_disk
 
-FACTS = {"name": "m", "adapter": None, "batch_size": 16}
-QUESTIONS = [Question(f"Question {n}", "A") for n in range(6)]
+FACTS = {"model": "m", "adapter": None, "questions": ["a", "b"]}
+COUNT = 6
 ANSWERS = {0: Answer("A", "B"), 4: Answer("é\n\u2028", None), 2: Answer("", "C")}
 
 
@@ -28,7 +28,7 @@ def journal_of(folder: Path) -> Path:
 
 
 def write(folder: Path, answers: dict[int, Answer]) -> None:
-    journal = Journal(folder, "set_fl", FACTS, QUESTIONS)
+    journal = Journal(folder, "set_fl", FACTS, COUNT)
     try:
         for index, answer in answers.items():
             journal.add(index, answer)
@@ -36,10 +36,8 @@ def write(folder: Path, answers: dict[int, Answer]) -> None:
         journal.close()
 
 
-def read(
-    folder: Path, facts: dict[str, Any] = FACTS, questions: Any = QUESTIONS
-) -> dict[int, Answer]:
-    journal = Journal(folder, "set_fl", facts, questions)
+def read(folder: Path, facts: dict[str, Any] = FACTS) -> dict[int, Answer]:
+    journal = Journal(folder, "set_fl", facts, COUNT)
     journal.close()
     return journal.answers
 
@@ -55,7 +53,7 @@ def test_a_journal_continues_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_an_answer_is_on_the_disk_at_once(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, "set_fl", FACTS, QUESTIONS)
+    journal = Journal(tmp_path, "set_fl", FACTS, COUNT)
     path = journal_of(tmp_path)
     for n, (index, answer) in enumerate(ANSWERS.items(), 1):
         journal.add(index, answer)
@@ -81,35 +79,68 @@ def test_half_a_first_line_starts_anew(tmp_path: Path) -> None:
     write(tmp_path, {})
     path = journal_of(tmp_path)
     identity = path.read_bytes()
-    for end in (0, 1, 63, 64):
+    for end in (0, 1, len(identity) - 2, len(identity) - 1):
         path.write_bytes(identity[:end])
         assert read(tmp_path) == {}
         write(tmp_path, ANSWERS)
         assert read(tmp_path) == ANSWERS
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 8}, {"adapter": "1f"}, {"more": 1}], ids=str)
-def test_other_facts_have_a_journal_of_their_own(tmp_path: Path, change: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"adapter": "1f"}, "adapter differs"),
+        ({"questions": ["b", "a"]}, "questions differs"),
+        ({"adapter": "1f", "model": "n"}, "adapter, model differ"),
+        ({"more": 1}, "more differs"),
+    ],
+    ids=str,
+)
+def test_other_facts_have_a_journal_of_their_own_and_it_is_said_what_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, object], said: str
+) -> None:
     write(tmp_path, ANSWERS)
+    Journal(tmp_path, "set_fl_0", FACTS | {"adapter": "of a longer name"}, COUNT).close()
+    (tmp_path / ".answers_set_fl_0123abcd.jsonl").write_text("0" * 64 + "\n")  # of a version before
+    assert capsys.readouterr().out == ""
     assert read(tmp_path, FACTS | change) == {}
+    assert capsys.readouterr().out == f"eval: set_fl: answering anew: {said}\n"
     assert read(tmp_path) == ANSWERS  # and these are still there
+    assert capsys.readouterr().out == ""
+
+
+def test_answers_of_a_version_that_did_not_say_what_they_are_to_are_not_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / ".answers_set_fl_0123abcd.jsonl"
+    old.write_text("0123abcd" * 8 + '\n[0, "A", "B"]\n')
+    before = old.read_bytes()
+    assert read(tmp_path) == {}
+    said = capsys.readouterr().out
+    assert said == "eval: set_fl: answering anew: the evaluation's version differs\n"
+    assert old.read_bytes() == before
+
+
+def test_what_only_has_a_journals_name_is_neither_taken_nor_overwritten(tmp_path: Path) -> None:
+    write(tmp_path, ANSWERS)
+    path = journal_of(tmp_path)
+    path.write_text("of something else\n" + path.read_text().partition("\n")[2])
+    before = path.read_bytes()
+    with pytest.raises(EvalError, match="move it away") as caught:
+        read(tmp_path)
+    assert str(path) in str(caught.value)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
-    "questions",
-    [
-        QUESTIONS[:-1],
-        QUESTIONS[::-1],
-        [*QUESTIONS[:-1], Question("Question 5", "B")],
-        [*QUESTIONS[:-1], Question("Question 5 ", "A")],
-    ],
-    ids=["fewer", "another order", "another gold", "another prompt"],
+    "line", ["5", "[1]", '[-1, "A", null]', '[6, "A", null]', "[1, 2, null]", '[1, "A", 3]', "{}"]
 )
-def test_other_questions_have_a_journal_of_their_own(
-    tmp_path: Path, questions: list[Question]
+def test_a_line_that_is_no_answer_to_a_question_of_the_set_is_dropped(
+    tmp_path: Path, line: str
 ) -> None:
     write(tmp_path, ANSWERS)
-    assert read(tmp_path, questions=questions) == {}
+    with journal_of(tmp_path).open("a") as file:
+        file.write(f"{line}\n")
     assert read(tmp_path) == ANSWERS
 
 
@@ -122,7 +153,7 @@ def test_the_order_of_the_facts_does_not_matter(tmp_path: Path) -> None:
 def test_a_full_disk_is_an_eval_error_and_what_is_answered_is_kept(tmp_path: Path) -> None:
     write(tmp_path, ANSWERS)
     path = journal_of(tmp_path)
-    journal = Journal(tmp_path, "set_fl", FACTS, QUESTIONS)
+    journal = Journal(tmp_path, "set_fl", FACTS, COUNT)
     with full_disk(path.stat().st_size + 5):
         with pytest.raises(EvalError, match="make room") as caught:
             journal.add(5, Answer("x" * 100, None))
@@ -147,7 +178,7 @@ def test_a_full_disk_on_opening_loses_no_answer(tmp_path: Path, room: int) -> No
     write(tmp_path, ANSWERS)
     with full_disk(room):
         try:
-            Journal(tmp_path, "set_fl", FACTS, QUESTIONS).close()
+            Journal(tmp_path, "set_fl", FACTS, COUNT).close()
         except (EvalError, OSError):  # which of them, the tests above say
             gc.collect()
     assert read(tmp_path) == ANSWERS
@@ -157,7 +188,7 @@ def test_a_folder_that_cannot_be_made_is_an_eval_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "eval"
     with pytest.raises(EvalError, match="--out") as caught:
-        Journal(folder, "set_fl", FACTS, QUESTIONS)
+        Journal(folder, "set_fl", FACTS, COUNT)
     assert str(folder) in str(caught.value)
 
 

@@ -1,7 +1,10 @@
 """python -m eval, in-process with the tiny model: the files agree, and every mistake is named."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +20,10 @@ from app.checkpoint import RunFolder
 from eval.__main__ import main
 from eval.answers import Journal
 from eval.benchmarks import wrap
+from eval.identity import of_model
 from eval.inference import Answer
 from supernode.quantise import fingerprint
-from tests.samples import ROWS, run_config, write_jsonl
+from tests.samples import REPOSITORY, ROWS, run_config, write_jsonl
 
 N_FOUR, N_YES_NO = 14, 6
 SETS = {"demo-four": N_FOUR, "demo-yesno": N_YES_NO}
@@ -330,6 +334,189 @@ def test_another_adapter_of_the_same_name_is_answered_anew(
     (first, before), (second, after) = found
     assert first != second
     assert (before, after) == (2 * (N_FOUR + N_YES_NO), N_FOUR + N_YES_NO)
+
+
+def change_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+Change = Callable[[Path, pytest.MonkeyPatch], object]
+CHANGES: dict[str, tuple[Change, str]] = {
+    "lora_alpha": (
+        lambda at, _: change_json(at / "adapter" / "adapter_config.json", lora_alpha=64),
+        "adapter_config.json differs",
+    ),
+    "another tokenizer": (
+        lambda at, _: change_json(at / "hub" / "tokenizer_config.json", model_max_length=99),
+        "the base model differs",
+    ),
+    "generation_config.json": (
+        lambda at, _: change_json(at / "hub" / "generation_config.json", repetition_penalty=1.5),
+        "--batch-size, generation_config.json, the base model differ",  # now asked in a loop
+    ),
+    "a library": (
+        lambda _, patch: patch.setattr("eval.identity.version", lambda p: f"{p} 99"),
+        "the version of bitsandbytes, the version of peft",
+    ),
+    "the device": (
+        lambda _, patch: (
+            patch.setattr("torch.cuda.get_device_name", lambda _: "another GPU")
+            if torch.cuda.is_available()
+            else patch.setattr("eval.evaluation.of_model", on_another_device)
+        ),
+        "the device differs",
+    ),
+    "the wrapper around a question": (
+        lambda _, patch: patch.setattr("eval.inference.wrap", lambda prompt: f"Q: {prompt}"),
+        "their tokens differs",
+    ),
+}
+
+
+def on_another_device(base: Any, adapter: Any) -> dict[str, Any]:
+    return of_model(base, adapter) | {"the device": "another GPU"}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_answers_are_kept_for_exactly_what_they_follow_from(
+    site: Site,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    interrupt: Callable[[int], list[int]],
+    capsys: pytest.CaptureFixture[str],
+    what: str,
+) -> None:
+    for name in ("adapter", "hub"):
+        shutil.copytree(site.folder / name, tmp_path / name)
+    mine = ["--peft-path", str(tmp_path / "adapter"), "--base-model-name-path"]
+    mine += [str(tmp_path / "hub"), "--datasets", "demo-four"]
+    asked = interrupt(10**9)
+
+    def evaluate() -> tuple[int, list[str]]:
+        """How many questions the adapter was asked now, and what was said about it."""
+        asked.clear()
+        assert site.evaluate(tmp_path / "out", *mine) == 0
+        said = capsys.readouterr().out.splitlines()
+        score = report(tmp_path / "out")["subjects"][1]["scores"]["demo-four"]
+        return score.get("answered_now", 0), [line for line in said if "demo-four_fl" in line]
+
+    assert evaluate() == (N_FOUR, [])
+    before = results(tmp_path / "out")
+    config = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    # Laid out anew it is the same.
+    change_json(tmp_path / "adapter" / "adapter_config.json")
+    assert (tmp_path / "adapter" / "adapter_config.json").read_text() != config
+    assert evaluate() == (0, [])
+    with monkeypatch.context() as patch:
+        change, named = CHANGES[what]
+        change(tmp_path, patch)
+        count, said = evaluate()
+        assert count == N_FOUR
+        assert len(said) == 1
+        assert said[0].startswith(f"eval: demo-four_fl: answering anew: {named}")
+        if what == "lora_alpha":
+            assert results(tmp_path / "out") != before
+            assert report(tmp_path / "out")["subjects"][1]["config"]["lora_alpha"] == 64
+        assert evaluate() == (0, [])
+        for name in ("adapter", "hub"):
+            shutil.copytree(site.folder / name, tmp_path / name, dirs_exist_ok=True)
+    assert evaluate() == (0, [])  # the first answers are still there
+    assert results(tmp_path / "out") == before
+
+
+def test_a_second_evaluation_at_once_is_locked_out(
+    site: Site,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--peft-path", "none", "--datasets", "demo-four"]
+    add = Journal.add
+    second: list[int] = []
+
+    def add_and_try(self: Journal, index: int, answer: Answer) -> None:
+        if not second:
+            second.append(site.evaluate(tmp_path / "out", *arguments))
+        add(self, index, answer)
+
+    monkeypatch.setattr(Journal, "add", add_and_try)
+    assert site.evaluate(tmp_path / "out", *arguments) == 0
+    assert second == [1]
+    errors = [line for line in capsys.readouterr().err.splitlines() if "ERROR" in line]
+    (said,) = (line.partition("eval: ERROR: ")[2] for line in errors)
+    assert said == (
+        f"another evaluation is at work in {tmp_path / 'out'}; wait until it ends, or give --out"
+    )
+    assert len(report(tmp_path / "out")["subjects"]) == 1
+
+
+def test_an_evaluation_that_was_killed_leaves_no_lock(site: Site, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = f"""
+import sys, time
+from pathlib import Path
+from eval.folder import claimed
+with claimed(Path({str(out)!r})):
+    print("in", flush=True)
+    time.sleep(600)
+"""
+    command = [sys.executable, "-c", code]
+    arguments = ["--peft-path", "none", "--datasets", "demo-four", "--limit", "1"]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout
+        assert first.stdout.readline() == "in\n"
+        assert site.evaluate(out, *arguments) == 1
+        first.kill()
+    assert site.evaluate(out, *arguments) == 0
+
+
+@pytest.mark.parametrize("kind", ["a symlink", "a FIFO"])
+def test_what_stands_in_the_locks_place_is_named_and_left_alone(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    lock = tmp_path / "out" / ".lock"
+    if kind == "a symlink":
+        lock.symlink_to(tmp_path / "elsewhere")
+    else:
+        os.mkfifo(lock)
+    assert site.evaluate(tmp_path / "out", "--peft-path", "none") == 1
+    assert str(lock) in error(capsys)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def with_a_token_that_breaks(source: Path, target: Path, token: int) -> Path:
+    """The same model, but its embedding of one token is no number."""
+    shutil.copytree(source, target)
+    arrays = load_file(target / "model.safetensors")
+    arrays["model.embed_tokens.weight"][token] = np.nan
+    save_file(arrays, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("gold", ["A", "yes"], ids=["one token", "several tokens"])
+def test_a_question_without_finite_logits_is_an_error_that_names_it(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], gold: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    odd = AutoTokenizer.from_pretrained(site.model).encode("~")[-1]
+    model = with_a_token_that_breaks(site.model, tmp_path / "hub", odd)
+    pairs = [{"prompt": f"{row['input']}\n", "gold": gold} for row in ROWS[:9]]
+    pairs[4]["prompt"] += "~ a secret\n"
+    write_jsonl(tmp_path / "data" / "demo-four.jsonl", pairs)
+    arguments = ["--peft-path", "none", "--datasets", "demo-four"]
+    arguments += ["--base-model-name-path", str(model), "--data-dir", str(tmp_path / "data")]
+    assert site.evaluate(tmp_path / "out", *arguments) == 1
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1] == (
+        "eval: ERROR: demo-four, question 5: the logits of base are not finite: broken weights, "
+        "or --quantization 0 is too coarse; try --quantization 0"
+    )
+    assert "secret" not in said
+    assert not names(tmp_path / "out")
+    assert "[4, " not in "".join(p.read_text() for p in (tmp_path / "out").glob(".answers_*"))
+    assert site.evaluate(tmp_path / "out", *arguments, "--limit", "4") == 0
 
 
 def test_a_set_is_asked_once_however_often_it_is_named(site: Site, tmp_path: Path) -> None:

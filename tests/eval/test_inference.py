@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from eval import EvalError
 from eval.benchmarks import Question, wrap
-from eval.inference import Answer, Inference
+from eval.inference import Answer, Inference, NotFinite
 from tests.samples import ROWS
 
 LABELS = ("A", "B", "C", "D")
@@ -345,6 +345,38 @@ def test_without_noise_few_questions_are_asked_again(model: Any, tokenizer: Any)
     collect(inference, questions(60))
     assert inference.near_tie < 0.01
     assert inference.repeated <= 12
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_only_a_batch_overflows_on_is_asked_alone(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    exact: Callable[..., torch.Tensor] = Inference._forward
+
+    def overflowing(self: Inference, prompts: Sequence[list[int]], prefix: Any) -> torch.Tensor:
+        logits = exact(self, prompts, prefix).clone()
+        if len(prompts) > 1:
+            logits[0, 0] = value  # of the longest question of each batch
+        return logits
+
+    monkeypatch.setattr(Inference, "_forward", overflowing)
+    asked = questions(40)
+    inference = Inference(model, tokenizer, 4)
+    assert collect(inference, asked) == one_by_one(model, tokenizer, asked)
+    assert 10 <= inference.repeated <= 20
+    assert inference.near_tie < 0.01
+
+
+@pytest.mark.parametrize("gold", ["A", "yes"])
+def test_a_question_without_finite_logits_gets_no_answer(
+    model: Any, tokenizer: Any, gold: str
+) -> None:
+    """The arg-max of NaN would be token 0."""
+    model.lm_head.weight.data[3] = torch.nan
+    asked = [Question(q.prompt, gold) for q in questions(5)]
+    with pytest.raises(NotFinite) as caught:
+        collect(Inference(model, tokenizer, 2), asked)
+    assert caught.value.index in range(5)
 
 
 @pytest.fixture

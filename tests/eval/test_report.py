@@ -183,7 +183,7 @@ def columns(table: str) -> dict[str, list[str]]:
 
 def test_the_main_table_holds_every_number_with_two_decimals() -> None:
     assert Read(page(report(10))).rows == {
-        "Model": [*SETS.values(), "Average", "MB sent"],
+        "Model": [*SETS.values(), "Average", "MiB sent"],
         "reference (AI4EOSC)": ["70.80", "58.04", "62.84", "52.87", "61.14", "2080.62"],
         "leaderboard": ["70.80", "58.04", "62.84", "", "", "2080.62"],
         "base": ["60.00", "61.00", "62.00", "63.00", "61.50", ""],
@@ -325,6 +325,12 @@ def test_traffic_is_left_empty_where_a_round_was_not_counted(missing: int) -> No
     rows = Read(page(report(*range(1, 11), rounds=lines))).rows
     counted = [f"{208 * r}.00" if r < missing else "" for r in range(1, 11)]
     assert [rows[f"peft_{r}"][-1] for r in range(1, 11)] == counted
+
+
+def test_traffic_is_what_the_run_counted_cut_off_rounds_as_well() -> None:
+    lines = [line | {"mb_sent": 300.0 + line["round"]} for line in rounds(2)]
+    rows = Read(page(report(1, 2, rounds=lines))).rows
+    assert [rows[f"peft_{r}"][-1] for r in (1, 2)] == ["301.00", "302.00"]
 
 
 def test_traffic_counts_the_held_out_evaluation() -> None:

@@ -13,8 +13,7 @@ from app.adapter import Layout
 from app.base_model import find
 from app.checkpoint import rounds
 from app.codec import unpacked_bytes
-from app.config import merged_config
-from app.strategy import MB
+from app.config import MIB, merged_config
 from superlink.control import Control
 from superlink.processes import REPOSITORY, LocalFederation
 from superlink.submit import submit
@@ -92,8 +91,8 @@ def test_a_run_with_this_codec_and_strategy_completes_and_counts_its_bytes(
         assert lines[0]["bytes_down"] < 0.02 * lines[1]["bytes_down"]
     if strategy in ("fedavg", "fedprox"):
         assert all(line["alphas"] == [1.0, 1.0] for line in lines)
-    ours = lines[-1]["mb_sent"] * MB
+    ours = lines[-1]["mb_sent"] * MIB
     assert ours == sum(line["bytes_down"] + line["bytes_up"] for line in lines)
-    # Flower also counts the preflight and what its messages are wrapped in: 0.02 MB were seen.
-    print(f"{codec}: {ours / MB:.3f} MB by us, {flowers_bytes / MB:.3f} MB by Flower")
-    assert ours < flowers_bytes < 1.001 * ours + 0.05 * MB
+    # Flower also counts the preflight and what its messages are wrapped in: 0.02 MiB were seen.
+    print(f"{codec}: {ours / MIB:.3f} MiB by us, {flowers_bytes / MIB:.3f} MiB by Flower")
+    assert ours < flowers_bytes < 1.001 * ours + 0.05 * MIB

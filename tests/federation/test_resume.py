@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from app.checkpoint import rounds
+from app.config import MIB
 from superlink.control import Control
 from superlink.processes import REPOSITORY, LocalFederation
 from superlink.submit import submit
@@ -138,8 +139,16 @@ def test_a_run_cut_off_twice_ends_with_the_adapters_of_one_that_was_not(
     assert [c["last_round"] for c in facts["resumed_from"]] == [1, 2]
     assert facts["status"] == "completed"
     assert setting.adapters(last) == setting.adapters(left)
-    lines = (last / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["round"] for line in lines] == list(range(1, ROUNDS + 1))
+    lines = [json.loads(line) for line in (last / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == list(range(1, ROUNDS + 1))
+    # Each counts on from what the one before had sent, the round that was cut off as well.
+    in_round = [line["bytes_down"] + line["bytes_up"] for line in lines]
+    at_1, at_2, at_3 = (
+        json.loads((run / "run.json").read_text())["bytes_sent"] for run in (first, second, last)
+    )
+    assert at_1 >= in_round[0]
+    assert at_2 >= at_1 + in_round[1]
+    assert at_3 == at_2 + in_round[2] == round(lines[-1]["mb_sent"] * MIB)
 
 
 def _new_run(setting: Setting, known: set[Path], rounds_done: int) -> Path:

@@ -22,8 +22,7 @@ from app.adapter import Layout
 from app.base_model import find
 from app.checkpoint import rounds
 from app.codec import unpacked_bytes
-from app.config import RunConfig, merged_config
-from app.strategy import MB
+from app.config import MIB, RunConfig, merged_config
 from superlink.processes import LocalFederation
 from superlink.submit import submit
 from supernode.partitions import Split, prepare_data
@@ -115,7 +114,7 @@ def test_the_bytes_counted_are_those_of_the_adapter(done: Done, tiny_model: Path
     assert first["bytes_down"] < 0.05 * second["bytes_down"]  # type: ignore[operator]  # known to all
     sent = sum(m["bytes_down"] + m["bytes_up"] + m["eval_bytes_down"] for m in (first, second))  # type: ignore[operator]
     # Before round 1 the initial adapter was evaluated too.
-    assert sent <= second["mb_sent"] * MB < 1.1 * sent  # type: ignore[operator]
+    assert sent <= second["mb_sent"] * MIB < 1.1 * sent  # type: ignore[operator]
 
 
 def test_the_evaluation_scores_every_round_beside_the_base_model(done: Done) -> None:
