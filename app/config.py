@@ -121,6 +121,8 @@ class RunConfig:
     max_norm_ratio: float = _key("strategy.max-norm-ratio", *_POSITIVE)
     max_update_norm: float = _key("strategy.max-update-norm", *_POSITIVE)
     node_timeout_s: float = _key("strategy.node-timeout-s", *_POSITIVE)
+    # A site that is not back by then is late. Sites that share a device take turns: for them it
+    # counts anew from each reply of one of them.
     round_timeout_s: float = _key("strategy.round-timeout-s", *_POSITIVE)
 
     # How adapters travel (app/codec.py), both ways; down and up override it one by one.

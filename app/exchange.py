@@ -21,9 +21,16 @@ REFUSED = "the SuperLink takes no message for it: its key was revoked or replace
 
 
 def exchange(
-    grid: Grid, messages: Mapping[K, Message], timeout_s: float
+    grid: Grid,
+    messages: Mapping[K, Message],
+    timeout_s: float,
+    turns: Mapping[K, str] | None = None,
 ) -> tuple[dict[K, RecordDict], dict[K, str]]:
     """Send, then wait for all replies or ``timeout_s``.
+
+    Args:
+        turns: key -> name of a device that several sites share. They work one after the other, so
+            ``timeout_s`` counts anew from each reply of one of them.
 
     Returns:
         The contents of the replies, and why others failed. A key in neither kept silent.
@@ -35,17 +42,23 @@ def exchange(
     waiting = dict(zip(messages, ids, strict=True))
     failed = {key: REFUSED for key, message_id in waiting.items() if not message_id}
     contents: dict[K, RecordDict] = {}
-    deadline = time.monotonic() + timeout_s
+    shared = {key: (turns or {}).get(key) or key for key in waiting}
+    since = dict.fromkeys(shared.values(), time.monotonic())
+    late: set[K] = set()
     while True:
-        left = waiting.keys() - contents.keys() - failed.keys()
+        left = waiting.keys() - contents.keys() - failed.keys() - late
         for key in left:
             reply = _pull(grid, waiting[key])
             if isinstance(reply, RecordDict):
                 contents[key] = reply
             elif reply is not None:
                 failed[key] = one_line(reply)
+            if reply is not None:
+                since[shared[key]] = time.monotonic()
         left -= contents.keys() | failed.keys()
-        if not left or time.monotonic() >= deadline:
+        late |= {key for key in left if time.monotonic() >= since[shared[key]] + timeout_s}
+        left -= late
+        if not left:
             return contents, failed
         time.sleep(max(POLL_S, POLL_EACH_S * len(left)))
 

@@ -41,6 +41,9 @@ class Sites:
     linear_layers: dict[str, list[int]]
     versions: dict[int, dict[str, str]]
     left_out: dict[str, str]  # site -> reason
+    devices: dict[int, str] = field(default_factory=dict)  # as each site describes its own
+    # Partition id -> name of its device's turn: sites of the same one compute one after the other.
+    turns: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Answer:
     fingerprint: str = ""
     linear_layers: dict[str, list[int]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    device: str = ""
+    turn: str = ""
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "Answer":
@@ -72,6 +77,8 @@ class Answer:
             fingerprint=str(facts["fingerprint"]),
             linear_layers=layers,
             versions={str(k): str(v) for k, v in dict(json.loads(facts["versions"])).items()},
+            device=one_line(str(facts["device"])),
+            turn=one_line(str(facts["turn"])),
         )
 
 
@@ -199,4 +206,6 @@ def compare(
         linear_layers=first.linear_layers,
         versions={p: a.versions for p, a in ready.items()},
         left_out=left_out,
+        devices={p: a.device for p, a in ready.items()},
+        turns={p: a.turn for p, a in ready.items()},
     )

@@ -212,7 +212,9 @@ class Strategy:
             )
             for partition_id in partitions
         }
-        contents, failed = exchange(self.grid, messages, self.config.round_timeout_s)
+        contents, failed = exchange(
+            self.grid, messages, self.config.round_timeout_s, self.sites.turns
+        )
         late = f"no reply within strategy.round-timeout-s = {self.config.round_timeout_s:.0f}"
         gathered = Gathered(
             replies=contents,

@@ -14,6 +14,7 @@ environment) last. CONTROL_ADDRESS and PUBLIC_DIR say where the SuperLink and it
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from superlink.connection import write_connection
 from superlink.control import Control, ControlError, RunLostError, RunStatus, public_keys
 
 _POLL_S = 2
+_STALLED_AFTER_S = 60  # after this long without another node, say where to look
 MAX_RESUMES = 3
 DEAD_AFTER_S = 90  # Flower takes up to 60 s to see that a ServerApp is gone
 
@@ -39,6 +41,7 @@ def wait_for_nodes(control: Control, public: Path, needed: int, timeout_s: float
     """
     sites = public_keys(public)
     deadline, said = time.monotonic() + timeout_s, -1
+    stalled_at = time.monotonic() + _STALLED_AFTER_S
     while True:
         try:
             status = control.node_status()
@@ -51,8 +54,15 @@ def wait_for_nodes(control: Control, public: Path, needed: int, timeout_s: float
         if online != said:
             _say(f"{online} of {needed} SuperNodes online")
             said = online
+            stalled_at = time.monotonic() + _STALLED_AFTER_S
         if online >= needed:
             return
+        if missing and time.monotonic() > stalled_at:
+            stalled_at = math.inf
+            _say(
+                f"not online: {', '.join(missing)}; the log of each one's SuperNode says why "
+                f"(docker compose logs {missing[0].replace('site', 'supernode')}); waiting"
+            )
         if time.monotonic() > deadline:
             raise ControlError(
                 f"{online} of {needed} SuperNodes online after {timeout_s:.0f} s; "
