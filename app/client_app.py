@@ -1,11 +1,9 @@
 """The ClientApp: what a SuperNode does with a message (a new process each time).
 
 The site's settings come from the SuperNode's environment: SITE_DIR (its own folder),
-MODELS_DIR (prepared base models, read-only), DEVICE (cuda or cpu), LOCK_DIR (shared by the
-SuperNodes of one host).
+MODELS_DIR (prepared base models, read-only), and those of ``app.device``.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -14,8 +12,7 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -24,11 +21,12 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from app import partition
+from app import memory, partition
 from app.adapter import Layout, Vector, initial_adapter
 from app.base_model import BaseModel, find
 from app.codec import decode, encode
 from app.config import ConfigError, RunConfig
+from app.device import device, device_name, look, take_turn, turn
 from app.feedback import Feedback
 from app.partition import SiteError
 from app.privacy import privatise
@@ -68,25 +66,36 @@ def _site_dir() -> Path:
     return Path(os.environ["SITE_DIR"])
 
 
-def _device() -> str:
-    return os.environ.get("DEVICE", "cuda")
-
-
 def _base_model(config: RunConfig) -> BaseModel:
     return find(Path(os.environ["MODELS_DIR"]), config.model_name, config.quantization)
 
 
-@contextmanager
-def _turn_on_device() -> Iterator[None]:
-    """Wait until no other SuperNode of this host computes on the same device.
+def _take_turn(message: Message, context: Context) -> None:
+    """Two sites sampled on one GPU take turns instead of running out of its memory.
 
-    Two nodes sampled on one GPU take turns instead of running out of its memory.
+    From here to the end of this process, or no longer than the server waits for the reply.
     """
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0") if _device() == "cuda" else "cpu"
-    folder = Path(os.environ["LOCK_DIR"])
-    with (folder / f"device-{gpu}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel if this process dies
-        yield
+    take_turn(f"site-{int(context.node_config['partition-id']):02d}", message.metadata.ttl)
+
+
+def _described(base: BaseModel, config: RunConfig) -> str:
+    """This site's device, for the operator.
+
+    Raises:
+        SiteError: torch cannot use it, or the run needs more memory than is free.
+    """
+    if device() == "cpu":
+        return "cpu"
+    gpu = look(_site_dir() / "state")
+    weights = memory.stored(base.folder, base.bits, gpu.bf16)
+    needed = memory.needed(weights, base.linear_layers, config)
+    if needed > gpu.free:
+        raise SiteError(
+            f"{device_name()} ({gpu.name}) has {gpu.free / 1e9:.1f} GB free of "
+            f"{gpu.total / 1e9:.1f}, this run needs about {needed / 1e9:.1f} GB; "
+            + memory.advice(weights, base.linear_layers, config, gpu.free)
+        )
+    return str(gpu)
 
 
 @app.query()
@@ -95,7 +104,6 @@ def preflight(message: Message, context: Context) -> Message:
     facts: dict[str, Any] = {
         "partition-id": int(context.node_config["partition-id"]),
         "num-partitions": int(context.node_config["num-partitions"]),
-        "device": _device(),
         "versions": json.dumps(
             {"python": platform.python_version()}
             | {p: version(p) for p in ("flwr", "torch", "transformers", "peft", "bitsandbytes")}
@@ -110,6 +118,8 @@ def preflight(message: Message, context: Context) -> Message:
         base = _base_model(config)
         facts["fingerprint"] = base.fingerprint
         facts["linear-layers"] = json.dumps(base.linear_layers)
+        facts["turn"] = turn()
+        facts["device"] = _described(base, config)
     except (SiteError, ConfigError) as err:
         facts["error"] = str(err)
     except Exception as err:
@@ -168,33 +178,33 @@ def train(message: Message, context: Context) -> Message:
     server_round = cast(int, job["round"])
     partition_id = int(context.node_config["partition-id"])
     rows = partition.load(_site_dir(), "train")
-    with _turn_on_device():
-        started = time.monotonic()
-        model, tokenizer = base_model.load_with_lora(base, config, _device(), layout, vector)
-        examples = encode_all(rows, tokenizer, config.seq_length)
-        if not examples:
-            raise SiteError(f"no row keeps an answer within {config.seq_length} tokens")
-        load_s = time.monotonic() - started
-        logger.info("round %d: %d rows, loaded in %.1f s", server_round, len(examples), load_s)
-        seed = int(
-            np.random.SeedSequence([config.seed, server_round, partition_id]).generate_state(1)[0]
-        )
-        lr = config.learning_rate(server_round)
-        mu = config.proximal_mu if config.strategy_name == "fedprox" else 0.0
-        result = training.train(model, examples, config, lr, seed, mu)
-        trained = base_model.get_adapter(model, layout)
-        metrics = MetricRecord(
-            {
-                "partition-id": partition_id,
-                "num-examples": len(examples),
-                "train-loss": result.loss,
-                "steps": result.steps,
-                "num-tokens": result.tokens,
-                "load-s": load_s,
-                "train-s": result.seconds,
-                "peak-memory-mb": training.peak_memory_mb(_device()),
-            }
-        )
+    _take_turn(message, context)
+    started = time.monotonic()
+    model, tokenizer = base_model.load_with_lora(base, config, device(), layout, vector)
+    examples = encode_all(rows, tokenizer, config.seq_length)
+    if not examples:
+        raise SiteError(f"no row keeps an answer within {config.seq_length} tokens")
+    load_s = time.monotonic() - started
+    logger.info("round %d: %d rows, loaded in %.1f s", server_round, len(examples), load_s)
+    seed = int(
+        np.random.SeedSequence([config.seed, server_round, partition_id]).generate_state(1)[0]
+    )
+    lr = config.learning_rate(server_round)
+    mu = config.proximal_mu if config.strategy_name == "fedprox" else 0.0
+    result = training.train(model, examples, config, lr, seed, mu)
+    trained = base_model.get_adapter(model, layout)
+    metrics = MetricRecord(
+        {
+            "partition-id": partition_id,
+            "num-examples": len(examples),
+            "train-loss": result.loss,
+            "steps": result.steps,
+            "num-tokens": result.tokens,
+            "load-s": load_s,
+            "train-s": result.seconds,
+            "peak-memory-mb": training.peak_memory_mb(device()),
+        }
+    )
     payload = np.frombuffer(_to_send(trained, vector, layout, config, job), np.uint8)
     adapter = ArrayRecord({"payload": Array(payload)})
     content = RecordDict({"adapter": adapter, "metrics": metrics})
@@ -210,10 +220,10 @@ def evaluate(message: Message, context: Context) -> Message:
 
     config = RunConfig.from_flat(context.run_config)
     base, layout, vector, _ = _received(message, config)
-    with _turn_on_device():
-        model, tokenizer = base_model.load_with_lora(base, config, _device(), layout, vector)
-        examples = encode_all(partition.load(_site_dir(), "holdout"), tokenizer, config.seq_length)
-        result = training.evaluate(model, examples, config.batch_size)
+    _take_turn(message, context)
+    model, tokenizer = base_model.load_with_lora(base, config, device(), layout, vector)
+    examples = encode_all(partition.load(_site_dir(), "holdout"), tokenizer, config.seq_length)
+    result = training.evaluate(model, examples, config.batch_size)
     metrics = MetricRecord(
         {
             "partition-id": int(context.node_config["partition-id"]),

@@ -136,7 +136,8 @@ class RunConfig:
     max_update_norm: float = _key("strategy.max-update-norm", *_POSITIVE)
     node_timeout_s: float = _key("strategy.node-timeout-s", *_POSITIVE)
     # So long a site may take, and so long Flower keeps a message and its reply; then the site's
-    # SuperNode ends the work on it.
+    # SuperNode ends the work on it. Sites that share a device take turns: for them it is so many
+    # times as long.
     round_timeout_s: float = _key("strategy.round-timeout-s", *_SECONDS_TO_A_WEEK)
 
     # How adapters travel (app/codec.py), both ways; down and up override it one by one.

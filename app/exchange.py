@@ -6,6 +6,7 @@ answers, and what goes wrong with it is that site's failure alone.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -28,6 +29,7 @@ def exchange(
     messages: Mapping[K, Message],
     timeout_s: float,
     arrived: Callable[[RecordDict], None] = lambda _: None,
+    turns: Mapping[K, str] | None = None,
 ) -> tuple[dict[K, RecordDict], dict[K, str]]:
     """Send, then wait for all replies or ``timeout_s``.
 
@@ -37,6 +39,8 @@ def exchange(
 
     Args:
         arrived: called with each reply's content as it comes, not only when all are there.
+        turns: key -> name of a device. Those that share one work one after the other: ``timeout_s``
+            is for each of them, so all are waited for so many times as long.
 
     Returns:
         The contents of the replies, and why others failed. A key in neither kept silent.
@@ -44,25 +48,31 @@ def exchange(
     Raises:
         httpx.HTTPError: the SuperLink itself fails, not only on the reply of one site.
     """
-    for message in messages.values():
-        message.metadata.ttl = timeout_s
-    deadline = time.monotonic() + timeout_s
+    share = Counter((turns or {}).get(key, key) for key in messages)
+    lives_s = {key: timeout_s * share[(turns or {}).get(key, key)] for key in messages}
+    for key, message in messages.items():
+        message.metadata.ttl = lives_s[key]
+    started = time.monotonic()
     ids = list(grid.push_messages(list(messages.values())))
     waiting = dict(zip(messages, ids, strict=True))
     failed = {key: REFUSED for key, message_id in waiting.items() if not message_id}
     contents: dict[K, RecordDict] = {}
+    late: set[K] = set()
     while True:
-        over = time.monotonic() >= deadline
-        left = waiting.keys() - contents.keys() - failed.keys()
+        left = waiting.keys() - contents.keys() - failed.keys() - late
         for key in left:
+            over = time.monotonic() >= started + lives_s[key]
             reply = _pull(grid, waiting[key])
             if isinstance(reply, RecordDict):
                 contents[key] = reply
                 arrived(reply)
-            elif reply is not None and not over:
+            elif over:
+                late.add(key)
+            elif reply is not None:
                 failed[key] = one_line(reply)
         left -= contents.keys() | failed.keys()
-        if not left or over:
+        left -= contents.keys() | failed.keys() | late
+        if not left:
             return contents, failed
         time.sleep(max(POLL_S, POLL_EACH_S * len(left)))
 

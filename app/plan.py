@@ -9,19 +9,18 @@ import os
 import sys
 from pathlib import Path
 
+from app import memory
 from app.adapter import Layout
 from app.base_model import prepared
 from app.codec import unpacked_bytes
 from app.config import MIB, ConfigError, RunConfig, merged_config
 from app.privacy import DELTA, epsilon, noise_norm
 
-# Layers, hidden size, MLP size, and rows of the key and value projections, from config.json.
+# Layers, hidden size, MLP size, rows of the key and value projections, vocabulary: config.json.
 KNOWN = {
-    "ContactDoctor/Bio-Medical-Llama-3-8B": (32, 4096, 14336, 1024),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": (30, 576, 1536, 192),
+    "ContactDoctor/Bio-Medical-Llama-3-8B": (32, 4096, 14336, 1024, 128256),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (30, 576, 1536, 192, 49152),
 }
-# Seen on one H100, batch 16 of 512 tokens, NF4, bf16, gradient checkpointing.
-H100_8B = "26.1 GB and 0.8 s a step on an H100 (random weights of this shape, batch 16)"
 
 
 def linear_layers(config: RunConfig, models: Path) -> dict[str, list[int]]:
@@ -38,7 +37,7 @@ def linear_layers(config: RunConfig, models: Path) -> dict[str, list[int]]:
             f"run config: model.name = {config.model_name!r} is not prepared in {models}, and its "
             f"shape is known for {', '.join(KNOWN)} only; run supernode.prepare, or set MODELS_DIR"
         )
-    count, hidden, mlp, key_value = KNOWN[config.model_name]
+    count, hidden, mlp, key_value, vocabulary = KNOWN[config.model_name]
     shapes = {
         "self_attn.q_proj": [hidden, hidden],
         "self_attn.k_proj": [key_value, hidden],
@@ -48,7 +47,21 @@ def linear_layers(config: RunConfig, models: Path) -> dict[str, list[int]]:
         "mlp.up_proj": [mlp, hidden],
         "mlp.down_proj": [hidden, mlp],
     }
-    return {f"model.layers.{n}.{name}": s for n in range(count) for name, s in shapes.items()}
+    layers = {f"model.layers.{n}.{name}": s for n in range(count) for name, s in shapes.items()}
+    return layers | {"lm_head": [vocabulary, hidden]}
+
+
+def gpu_memory(config: RunConfig, layers: dict[str, list[int]], models: Path) -> str:
+    """The line of what a site's GPU must have free; the preflight compares the same figure."""
+    weights = memory.estimated(layers, config.quantization)
+    for base in prepared(models):
+        if (base.name, base.bits) == (config.model_name, config.quantization):
+            weights = memory.stored(base.folder, base.bits, bf16=True)
+    needed = memory.needed(weights, layers, config)
+    return (
+        f"a GPU: {needed / 1e9:.1f} GB, computed for {config.batch_size} rows of "
+        f"{config.seq_length} tokens that are all answer; {weights.size / 1e9:.1f} GB of it weights"
+    )
 
 
 def plan(config: RunConfig, layout: Layout, sites: int) -> list[str]:
@@ -83,8 +96,6 @@ def plan(config: RunConfig, layout: Layout, sites: int) -> list[str]:
     ]
     if config.clip_norm:
         lines.append(_privacy(config, n))
-    if config.model_name in KNOWN and n == 13_631_488:
-        lines.append(f"a GPU: {H100_8B}")
     return lines
 
 
@@ -110,8 +121,10 @@ def main() -> int:
     args = parser.parse_args()
     try:
         _, config = merged_config(Path(__file__).parents[1], args.run_config)
-        layers = linear_layers(config, Path(os.environ.get("MODELS_DIR", "models")))
+        models = Path(os.environ.get("MODELS_DIR", "models"))
+        layers = linear_layers(config, models)
         lines = plan(config, Layout.of(layers, config), config.min_nodes)
+        lines.append(gpu_memory(config, layers, models))
     except (ConfigError, ValueError) as err:
         print(f"plan: ERROR: {err}", file=sys.stderr)
         return 1

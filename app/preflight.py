@@ -45,6 +45,9 @@ class Sites:
     linear_layers: dict[str, list[int]]
     versions: dict[int, dict[str, str]]
     left_out: dict[str, str]  # site -> reason
+    devices: dict[int, str] = field(default_factory=dict)  # as each site describes its own
+    # Partition id -> name of its device's turn: sites of the same one compute one after the other.
+    turns: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Answer:
     fingerprint: str = ""
     linear_layers: dict[str, list[int]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    device: str = ""
+    turn: str = ""
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "Answer":
@@ -72,6 +77,8 @@ class Answer:
             fingerprint=one_line(str(facts["fingerprint"]), 100),
             linear_layers=linear_layers(facts["linear-layers"]),
             versions=table(facts["versions"], "versions"),
+            device=one_line(str(facts["device"]), 100),
+            turn=one_line(str(facts["turn"]), 100),
         )
 
 
@@ -228,6 +235,8 @@ def compare(
         linear_layers=first.linear_layers,
         versions={p: a.versions for p, a in usable.items()},
         left_out=left_out,
+        devices={p: a.device for p, a in usable.items()},
+        turns={p: a.turn for p, a in usable.items()},
     )
 
 

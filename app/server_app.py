@@ -131,6 +131,7 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
                 "num_examples": sites.num_examples[p],
                 "num_holdout": sites.num_holdout[p],
                 "versions": sites.versions[p],
+                "device": sites.devices[p],
             }
             for p in sites.node_of
         },

@@ -16,6 +16,7 @@ environment) last. CONTROL_ADDRESS and PUBLIC_DIR say where the SuperLink and it
 import argparse
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from superlink.control import (
 )
 
 _POLL_S = 2
+_STALLED_AFTER_S = 60  # after this long without another node, say where to look
 MAX_RESUMES = 3
 DEAD_AFTER_S = 90  # Flower takes up to 60 s to see that a ServerApp is gone
 # compose.yaml's restart policy starts a submission that failed once more, at once: it must not
@@ -52,6 +54,7 @@ def wait_for_nodes(control: Control, public: Path, needed: int, timeout_s: float
     """
     sites = public_keys(public)
     deadline, said = time.monotonic() + timeout_s, -1
+    stalled_at = time.monotonic() + _STALLED_AFTER_S
     while True:
         try:
             status = control.node_status()
@@ -64,8 +67,15 @@ def wait_for_nodes(control: Control, public: Path, needed: int, timeout_s: float
         if online != said:
             _say(f"{online} of {needed} SuperNodes online")
             said = online
+            stalled_at = time.monotonic() + _STALLED_AFTER_S
         if online >= needed:
             return
+        if missing and time.monotonic() > stalled_at:
+            stalled_at = math.inf
+            _say(
+                f"not online: {', '.join(missing)}; the log of each one's SuperNode says why "
+                f"(docker compose logs {missing[0].replace('site', 'supernode')}); waiting"
+            )
         if time.monotonic() > deadline:
             raise ControlError(
                 f"{online} of {needed} SuperNodes online after {timeout_s:.0f} s; "

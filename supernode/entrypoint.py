@@ -78,26 +78,47 @@ def read_site(env: dict[str, str]) -> dict[str, str]:
     return complete
 
 
+class NoGpuError(Exception):
+    """This SuperNode has no GPU; the message is one line that says why."""
+
+
 def choose_gpu(env: dict[str, str], visible: int) -> int:
     """The index of this SuperNode's GPU among the visible ones.
 
     Raises:
-        SystemExit: there is none, or not that one.
+        NoGpuError: there is none, or not that one.
     """
     if not visible:
-        raise SystemExit(
-            "supernode: DEVICE=cuda but no NVIDIA GPU is visible here; on a host without GPU use "
+        raise NoGpuError(
+            "DEVICE=cuda but no NVIDIA GPU is visible here; on a host without GPU use "
             "docker/compose.cpu.yaml (or DEVICE=cpu), else check nvidia-smi and the NVIDIA "
-            "container toolkit"
+            "container toolkit, and start the SuperNode anew"
         )
     if not env.get("SUPERNODE_GPU"):
         return int(env["PARTITION_ID"]) % visible
     chosen = env["SUPERNODE_GPU"]
     if not chosen.isdigit() or int(chosen) >= visible:
-        raise SystemExit(
-            f"supernode: SUPERNODE_GPU={chosen}: this host shows GPUs 0 to {visible - 1}"
-        )
+        raise NoGpuError(f"SUPERNODE_GPU={chosen}: this host shows GPUs 0 to {visible - 1}")
     return int(chosen)
+
+
+def set_gpu(env: dict[str, str]) -> None:
+    """Choose this SuperNode's GPU for its ClientApps: CUDA_VISIBLE_DEVICES, or DEVICE_ERROR.
+
+    Without a GPU the SuperNode starts all the same: the preflight of a run then refuses the site
+    with the reason, where the operator reads it. One that ends says it to nobody else.
+    """
+    allowed = [g for g in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
+    visible = allowed or [str(n) for n in range(visible_gpus())]
+    try:
+        chosen = visible[choose_gpu(env, len(visible))]
+    except NoGpuError as err:
+        print(f"supernode: ERROR: {err}; no run can start with it", file=sys.stderr, flush=True)
+        env["DEVICE_ERROR"] = str(err)
+        return
+    env["CUDA_VISIBLE_DEVICES"] = chosen
+    env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as nvidia-smi counts
+    print(f"supernode: GPU {chosen}, one of {len(visible)}", flush=True)
 
 
 def visible_gpus() -> int:
@@ -151,9 +172,7 @@ def main() -> int:
     env = read_site(dict(os.environ))
     device = env.setdefault("DEVICE", "cuda")
     if device == "cuda":
-        allowed = [g for g in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
-        visible = allowed or [str(n) for n in range(visible_gpus())]
-        env["CUDA_VISIBLE_DEVICES"] = visible[choose_gpu(env, len(visible))]
+        set_gpu(env)
     elif device != "cpu":
         raise SystemExit(f"supernode: DEVICE={device}: cuda or cpu")
     programs = Path(sys.executable).parent  # Flower starts flower-superexec by its bare name

@@ -1,6 +1,7 @@
 """A Grid in this process: what a SuperLink and its nodes would do with messages, no more."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 from uuid import uuid4
 
 from flwr.app import Message, RecordDict
@@ -24,6 +25,7 @@ class StandInGrid(Grid):
         self.nodes, self.reverse, self.revoked = nodes, reverse, set(revoked)
         self.sent: list[Message] = []
         self._replies: dict[str, Message | Exception] = {}
+        self._due: dict[str, tuple[float, Clock]] = {}
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)
@@ -41,9 +43,17 @@ class StandInGrid(Grid):
             self._replies[message_id] = reply
         return message_id
 
+    def later(self, message: Message, node: Node, clock: "Clock", delay_s: float) -> Any:
+        """The node's reply, which cannot be pulled for ``delay_s``."""
+        self._due[message.metadata.message_id] = clock.now + delay_s, clock
+        return node(message)
+
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         for message_id in message_ids:
             if message_id not in self._replies:
+                continue
+            due, clock = self._due.get(message_id, (0.0, None))
+            if clock and clock.now < due:
                 continue
             if self.reverse and message_id != list(self._replies)[-1]:
                 continue  # later

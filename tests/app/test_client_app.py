@@ -1,6 +1,9 @@
 """A site's side of a round, in this process: what it receives, trains and sends back."""
 
+import fcntl
 import logging
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +18,7 @@ from app.adapter import Layout, Vector, initial_adapter
 from app.base_model import find
 from app.codec import encode
 from app.config import CODECS, STRATEGIES, RunConfig
+from app.device import Gpu
 from app.partition import SiteError
 from app.preflight import Sites
 from app.strategy import Strategy
@@ -119,6 +123,76 @@ def test_a_site_trains_what_the_server_believes_it_does(
     assert vector.tobytes() == gathered.sent.tobytes()
     assert (vector.tobytes() == start.tobytes()) == (codec == "fp32")
     assert np.abs(vector - start).max() < 0.01
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_site_keeps_its_turn_when_its_work_is_done(
+    site: Path, models_dir: Path, base: dict[str, Any], kind: str
+) -> None:
+    """The model is still in memory then, and the upload still to come: its process goes on."""
+    config = run_config(**base)
+    s = strategy(models_dir, config)
+    start = initial_adapter(s.layout, config.seed)
+    assert s._ask(kind, [PARTITION], 1, start).failed == {}
+    path = Path(os.environ["LOCK_DIR"]) / "device-cpu.lock"
+    with path.open() as lock, pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_site_waits_for_its_turn_as_long_as_its_order_lives(
+    site: Path, models_dir: Path, base: dict[str, Any], site_log: pytest.LogCaptureFixture
+) -> None:
+    config = run_config(**base)
+    s = strategy(models_dir, config)
+    start = initial_adapter(s.layout, config.seed)
+    order = message(encode("fp32", start, start), s.layout.hash)
+    order.metadata.ttl = 1.0
+    with (Path(os.environ["LOCK_DIR"]) / "device-cpu.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SiteError, match="no turn within 1 s on the CPU"):
+            node(config)(order)
+    assert "site-00 waits for its turn on the CPU" in site_log.text
+
+
+def asked(config: RunConfig) -> ConfigRecord:
+    context = Context(
+        7, NODE_ID, {"partition-id": PARTITION, "num-partitions": 1}, RecordDict(),
+        cast(dict[str, Any], config.flat()),
+    )  # fmt: skip
+    question = Message(RecordDict(), dst_node_id=NODE_ID, message_type="query")
+    return client_app.preflight(question, context).content.config_records["preflight"]
+
+
+def test_the_preflight_names_the_device_and_whom_the_site_shares_it_with(
+    site: Path, base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, again = asked(run_config(**base)), asked(run_config(**base))
+    assert first["device"] == "cpu"
+    assert first["turn"] == again["turn"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("LOCK_DIR", str(tmp_path / "elsewhere"))
+    assert asked(run_config(**base))["turn"] != first["turn"]
+
+
+def test_too_little_memory_is_an_error_of_the_site_that_says_what_to_lower(
+    site: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEVICE", "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+
+    def seen(free_gb: float) -> ConfigRecord:
+        gpu = Gpu("NVIDIA Stand-in", True, 24_000_000_000, round(free_gb * 1e9))
+        monkeypatch.setattr(client_app, "look", lambda state: gpu)
+        return asked(run_config(**base | {"batch_size": 1024}))
+
+    assert seen(23.5)["device"] == "NVIDIA Stand-in, 23.5 GB free of 24.0"
+    refused = str(seen(6.25)["error"])
+    assert re.fullmatch(
+        r"GPU 1 \(NVIDIA Stand-in\) has 6\.2 GB free of 24\.0, this run needs about \d+\.\d GB; "
+        r"train\.training-arguments\.per-device-train-batch-size = \d+ with "
+        r"gradient-accumulation-steps = \d+ needs \d\.\d GB",
+        refused,
+    ), refused
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

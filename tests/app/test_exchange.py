@@ -136,6 +136,33 @@ def test_a_reply_is_told_when_it_comes_and_not_when_all_are_there(clock: Clock) 
     assert arrived == [("fine", 0.0)]
 
 
+def after(clock: Clock, delay_s: float, grid: StandInGrid) -> Node:
+    """Replies ``delay_s`` after it was asked; until then the grid has nothing."""
+    return lambda m: grid.later(m, says("done"), clock, delay_s)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_sites_that_take_turns_have_their_time_one_after_the_other(
+    clock: Clock, shared: bool
+) -> None:
+    # Each works 20 s on the device that 1 to 3 share; 4 has its own and keeps silent.
+    grid = StandInGrid({4: silent})
+    grid.nodes |= {n: after(clock, 20.0 * n, grid) for n in (1, 2, 3)}
+    turns = {f"to {n}": "a" for n in (1, 2, 3)} | {"to 4": "b"}
+    contents, failed = exchange(grid, messages(1, 2, 3, 4), 30.0, turns=turns if shared else None)
+    assert failed == {}
+    assert set(contents) == ({"to 1", "to 2", "to 3"} if shared else {"to 1"})
+    assert clock.now == pytest.approx(60 if shared else 30, abs=2 * POLL_S)
+
+
+def test_a_silent_site_is_waited_for_once_for_each_site_on_its_device(clock: Clock) -> None:
+    grid = StandInGrid(dict.fromkeys((1, 2, 3), silent))
+    turns = {"to 1": "a", "to 2": "a", "to 3": "b"}
+    assert exchange(grid, messages(1, 2, 3), 30.0, turns=turns) == ({}, {})
+    assert [m.metadata.ttl for m in grid.sent] == [60.0, 60.0, 30.0]
+    assert clock.now == pytest.approx(60, abs=POLL_S)
+
+
 def test_nobody_is_waited_for_when_all_have_answered(clock: Clock) -> None:
     exchange(StandInGrid({1: says("fine")}), messages(1), 33.0)
     assert clock.now == 0

@@ -26,6 +26,7 @@ def answer(partition_id: int, **changes: Any) -> dict[str, Any]:
         "partition-id": partition_id,
         "num-partitions": 20,
         "device": "cpu",
+        "turn": f"host of {partition_id // 4}",
         "versions": json.dumps({"python": "3.11"}),
         "num-examples": 100 + partition_id,
         "num-holdout": 10 + partition_id,
@@ -66,6 +67,8 @@ def test_sites_that_agree_may_start_and_are_known_by_their_partitions() -> None:
         linear_layers=LINEAR,
         versions={p: {"python": "3.11"} for p in (0, 3, 7)},
         left_out={},
+        devices=dict.fromkeys((0, 3, 7), "cpu"),
+        turns={0: "host of 0", 3: "host of 0", 7: "host of 1"},
     )
     assert list(sites.linear_layers) == list(LINEAR)  # their order is the adapter's
 

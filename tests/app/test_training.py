@@ -1,6 +1,7 @@
 """Local training with the real Trainer on the tiny model, on the CPU."""
 
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, Trainer
 
+from app import base_model, training
 from app.adapter import Layout, Vector, initial_adapter
 from app.base_model import find, get_adapter, load_with_lora, set_adapter
 from app.config import RunConfig
-from app.examples import IGNORED, Example, encode_all
+from app.examples import IGNORED, Example, collate, encode_all
 from app.partition import Row
-from app.training import Trained, _Proximal, evaluate, train
+from app.training import Trained, _AnswersOnly, _Proximal, answer_logits, evaluate, train
+from supernode.quantise import prepare_model
 from tests.samples import ROWS, run_config
+from tests.tiny_model import VOCABULARY
 
 LR = 1e-2
 BITS = pytest.mark.parametrize("bits", [0, 4], ids=["unquantised", "nf4"])
@@ -229,6 +234,124 @@ def test_evaluation_ignores_dropout_and_changes_nothing(models_dir: Path, tiny_m
     first, second = evaluate(s.model, s.examples, 4), evaluate(s.model, s.examples, 4)
     assert first == second
     assert s.adapter.tobytes() == before.tobytes()
+
+
+# --- logits only where labels are -----------------------------------------------------------------
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@BITS
+@pytest.mark.parametrize("masked", [0, 1, 3], ids=["no", "one", "three"])
+def test_loss_and_gradients_are_those_of_the_logits_at_every_place(
+    models_dir: Path, tiny_model: Path, bits: int, masked: int
+) -> None:
+    s = site(models_dir, tiny_model, bits)
+    rows = sorted(s.examples, key=lambda e: len(e.input_ids))[::7]  # unequal
+    assert len({len(e.input_ids) for e in rows}) == len(rows) > masked
+    rows = [
+        Example(e.input_ids, [IGNORED] * len(e.labels)) if i < masked else e
+        for i, e in enumerate(rows)
+    ]
+    results = []
+    for every_place in (True, False):
+        s.model.train()
+        s.model.zero_grad()
+        if every_place:
+            loss = s.model(**collate(rows)).loss
+        else:
+            logits, labels = answer_logits(s.model, collate(rows))
+            assert logits.shape == (sum(e.num_labels for e in rows), VOCABULARY)
+            loss = torch.nn.functional.cross_entropy(logits, labels)
+        loss.backward()
+        results.append((float(loss.detach()), gradients(s.model)))
+    (loss, exact), (ours, grads) = results
+    assert ours == pytest.approx(loss, abs=1e-5)
+    assert exact.keys() == grads.keys()
+    whole = torch.cat([g.ravel() for g in exact.values()])
+    difference = torch.cat([(grads[n] - g).ravel() for n, g in exact.items()])
+    assert whole.norm() > 0
+    assert difference.norm() < 1e-6 * whole.norm()
+
+
+def test_the_head_computes_no_logits_of_prompts_and_padding(
+    models_dir: Path, tiny_model: Path
+) -> None:
+    s = site(models_dir, tiny_model, max_steps=-1, num_train_epochs=1.0)
+    places: list[int] = []
+    s.model.get_output_embeddings().register_forward_hook(
+        lambda _, inputs, output: places.append(output.numel() // VOCABULARY)
+    )
+    answers = sum(e.num_labels for e in s.examples)
+    s.train()
+    assert sum(places) == answers
+    places.clear()
+    evaluate(s.model, s.examples, 7)
+    assert sum(places) == answers
+
+
+@pytest.mark.parametrize("mu", [0.0, 20.0], ids=["", "fedprox"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@BITS
+def test_a_training_ends_where_the_logits_at_every_place_lead(
+    models_dir: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch,
+    bits: int, accumulation: int, mu: float,
+) -> None:  # fmt: skip
+    results: list[tuple[Trained, Vector]] = []
+    for every_place in (False, True):
+        if every_place:
+            monkeypatch.setattr(_AnswersOnly, "compute_loss", Trainer.compute_loss)
+        s = site(
+            models_dir, tiny_model, bits, max_steps=4, gradient_accumulation_steps=accumulation
+        )
+        start = s.adapter
+        results.append((train(s.model, s.examples, s.config, LR, 1, mu), s.adapter))
+    (ours, adapter), (exact, expected) = results
+    assert ours.loss == pytest.approx(exact.loss, abs=1e-5)
+    assert ours.tokens == exact.tokens
+    assert np.linalg.norm(adapter - expected) < 1e-4 * np.linalg.norm(expected - start)
+
+
+# --- bf16, as on a GPU that has it ----------------------------------------------------------------
+
+
+def test_in_bf16_embeddings_and_head_stay_as_stored_and_norms_and_adapter_are_float32(
+    models_dir: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(tiny_model, tmp_path / "bf16")
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(source)
+    prepare_model(tmp_path / "models", tmp_path / "cache", str(source), "nf4", None)
+
+    def dtypes(s: Site) -> dict[str, torch.dtype]:
+        ends = (
+            "embed_tokens.weight",
+            "lm_head.weight",
+            "norm.weight",
+            "q_proj.lora_A.default.weight",
+        )
+        named = dict(s.model.named_parameters())
+        return {e: next(p.dtype for n, p in named.items() if n.endswith(e)) for e in ends}
+
+    on_cpu = site(tmp_path / "models", source, 4, max_steps=10)
+    assert set(dtypes(on_cpu).values()) == {torch.float32}
+    exact = on_cpu.train()
+
+    def as_on_a_gpu(device: str) -> tuple[torch.device, torch.dtype]:
+        return torch.device(device), torch.bfloat16
+
+    monkeypatch.setattr(base_model, "device_and_dtype", as_on_a_gpu)
+    monkeypatch.setattr(training, "device_and_dtype", as_on_a_gpu)
+    mixed, judge = (site(tmp_path / "models", source, 4, max_steps=10) for _ in range(2))
+    assert list(dtypes(mixed).values()) == [torch.bfloat16] * 2 + [torch.float32] * 2
+    # One that is stored in float32 stays so: nothing is rounded that need not be.
+    assert set(dtypes(site(models_dir, tiny_model, 4)).values()) == {torch.float32}
+    trained = mixed.train()
+    assert trained.loss == pytest.approx(exact.loss, rel=0.01)
+    before, after = (evaluate(s.model, s.examples, 8) for s in (judge, mixed))
+    assert after.num_tokens == before.num_tokens
+    assert after.loss_sum < before.loss_sum * 0.95
 
 
 # --- FedProx: near the received adapter -----------------------------------------------------------

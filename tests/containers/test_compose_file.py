@@ -56,6 +56,7 @@ def test_a_supernode_mounts_its_own_site_and_nothing_else_of_the_federation(
         assert set(mounts) == {"models", "locks", "federation"}
         assert mounts["federation"]["volume"]["subpath"] == f"site-{number:02d}"
         assert mounts["models"]["read_only"]
+        assert mounts["locks"]["read_only"]
 
 
 def test_no_supernode_starts_before_its_key_is_registered_and_its_data_prepared(

@@ -116,6 +116,26 @@ def test_the_engine_enforces_the_limits(federation: Federation) -> None:
     assert "BlockingIOError" in run(fork, PIDS="8").stderr
 
 
+def test_no_site_can_put_anything_where_all_sites_lock_their_gpus(federation: Federation) -> None:
+    lock = "/locks/device-0.lock"
+    tries = [
+        f"rm -f {lock}", f"echo x > {lock}", "touch /locks/new", "mkfifo /locks/device-40.lock",
+        f"ln -sf /site/site.env {lock}", f"mv {lock} /locks/gone", f"chmod 000 {lock}",
+        "mkdir /locks/device-41.lock",
+    ]  # fmt: skip
+    script = "; ".join(f"({t}) 2>/dev/null && echo '{t}'" for t in tries) + "; echo tried"
+    assert federation.shell("supernode-07", script) == "tried\n"
+    # They are locks all the same, and the same ones for all.
+    hold = f"import fcntl, time; f = open('{lock}'); fcntl.flock(f, 2); print('held', flush=True)"
+    tried = f"import fcntl; fcntl.flock(open('{lock}'), 2 | 4)"
+    assert federation.python("supernode-08", tried) == ""
+    client = federation["supernode-07"].client.api
+    command = ["python3", "-ISc", f"{hold}; time.sleep(20)"]
+    started = client.exec_create(federation["supernode-07"].id, command)
+    assert next(iter(client.exec_start(started["Id"], stream=True))) == b"held\n"
+    assert "BlockingIOError" in federation.python("supernode-08", tried)
+
+
 # --- who reaches what ---
 
 

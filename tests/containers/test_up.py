@@ -1,10 +1,15 @@
 """`docker compose up` with all 20 SuperNodes on the CPU and the real 135M-parameter model."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
-import docker
 import pytest
 
 from tests.containers.conftest import NODES, Federation
@@ -75,13 +80,56 @@ def test_a_refused_run_config_gives_one_line_and_exit_code_1(federation: Federat
     assert "strategy.fraction-train = 0 must be a number above 0, at most 1" in done.stderr
 
 
-def test_up_without_gpu_says_that_the_driver_is_missing(federation: Federation) -> None:
-    if "nvidia" in docker.from_env().info().get("Runtimes", {}):
-        pytest.skip("this host has the NVIDIA runtime")
-    other = Federation(f"{federation.project}-gpu", federation.env, ("compose.yaml",))
+@pytest.fixture
+def bare_engine(tmp_path: Path) -> Iterator[str]:
+    """The address of another engine, with nothing in it, and without what grants GPUs."""
+    dockerd = shutil.which("dockerd") or "/usr/local/lib/fedllm-engine/usr/sbin/dockerd"
+    if os.getuid() or not Path(dockerd).is_file():
+        pytest.skip("only root can start another engine")
+    if shutil.which("nvidia-container-runtime-hook"):
+        pytest.skip("this host has the NVIDIA container toolkit")
+    with tempfile.TemporaryDirectory(prefix="engine") as folder:  # a socket's path must be short
+        places = [f"--{n}-root={folder}/{n}" for n in ("data", "exec")]
+        address = f"unix://{folder}/sock"
+        # In a network of its own, or it would take docker0 away from the other engine.
+        command = [
+            "unshare",
+            "--net",
+            dockerd,
+            *places,
+            f"--pidfile={folder}/pid",
+            "-H",
+            address,
+            "--bridge=none",
+        ]
+        command += ["--iptables=false", "--ip6tables=false"]
+        with (tmp_path / "log").open("w") as log:
+            there = Path(dockerd).parent  # and its helpers
+            programs = [str(there), str(there.with_name("bin")), os.environ["PATH"]]
+            env = os.environ | {"PATH": os.pathsep.join(programs)}
+            engine = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+        try:
+            asked = ["docker", "-H", address, "version"]
+            deadline = time.monotonic() + 60
+            while subprocess.run(asked, capture_output=True, check=False).returncode:
+                assert engine.poll() is None, (tmp_path / "log").read_text()[-2000:]
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+            yield address
+        finally:
+            engine.terminate()
+            engine.wait(60)
+
+
+def test_up_without_gpu_says_that_the_driver_is_missing(bare_engine: str) -> None:
+    image = f"fedllm-medical/eval:{os.environ.get('TAG', '0.1.0')}"
+    nothing = bytes(1024)  # an empty tar
+    load = ["docker", "-H", bare_engine, "import", "--change", 'CMD ["true"]', "-", image]
+    subprocess.run(load, input=nothing, check=True, capture_output=True)
+    other = Federation("fedllm-gpu", {"DOCKER_HOST": bare_engine}, ("compose.yaml",))
     try:
-        done = other.compose("up", "-d", "--no-deps", "prepare")
-        assert done.returncode != 0
-        assert "could not select device driver" in done.stderr
+        done = other.compose("--profile", "eval", "up", "-d", "--no-deps", "--no-build", "eval")
     finally:
-        other.compose("down", "-v")
+        other.compose("--profile", "eval", "down", "-v")
+    assert done.returncode != 0
+    assert "could not select device driver" in done.stderr

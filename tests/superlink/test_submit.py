@@ -8,9 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.config import GIVEN_UP, SILENT, ConfigError, flatten, merged_config
-from superlink.control import Control, KnownRun, RunStatus
+from superlink import submit
+from superlink.control import Control, ControlError, KnownRun, RunStatus, public_keys
+from superlink.provision import provision
 from superlink.submit import MAX_RESUMES, _cut_off, _for_good, _newest, _resume_after
 from tests.samples import REPOSITORY, flat_config, run_config
+from tests.stand_in_grid import Clock
 
 
 def overrides(*texts: str) -> dict[str, object]:
@@ -225,3 +228,39 @@ def test_the_next_run_goes_on_with_the_last_that_has_a_round(
     resume: str | None, details: str, key: str
 ) -> None:
     assert _resume_after(8, resume, state("finished:failed", details)) == key
+
+
+class Sites(Control):
+    """In the place of a SuperLink: which sites are online at which time."""
+
+    def __init__(self, public: Path, clock: Clock, online_at_s: dict[str, float]) -> None:
+        self.keys, self.clock, self.online_at_s = public_keys(public), clock, online_at_s
+
+    def node_status(self) -> dict[bytes, str]:
+        there = [s for s, at in self.online_at_s.items() if self.clock.now >= at]
+        return {self.keys[s]: "online" for s in there}
+
+
+def test_who_waits_for_sites_is_told_where_to_look_long_before_the_time_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provision(tmp_path, 3, "superlink:9092", [])
+    public, clock = tmp_path / "public", Clock()
+    monkeypatch.setattr(submit, "time", clock)
+    told: list[tuple[float, str]] = []
+    monkeypatch.setattr(submit, "_say", lambda text: told.append((clock.now, text)))
+    with pytest.raises(ControlError, match="1 of 3 SuperNodes online after 600 s"):
+        submit.wait_for_nodes(Sites(public, clock, {"site-01": 50.0}), public, 3, 600)
+    advice = (
+        "not online: site-00, site-02; the log of each one's SuperNode says why "
+        "(docker compose logs supernode-00); waiting"
+    )
+    assert [text for _, text in told] == [
+        "0 of 3 SuperNodes online", "1 of 3 SuperNodes online", advice,
+    ]  # fmt: skip
+    assert told[-1][0] == pytest.approx(50 + 60, abs=5)
+    # Nobody is told anything where all come in their time.
+    told.clear()
+    soon = {f"site-{n:02d}": clock.now + 40.0 * n for n in range(3)}
+    submit.wait_for_nodes(Sites(public, clock, soon), public, 3, 600)
+    assert [text for _, text in told] == [f"{n} of 3 SuperNodes online" for n in (1, 2, 3)]

@@ -18,10 +18,12 @@ from supernode.entrypoint import (
     HOPELESS,
     NOT_ACTIVATED,
     REFUSED,
+    NoGpuError,
     choose_gpu,
     command,
     main,
     read_site,
+    set_gpu,
     watch,
 )
 from tests.samples import REPOSITORY
@@ -161,13 +163,46 @@ def test_a_chosen_gpu_is_taken_and_an_empty_choice_is_none(empty: dict[str, str]
 
 @pytest.mark.parametrize("gpu", ["4", "-1", "cuda:0", "1.0", "all"])
 def test_a_gpu_that_is_not_there_is_named(gpu: str) -> None:
-    with pytest.raises(SystemExit, match="SUPERNODE_GPU"):
+    with pytest.raises(NoGpuError, match="SUPERNODE_GPU"):
         choose_gpu({"PARTITION_ID": "0", "SUPERNODE_GPU": gpu}, 4)
 
 
 def test_no_gpu_at_all_points_to_the_cpu() -> None:
-    with pytest.raises(SystemExit, match="DEVICE=cpu"):
+    with pytest.raises(NoGpuError, match="DEVICE=cpu"):
         choose_gpu({"PARTITION_ID": "0"}, 0)
+
+
+def nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_a_node_with_gpus_says_which_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    nvidia_smi(tmp_path, monkeypatch, "for n in 0 1 2 3; do echo GPU $n: Stand-in; done")
+    env = {"PARTITION_ID": "7"}
+    set_gpu(env)
+    assert env["CUDA_VISIBLE_DEVICES"] == "3"
+    assert "DEVICE_ERROR" not in env
+    assert capfd.readouterr().out == "supernode: GPU 3, one of 4\n"
+    env = {"PARTITION_ID": "7", "CUDA_VISIBLE_DEVICES": "2,GPU-abc"}
+    set_gpu(env)
+    assert env["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
+
+
+def test_a_node_without_gpu_starts_and_leaves_the_reason_to_the_preflight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    nvidia_smi(tmp_path, monkeypatch, "echo GPU 0: Stand-in")
+    env = {"PARTITION_ID": "7", "SUPERNODE_GPU": "2"}
+    set_gpu(env)
+    assert env["DEVICE_ERROR"] == "SUPERNODE_GPU=2: this host shows GPUs 0 to 0"
+    assert "CUDA_VISIBLE_DEVICES" not in env
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == f"supernode: ERROR: {env['DEVICE_ERROR']}; no run can start with it"
 
 
 def test_a_device_that_does_not_exist_is_refused(
