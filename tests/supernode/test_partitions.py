@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from app import partition
-from supernode.partitions import BUNDLED, PrepareError, Split, prepare_data
+from supernode.download import PrepareError
+from supernode.partitions import BUNDLED, Split, prepare_data
 from tests.samples import ROWS, write_jsonl
 
 
@@ -102,7 +105,9 @@ def test_the_seed_decides_who_gets_what(tmp_path: Path, source: str, partitioner
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         split = Split(source, 3, partitioner, partition_by="topic", seed=seed)
         prepare_data(tmp_path / name, split)
-        results.append({n: c for n, c in files(tmp_path / name).items() if n != "data.json"})
+        results.append(
+            {n: c for n, c in files(tmp_path / name).items() if n != "prepared/data.json"}
+        )
     assert results[0] == results[1]
     assert results[0] != results[2]
     assert [r["input"] for r in rows_of(tmp_path / "a", 0, "train")] != [
@@ -128,8 +133,8 @@ def test_a_small_alpha_gives_each_site_classes_of_its_own(source: str, federatio
 
 def test_the_manifest_holds_rows_and_sha256_of_every_file(source: str, federation: Path) -> None:
     lines = prepare_data(federation, Split(source, 3))
-    manifest = json.loads((federation / "data.json").read_text())
-    written = {n: c for n, c in files(federation).items() if n != "data.json"}
+    manifest = json.loads((federation / "prepared" / "data.json").read_text())
+    written = {n: c for n, c in files(federation).items() if n != "prepared/data.json"}
     assert set(manifest["files"]) == set(written)
     assert len(written) == 6
     for name, content in written.items():
@@ -207,6 +212,29 @@ def test_after_an_interruption_the_next_call_completes_the_partitions(
     in_the_way.unlink()
     prepare_data(federation, Split(source, 3))
     assert Counter(inputs(federation, 3)) == Counter(r["input"] for r in numbered(100))
+
+
+def test_no_row_of_a_local_file_stays_anywhere_but_with_its_site(
+    tmp_path: Path, federation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    rows = [row | {"input": f"only-here-{n}"} for n, row in enumerate(numbered(40))]
+    source = write_jsonl(tmp_path / "source.jsonl", rows)
+    left = federation / "prepared" / ".rows-killed"  # by a call that could not tidy up
+    left.mkdir(parents=True)
+    prepare_data(federation, Split(str(source), 2), tmp_path / "cache")
+    places = [tmp_path, Path(os.environ["HF_DATASETS_CACHE"])]
+    found = {
+        p
+        for folder in places
+        for p in folder.rglob("*")
+        if p.is_file() and p != source and b"only-here-" in p.read_bytes()
+    }
+    sites = [federation / f"site-{n:02d}" / "data" for n in range(2)]
+    assert {p.parent for p in found} == set(sites)
+    assert [p.name for p in (federation / "prepared").iterdir()] == ["data.json"]
+    assert not (tmp_path / "cache").exists()
 
 
 def test_own_files_go_to_their_sites_in_every_format(tmp_path: Path, federation: Path) -> None:
