@@ -237,8 +237,8 @@ def _do(args: argparse.Namespace) -> str:
         return f"{renewed}; restart the SuperLink; registered sites are unaffected"
     if args.command == "reset":
         return (
-            f"{', '.join(reset(args.federation))}; start the SuperLink with a new database, {then}, "
-            f"then give each site its new kit, {args.federation}/site-NN"
+            f"{', '.join(reset(args.federation))}; start the SuperLink with a new database, "
+            f"{then}, then give each site its new kit, {args.federation}/site-NN"
         )
     if args.command == "revoke":
         site_keys.revoke(args.federation, args.site)
