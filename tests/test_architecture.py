@@ -12,9 +12,20 @@ from tests.samples import REPOSITORY
 
 OURS = ("app", "superlink", "supernode", "eval")
 HEAVY = {"torch", "transformers", "peft"}
-HEAVY_FILES = {"app/examples.py", "app/base_model.py", "app/training.py", "supernode/quantise.py"}
+HEAVY_FILES = {
+    "app/examples.py",
+    "app/base_model.py",
+    "app/training.py",
+    "supernode/download.py",
+    "supernode/quantise.py",
+}
 # An import costs seconds in every process: in these only where it is used.
-LAZY_FILES = {"app/base_model.py", "supernode/quantise.py", "eval/__main__.py"}
+LAZY_FILES = {
+    "app/base_model.py",
+    "supernode/download.py",
+    "supernode/quantise.py",
+    "eval/__main__.py",
+}
 SOURCES = sorted(
     p.relative_to(REPOSITORY).as_posix()
     for package in OURS

@@ -80,6 +80,7 @@ def test_up_without_gpu_says_that_the_driver_is_missing(federation: Federation) 
         pytest.skip("this host has the NVIDIA runtime")
     other = Federation(f"{federation.project}-gpu", federation.env, ("compose.yaml",))
     try:
+        assert other.compose("run", "--rm", "-T", "provision").returncode == 0
         done = other.compose("up", "-d", "--no-deps", "prepare")
         assert done.returncode != 0
         assert "could not select device driver" in done.stderr
