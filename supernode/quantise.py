@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from supernode.download import PrepareError, model_folder
+from supernode.download import PrepareError, model_folder, prepared
 
 KINDS = ("nf4", "fp4", "int8", "none")
 
@@ -29,7 +29,7 @@ def prepare_model(models: Path, cache: Path, name: str, kind: str, token: str | 
     """
     if kind not in KINDS:
         raise PrepareError(f"--quantization {kind}: one of {', '.join(KINDS)}")
-    target = models / f"{name.strip('/').replace('/', '--')}-{kind}"
+    target = prepared(models, name, kind)
     kept = target / "base.json"
     local = Path(name) if Path(name).is_dir() else None
     if kept.exists():

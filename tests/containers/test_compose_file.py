@@ -104,7 +104,10 @@ def test_what_has_the_internet_holds_nothing_and_what_holds_rows_has_no_network(
         assert {s["network_mode"] for n, s in services.items() if n in ("prepare", "eval")} == {
             "none"
         }
-        assert _mounts(services["download"]) == {"/cache": ("cache", "", False)}
+        assert _mounts(services["download"]) == {
+            "/cache": ("cache", "", False),
+            "/models": ("models", "", True),  # what is prepared needs no hub
+        }
         own = {t: m for t, m in _mounts(services["prepare"]).items() if "federation" not in t}
         assert own == {
             "/models": ("models", "", False),
@@ -113,7 +116,7 @@ def test_what_has_the_internet_holds_nothing_and_what_holds_rows_has_no_network(
         }
         assert not services["prepare"].get("secrets")
         assert services["prepare"]["environment"]["HF_HUB_OFFLINE"] == "1"
-        same = ("MODEL_NAME", "DATA_SOURCE", "MODEL_CACHE")
+        same = ("MODEL_NAME", "DATA_SOURCE", "MODEL_CACHE", "QUANTIZATION", "MODELS_DIR")
         downloaded, prepared = (
             {k: services[n]["environment"][k] for k in same} for n in ("download", "prepare")
         )

@@ -131,6 +131,15 @@ def test_a_hub_that_cannot_be_reached_is_one_line_and_exit_code_1(tmp_path: Path
         prepare_data(tmp_path / "federation", Split(DATA, 2), tmp_path)
 
 
+def test_a_model_that_is_prepared_needs_no_hub(tmp_path: Path) -> None:
+    (tmp_path / "models" / "somebody--model-nf4").mkdir(parents=True)
+    there = {"MODELS_DIR": str(tmp_path / "models"), "QUANTIZATION": "nf4"}
+    there |= {"DATA_SOURCE": "bundled"}
+    assert download(tmp_path / "cache", "http://127.0.0.1:9", **there).returncode == 1
+    (tmp_path / "models" / "somebody--model-nf4" / "base.json").touch()  # written last
+    assert download(tmp_path / "cache", "http://127.0.0.1:9", **there).returncode == 0
+
+
 def test_files_of_this_host_are_nothing_to_download(tmp_path: Path) -> None:
     done = download(tmp_path, "http://127.0.0.1:9", MODEL_NAME="/data/m", DATA_SOURCE="/data/d")
     assert done.returncode == 0, done.stderr
