@@ -108,6 +108,7 @@ def test_what_has_the_internet_holds_nothing_and_what_holds_rows_has_no_network(
             "/cache": ("cache", "", False),
             "/models": ("models", "", True),  # what is prepared needs no hub
         }
+        assert services["download"]["environment"]["HF_HOME"].startswith("/cache/")
         own = {t: m for t, m in _mounts(services["prepare"]).items() if "federation" not in t}
         assert own == {
             "/models": ("models", "", False),
