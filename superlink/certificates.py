@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import stat
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -165,3 +166,15 @@ def _general(name: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
         return x509.DNSName(name)
+
+
+def keys_of_their_owner(federation: Path) -> list[str]:
+    """Mode 0600 for every private key, which one from a backup may have lost; says of which."""
+    open_keys = [
+        key
+        for key in sorted(federation.glob("*/*.key"))
+        if stat.S_IMODE(key.stat().st_mode) & 0o077
+    ]
+    for key in open_keys:
+        key.chmod(0o600)
+    return [f"{key} readable by its owner only" for key in open_keys]

@@ -2,13 +2,15 @@
 
 | variable       | default         | what                                                |
 |----------------|-----------------|-----------------------------------------------------|
-| SUPERLINK_DIR  | (required)      | ca.crt, server.crt, server.key, from provision      |
+| SUPERLINK_DIR  | (required)      | from provision: certificates, server.key, secret    |
 | STATE_DIR      | (required)      | folder of the SQLite database                       |
 | RESULTS_DIR    | (required)      | where the ServerApp writes checkpoints              |
-| SITES_DIR      | (required)      | who is who, from register; the ServerApp reads it   |
 | FLEET_ADDRESS  | 0.0.0.0:9092    | SuperNodes connect here (gRPC, TLS)                 |
 | CONTROL_ADDRESS| 0.0.0.0:9093    | flwr connects here (gRPC, TLS, no user login)       |
-| RUNTIME_PORT   | 9091            | ServerApp process, on 127.0.0.1 only                |
+| RUNTIME_ADDRESS| (none)          | superlink.serverapp connects here (TLS, secret); if |
+|                |                 | unset, ServerApps are child processes and use       |
+| RUNTIME_PORT   | 9091            | on 127.0.0.1 only                                   |
+| SITES_DIR      | (required then) | who is who, from register; the ServerApp reads it   |
 | HEALTH_PORT    | 9190            | liveness, on 127.0.0.1 only                         |
 """
 
@@ -26,18 +28,19 @@ def arguments(env: dict[str, str]) -> list[str]:
     Raises:
         SystemExit: a folder or certificate is missing; the message names it.
     """
+    apart = env.get("RUNTIME_ADDRESS")  # ServerApps in a container of their own
     folders = {}
-    for name in ("SUPERLINK_DIR", "STATE_DIR", "RESULTS_DIR", "SITES_DIR"):
+    for name in ("SUPERLINK_DIR", "STATE_DIR", "RESULTS_DIR", *(() if apart else ("SITES_DIR",))):
         if not env.get(name):
             raise SystemExit(f"superlink: {name} is not set")
         folders[name] = Path(env[name])
     certificates = folders["SUPERLINK_DIR"]
-    for file in ("ca.crt", "server.crt", "server.key"):
+    for file in ("ca.crt", "server.crt", "server.key", *(["runtime.secret"] if apart else [])):
         if not (certificates / file).is_file():
             raise SystemExit(
                 f"superlink: {certificates / file} is missing; run superlink.provision first"
             )
-    for name in ("STATE_DIR", "RESULTS_DIR"):
+    for name in ("STATE_DIR",) if apart else ("STATE_DIR", "RESULTS_DIR"):
         folders[name].mkdir(parents=True, exist_ok=True)
         if not os.access(folders[name], os.W_OK):
             raise SystemExit(
@@ -46,12 +49,12 @@ def arguments(env: dict[str, str]) -> list[str]:
             )
     fleet = env.get("FLEET_ADDRESS", "0.0.0.0:9092")
     control = env.get("CONTROL_ADDRESS", "0.0.0.0:9093")
-    runtime = f"127.0.0.1:{env.get('RUNTIME_PORT', '9091')}"
+    runtime = apart or f"127.0.0.1:{env.get('RUNTIME_PORT', '9091')}"
     health = f"127.0.0.1:{env.get('HEALTH_PORT', '9190')}"
     for name, address in (
         ("FLEET_ADDRESS", fleet),
         ("CONTROL_ADDRESS", control),
-        ("RUNTIME_PORT", runtime),
+        ("RUNTIME_ADDRESS" if apart else "RUNTIME_PORT", runtime),
         ("HEALTH_PORT", health),
     ):
         _check_free(name, address)
@@ -65,9 +68,20 @@ def arguments(env: dict[str, str]) -> list[str]:
         "--disable-runtime-dependency-installation",
         "--fleet-api-address", fleet,
         "--control-api-address", control,
-        # Also serves control routes: never anywhere but on the loopback.
-        "--host", "127.0.0.1", "--port", runtime.rsplit(":", 1)[1],
+        "--host", runtime.rsplit(":", 1)[0], "--port", runtime.rsplit(":", 1)[1],
         "--health-server-address", health,
+        *(_apart(certificates) if apart else ()),
+    ]  # fmt: skip
+
+
+def _apart(certificates: Path) -> list[str]:
+    """ServerApps run elsewhere, and whoever wants their work shows the secret."""
+    return [
+        "--isolation", "process",
+        "--appio-ssl-ca-certfile", str(certificates / "ca.crt"),
+        "--appio-ssl-certfile", str(certificates / "server.crt"),
+        "--appio-ssl-keyfile", str(certificates / "server.key"),
+        "--superexec-auth-secret-file", str(certificates / "runtime.secret"),
     ]  # fmt: skip
 
 
@@ -94,9 +108,10 @@ def main() -> None:
     from flwr.supercore.constant import SQLITE_PRAGMAS
     from flwr.superlink.cli import flower_superlink
 
-    from superlink import fleet_door
+    from superlink import fleet_door, runtime_door
 
     fleet_door.install(Path(os.environ["RESULTS_DIR"]))
+    runtime_door.install()
     # Flower 1.36 gives up a database lock after 5 s, and no flag changes that. With 20 busy
     # SuperNodes on one host it then answers "Internal server error", after which a SuperNode,
     # or the process that starts ServerApps, is gone for good.

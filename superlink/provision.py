@@ -1,17 +1,16 @@
 """Make the federation's certificates and keys: one CA, one server, one key pair a site.
 
     python -m superlink.provision --sites 20 --address superlink:9092
-    python -m superlink.provision show             what there is, and until when it is valid
-    python -m superlink.provision renew            a new server certificate now
-    python -m superlink.provision rotate site-07   a new key pair for a site
-    python -m superlink.provision revoke site-07   a site that must not come back
+    python -m superlink.provision --help           show, renew, rotate, revoke, reset
 
 Writes, under FEDERATION_DIR (default ``federation``); what is there and valid is kept:
 
     ca/ca.key                              signs the server certificate; for this command only
-    public/ca.crt, public/site-NN.pub      no secrets: for submitting and registering
+    public/{ca.crt,site-NN.pub}            no secrets: for submitting and registering
     public/revoked/site-NN-HASH.pub        keys that must not come back
-    superlink/{ca.crt,server.crt,server.key}
+    superlink/{ca.crt,server.crt,server.key,runtime.secret}
+    serverapp/{ca.crt,runtime.secret}      for the ServerApps' container
+    prepared/                              supernode.prepare's list of what it made
     site-NN/{supernode.key,superlink-ca.crt,site.env,data/,state/}   all that site NN receives
 
 Private keys have mode 0600. The SuperLink learns of keys from superlink.register only.
@@ -20,7 +19,6 @@ Private keys have mode 0600. The SuperLink learns of keys from superlink.registe
 import argparse
 import os
 import re
-import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +35,7 @@ from superlink.certificates import (
     ca_certificate,
     canonical,
     issued_by,
+    keys_of_their_owner,
     load_certificate,
     load_key,
     names_of,
@@ -47,6 +46,8 @@ from superlink.certificates import (
     write_certificate,
     write_key,
 )
+from superlink.container_files import manifest_folder, runtime_secret
+from superlink.show import show
 
 RENEW_BEFORE = timedelta(days=30)
 RENEW_CA_BEFORE = timedelta(days=SERVER_DAYS) + RENEW_BEFORE  # no server's outlives it
@@ -86,13 +87,11 @@ def provision(federation: Path, sites: int, address: str, names: list[str]) -> l
     host = address.rsplit(":", 1)[0].strip("[]")  # [::1]:9092
     wanted = list(dict.fromkeys([host, *names, "localhost", "127.0.0.1"]))
     _server(federation, ca_key, ca_cert, wanted, made)
+    runtime_secret(federation, made)
     for number in range(sites):
         _site(federation, number, sites, address, ca_cert, made)
-    for key in sorted(federation.glob("*/*.key")):  # from a backup, perhaps
-        if stat.S_IMODE(key.stat().st_mode) & 0o077:
-            key.chmod(0o600)
-            made.append(f"{key} readable by its owner only")
-    return made
+    manifest_folder(federation)
+    return made + keys_of_their_owner(federation)
 
 
 def renew(federation: Path) -> list[str]:
@@ -101,37 +100,36 @@ def renew(federation: Path) -> list[str]:
     Raises:
         ProvisionError, CertificateError, OSError: there is none to renew; or as for provision.
     """
-    cert_file = federation / "superlink" / "server.crt"
-    if not cert_file.exists():
-        raise ProvisionError(f"{cert_file} is missing; run superlink.provision first")
-    made: list[str] = []
+    names, made = _names(federation), list[str]()
     ca_key, ca_cert = _authority(federation, made)
     for folder in sorted(federation.glob("site-*")):
         write_certificate(folder / "superlink-ca.crt", ca_cert)
-    names = names_of(load_certificate(cert_file))
     _server(federation, ca_key, ca_cert, names, made, new=True)
     return made
 
 
-def show(federation: Path) -> list[str]:
-    """One line a certificate, one a site's key.
+def reset(federation: Path) -> list[str]:
+    """Everything anew: CA, server certificate, secret, a key pair for every site that has one.
 
-    Raises:
-        CertificateError, OSError: a file is missing or not what it should be.
+    What was revoked stays so. To be called again if interrupted. Raises as renew does.
     """
-    lines = []
-    for what, file in (("CA", "public/ca.crt"), ("server", "superlink/server.crt")):
-        cert = load_certificate(federation / file)
-        names = ", ".join(names_of(cert)) if what == "server" else cert.subject.rfc4514_string()
-        days = time_left(cert).days
-        left = f"{days} days left" if days >= 0 else "EXPIRED: run superlink.provision renew"
-        lines.append(f"{what:7} {names}; ends {cert.not_valid_after_utc:%Y-%m-%d}, {left}")
-    retired = site_keys.retired_files(federation)
-    public = (federation / "public").glob("site-*.pub")
-    for path in sorted([*public, *retired], key=lambda p: p.name):
-        mark = " revoked" if path in retired else ""
-        lines.append(f"{path.stem[:7]} {site_keys.fingerprint(path)}{mark}")
-    return lines
+    _names(federation)  # before anything is overwritten
+    key = new_key()
+    write_key(federation / "ca" / "ca.key", key)
+    write_certificate(federation / "public" / "ca.crt", ca_certificate(key))
+    made = ["CA", *renew(federation)]
+    runtime_secret(federation, made, new=True)
+    for pub in sorted((federation / "public").glob("site-*.pub")):
+        site_keys.renew(federation, pub.stem)
+        made.append(pub.stem)
+    return made
+
+
+def _names(federation: Path) -> list[str]:
+    cert_file = federation / "superlink" / "server.crt"
+    if not cert_file.exists():
+        raise ProvisionError(f"{cert_file} is missing; run superlink.provision first")
+    return names_of(load_certificate(cert_file))
 
 
 def _authority(federation: Path, made: list[str]) -> tuple[Key, x509.Certificate]:
@@ -150,7 +148,8 @@ def _authority(federation: Path, made: list[str]) -> tuple[Key, x509.Certificate
         key, cert = load_key(key_file), load_certificate(cert_file)
         if key.public_key() != cert.public_key():
             raise ProvisionError(
-                f"{key_file} is not the key of {cert_file}: put the right one back"
+                f"{key_file} is not the key of {cert_file}: put the right one back, or, after a "
+                "reset that was cut off, run superlink.provision reset"
             )
         if time_left(cert) > RENEW_CA_BEFORE:
             return key, cert
@@ -177,7 +176,8 @@ def _server(
 ) -> None:
     folder = federation / "superlink"
     key_file, cert_file = folder / "server.key", folder / "server.crt"
-    write_certificate(folder / "ca.crt", ca_cert)
+    for user in ("superlink", "serverapp"):
+        write_certificate(federation / user / "ca.crt", ca_cert)
     if key_file.exists() and cert_file.exists() and not new:
         old = load_certificate(cert_file)
         wanted = {canonical(n) for n in names}
@@ -235,6 +235,11 @@ def _do(args: argparse.Namespace) -> str:
     if args.command == "renew":
         renewed = ", ".join(renew(args.federation))
         return f"{renewed}; restart the SuperLink; registered sites are unaffected"
+    if args.command == "reset":
+        return (
+            f"{', '.join(reset(args.federation))}; start the SuperLink with a new database, "
+            f"{then}, then give each site its new kit, {args.federation}/site-NN"
+        )
     if args.command == "revoke":
         site_keys.revoke(args.federation, args.site)
         return f"{args.site} is revoked; {then} to shut it out of a running SuperLink too"
@@ -276,6 +281,7 @@ def _arguments() -> argparse.Namespace:
         ("renew", "a new server key and certificate now"),
         ("rotate", "a new key pair for a site; its old key is revoked"),
         ("revoke", "a site must not come back"),
+        ("reset", "everything anew, after somebody had what he should not: CA and all keys"),
     ):
         command = commands.add_parser(name, help=what, description=what)
         command.add_argument("--federation", type=Path, default=argparse.SUPPRESS)

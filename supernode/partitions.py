@@ -1,26 +1,27 @@
 """Split a question/answer data set into the sites' partitions.
 
-Writes ``site-NN/data/train.jsonl`` and ``holdout.jsonl`` and one manifest, ``data.json``,
-with rows and sha256 of every file. Disjoint, complete and a function of the seed. A question that
-is there twice is taken once; with a file a site, once a site, and one that several sites have is
-held out at none of them: the others train on it.
+Writes ``site-NN/data/train.jsonl`` and ``holdout.jsonl`` and one manifest,
+``prepared/data.json``, with rows and sha256 of every file. Disjoint, complete and a function of the
+seed. A question that is there twice is taken once; with a file a site, once a site, and one that
+several sites have is held out at none of them: the others train on it.
 """
 
 import hashlib
 import json
+import shutil
+import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from supernode.download import CACHE, PrepareError, data_folder
+
 COLUMNS = ("instruction", "input", "output")
 BUNDLED = Path(__file__).with_name("flashcards.jsonl")
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-
-
-class PrepareError(Exception):
-    """Data or model cannot be prepared as asked; the message is one line for the user."""
+_SCRATCH = ".rows-"
 
 
 @dataclass(frozen=True)
@@ -37,39 +38,39 @@ class Split:
     holdout_rows: int = 64  # at most, per site
 
 
-def prepare_data(federation: Path, split: Split) -> list[str]:
+def prepare_data(
+    federation: Path, split: Split, cache: Path = CACHE, token: str | None = None
+) -> list[str]:
     """Make the partitions unless they are there; returns one line a site.
 
     Files that the manifest does not know, or that were changed since, are a hospital's own:
     they are never overwritten.
 
+    Args:
+        cache: where a data set of the hub is, or gets to, with the hub's ``token``; no row of a
+            local file does.
+
     Raises:
         PrepareError: the source cannot be read or split, or a site's own data is in the way.
     """
-    manifest_file = federation / "data.json"
+    manifest_file = federation / "prepared" / "data.json"
     old = json.loads(manifest_file.read_text()) if manifest_file.exists() else {}
     wanted = asdict(split) | {"source_sha256": _source_sha256(split.source)}
     intact = _check_intact(federation, old.get("files", {}))
     # Where "notes" are missing, a site's own file was split with its repeats.
-    if intact and old["split"] == wanted and (split.partitioner != "files" or "notes" in old):
+    own = split.partitioner == "files"
+    if intact and old["split"] == wanted and (not own or "notes" in old):
         return _said(old)
+    manifest_file.parent.mkdir(parents=True, exist_ok=True)
+    for left in manifest_file.parent.glob(f"{_SCRATCH}*"):  # of a call that was killed
+        shutil.rmtree(left, ignore_errors=True)
     notes: list[str] = []
-    if split.partitioner == "files":
-        parts = _own_files(split, notes)
-        shared = _shared(parts, notes)
-    else:
-        parts, shared = _partitions(split, notes), set()
-    files: dict[str, dict[str, Any]] = {}
-    written: dict[Path, str] = {}
-    for number, dataset in enumerate(parts):
-        folder = federation / f"site-{number:02d}" / "data"
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, rows in _halves(dataset, split, shared).items():
-            path = folder / f"{name}.jsonl"
-            content = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
-            digest = hashlib.sha256(content.encode()).hexdigest()
-            files[str(path.relative_to(federation))] = {"rows": len(rows), "sha256": digest}
-            written[path] = content
+    # The loader's copy of the rows is on this disk for as long as they are split, nowhere else.
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=manifest_file.parent) as scratch:
+        reader = _Reader(cache, token, Path(scratch))
+        parts = _own_files(split, reader, notes) if own else _partitions(split, reader, notes)
+        shared = _shared(parts, notes) if own else set()
+        files, written = _contents(federation, split, parts, shared)
     # In this order, so that what an interruption leaves is no stranger to the next call.
     for name in old.get("files", {}):  # all intact; also those of sites that there are no longer
         (federation / name).unlink(missing_ok=True)
@@ -83,6 +84,24 @@ def prepare_data(federation: Path, split: Split) -> list[str]:
         part.replace(path)
     _write_manifest(manifest_file, manifest)
     return _said(manifest)
+
+
+def _contents(
+    federation: Path, split: Split, parts: list[Any], shared: set[str]
+) -> tuple[dict[str, dict[str, Any]], dict[Path, str]]:
+    """The manifest's facts of every file, and what is to be in it."""
+    files: dict[str, dict[str, Any]] = {}
+    written: dict[Path, str] = {}
+    for number, dataset in enumerate(parts):
+        folder = federation / f"site-{number:02d}" / "data"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, rows in _halves(dataset, split, shared).items():
+            path = folder / f"{name}.jsonl"
+            content = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+            digest = hashlib.sha256(content.encode()).hexdigest()
+            files[str(path.relative_to(federation))] = {"rows": len(rows), "sha256": digest}
+            written[path] = content
+    return files, written
 
 
 def _halves(dataset: Any, split: Split, shared: set[str]) -> dict[str, Any]:
@@ -133,37 +152,44 @@ def _source_sha256(source: str) -> str:
     return " ".join(_sha256(f)[:16] for f in files if f.is_file())
 
 
-def _load(source: str) -> Any:
-    """A datasets.Dataset of the source's rows, all columns."""
-    import datasets
+@dataclass(frozen=True)
+class _Reader:
+    """Reads rows out of local files or the cache of the hub; its own copies are in ``scratch``."""
 
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors may quote a row
-    path = Path(source)
-    try:
-        if path.is_file():
-            if path.suffix not in LOADERS:
-                raise PrepareError(f"{source}: one of {', '.join(LOADERS)} is needed")
-            loaded = datasets.load_dataset(
-                LOADERS[path.suffix], data_files=str(path), split="train"
+    cache: Path
+    token: str | None
+    scratch: Path
+
+    def rows(self, source: str) -> Any:
+        """A datasets.Dataset of the source's rows, all columns."""
+        import datasets
+
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors may quote a row
+        path, cache = Path(source), str(self.scratch)
+        if not path.exists():
+            path = data_folder(self.cache, source, self.token)
+        if path.is_file() and path.suffix not in LOADERS:
+            raise PrepareError(f"{source}: one of {', '.join(LOADERS)} is needed")
+        try:
+            if path.is_file():
+                loaded = datasets.load_dataset(
+                    LOADERS[path.suffix], data_files=str(path), split="train", cache_dir=cache
+                )
+            else:
+                loaded = datasets.load_dataset(str(path), split="train", cache_dir=cache)
+        except Exception as err:  # pyarrow's errors have no common class
+            raise PrepareError(
+                f"data set {source}: cannot be read ({type(err).__name__}); give a JSON, JSONL or "
+                f"parquet file with the columns {', '.join(COLUMNS)}"
+            ) from err
+        missing = [c for c in COLUMNS if c not in loaded.column_names]
+        if missing:
+            raise PrepareError(
+                f"data set {source}: no column {', '.join(missing)}; it has "
+                f"{', '.join(loaded.column_names)}"
             )
-        else:
-            loaded = datasets.load_dataset(source, split="train")
-    except PrepareError:
-        raise
-    except Exception as err:  # the hub's and pyarrow's errors have no common class
-        raise PrepareError(
-            f"data set {source}: cannot be read as a file or from the hub "
-            f"({type(err).__name__}); give a JSON, JSONL or parquet file with the columns "
-            f"{', '.join(COLUMNS)}"
-        ) from err
-    missing = [c for c in COLUMNS if c not in loaded.column_names]
-    if missing:
-        raise PrepareError(
-            f"data set {source}: no column {', '.join(missing)}; it has "
-            f"{', '.join(loaded.column_names)}"
-        )
-    return loaded
+        return loaded
 
 
 def _once(loaded: Any, source: str, notes: list[str]) -> Any:
@@ -174,11 +200,11 @@ def _once(loaded: Any, source: str, notes: list[str]) -> Any:
     return loaded.select(sorted(first.values()))
 
 
-def _partitions(split: Split, notes: list[str]) -> list[Any]:
+def _partitions(split: Split, reader: _Reader, notes: list[str]) -> list[Any]:
     """The sites' data sets by flwr-datasets' partitioners."""
     from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 
-    loaded = _once(_load(split.source), split.source, notes)
+    loaded = _once(reader.rows(split.source), split.source, notes)
     if len(loaded) < 2 * split.sites:
         raise PrepareError(
             f"data set {split.source}: {len(loaded)} rows are too few for {split.sites} sites"
@@ -213,7 +239,7 @@ def _question(row: dict[str, Any]) -> str:
     return str(row["input"] or "").strip() or str(row["instruction"] or "").strip()
 
 
-def _own_files(split: Split, notes: list[str]) -> list[Any]:
+def _own_files(split: Split, reader: _Reader, notes: list[str]) -> list[Any]:
     """Exactly the files of a folder: site-00.jsonl goes to site 00, and so on."""
     folder, parts = Path(split.source), []
     for number in range(split.sites):
@@ -223,7 +249,7 @@ def _own_files(split: Split, notes: list[str]) -> list[Any]:
                 f"{folder}: exactly one of site-{number:02d}.jsonl, .json, .parquet is needed, "
                 f"{len(found)} found"
             )
-        loaded = _load(str(found[0])).select_columns(list(COLUMNS))
+        loaded = reader.rows(str(found[0])).select_columns(list(COLUMNS))
         parts.append(_once(loaded, found[0].name, notes))
     return parts
 

@@ -4,8 +4,9 @@
     python -m supernode.prepare data --source medalpaca/medical_meadow_medical_flashcards
     python -m supernode.prepare all
 
-Only this command talks to the hub. Every flag can come from the environment instead (in
-capitals: MODEL_NAME, QUANTIZATION, DATA_SOURCE, SITES, ...), as in compose.yaml.
+It downloads what it needs (supernode.download) unless HF_HUB_OFFLINE=1, as in compose.yaml. Every
+flag can come from the environment instead (in capitals: MODEL_NAME, QUANTIZATION, DATA_SOURCE,
+SITES, ...).
 """
 
 import argparse
@@ -13,7 +14,8 @@ import os
 import sys
 from pathlib import Path
 
-from supernode.partitions import BUNDLED, PrepareError, Split, prepare_data
+from supernode.download import CACHE, DATA, MODEL, PrepareError, hub_token, trust_own_ca
+from supernode.partitions import BUNDLED, Split, prepare_data
 from supernode.quantise import prepare_model
 
 
@@ -21,12 +23,11 @@ def main() -> int:
     env = os.environ.get
     parser = argparse.ArgumentParser(prog="supernode.prepare", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("model", "data", "all"))
-    home_cache = Path(env("XDG_CACHE_HOME") or Path.home() / ".cache")
     model = parser.add_argument_group("model")
     model.add_argument(
         "--name",
         help="hub id or local folder",
-        default=env("MODEL_NAME", "ContactDoctor/Bio-Medical-Llama-3-8B"),
+        default=env("MODEL_NAME", MODEL),
     )
     model.add_argument(
         "--quantization",
@@ -34,14 +35,12 @@ def main() -> int:
         help="nf4 (default), fp4, int8 or none",
     )
     model.add_argument("--models", type=Path, default=env("MODELS_DIR", "models"))
-    model.add_argument(
-        "--cache", type=Path, default=env("MODEL_CACHE", home_cache / "fedllm-medical")
-    )
+    parser.add_argument("--cache", type=Path, default=CACHE, help="what comes from the hub")
     data = parser.add_argument_group("data")
     data.add_argument(
         "--source",
         help="hub id, file, folder (partitioner files), or 'bundled'",
-        default=env("DATA_SOURCE", "medalpaca/medical_meadow_medical_flashcards"),
+        default=env("DATA_SOURCE", DATA),
     )
     data.add_argument("--federation", type=Path, default=env("FEDERATION_DIR", "federation"))
     data.add_argument("--sites", type=int, default=env("SITES", "20"))
@@ -54,36 +53,23 @@ def main() -> int:
     data.add_argument("--alpha", type=float, default=env("DIRICHLET_ALPHA", "0.5"))
     data.add_argument("--seed", type=int, default=env("DATA_SEED", "2025"))
     args = parser.parse_args()
-    _trust_own_ca()
+    trust_own_ca()
     try:
+        token = hub_token()
         if args.what in ("model", "all"):
-            folder = prepare_model(args.models, args.cache, args.name, args.quantization, _token())
+            folder = prepare_model(args.models, args.cache, args.name, args.quantization, token)
             print(f"prepare: base model in {folder}", flush=True)
         if args.what in ("data", "all"):
             source = str(BUNDLED) if args.source == "bundled" else args.source
             split = Split(
                 source, args.sites, args.partitioner, args.partition_by, args.alpha, args.seed
             )
-            for line in prepare_data(args.federation, split):
+            for line in prepare_data(args.federation, split, args.cache, token):
                 print(f"prepare: {line}", flush=True)
     except (PrepareError, OSError) as err:
         print(f"prepare: ERROR: {err}", file=sys.stderr)
         return 1
     return 0
-
-
-def _trust_own_ca() -> None:
-    """Let pip and the hub's client trust the certificates in CA_FILE, if it holds any."""
-    path = os.environ.get("CA_FILE")
-    if path and Path(path).is_file() and Path(path).stat().st_size:
-        for name in ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
-            os.environ[name] = path
-
-
-def _token() -> str | None:
-    """The hub token from the file that HF_TOKEN_FILE names (a compose secret, mode 0600)."""
-    path = os.environ.get("HF_TOKEN_FILE")
-    return (Path(path).read_text().strip() or None) if path else None
 
 
 if __name__ == "__main__":

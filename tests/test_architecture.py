@@ -14,10 +14,13 @@ OURS = ("app", "superlink", "supernode", "eval")
 HEAVY = {"torch", "transformers", "peft"}
 HEAVY_FILES = {
     "app/examples.py", "app/base_model.py", "app/gpu_check.py", "app/training.py",
-    "supernode/quantise.py",
+    "supernode/download.py", "supernode/quantise.py",
 }  # fmt: skip
 # An import costs seconds in every process: in these only where it is used.
-LAZY_FILES = {"app/base_model.py", "app/gpu_check.py", "supernode/quantise.py", "eval/__main__.py"}
+LAZY_FILES = {
+    "app/base_model.py", "app/gpu_check.py", "supernode/download.py", "supernode/quantise.py",
+    "eval/__main__.py",
+}  # fmt: skip
 SOURCES = sorted(
     p.relative_to(REPOSITORY).as_posix()
     for package in OURS

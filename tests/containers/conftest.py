@@ -104,7 +104,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     try:
         started = time.monotonic()
         up = made.compose("up", "-d")
-        assert up.returncode == 0, up.stderr[-3000:] + made.logs("prepare")[-3000:]
+        assert up.returncode == 0, up.stderr[-3000:] + made.logs("download", "prepare")[-3000:]
         print(f"up -d: {time.monotonic() - started:.0f} s")
         made["submit"].wait(timeout=RUN_TIMEOUT_S)
         print(f"job ended after {time.monotonic() - started:.0f} s")

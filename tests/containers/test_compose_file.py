@@ -8,7 +8,21 @@ import pytest
 
 from tests.containers.conftest import CPU, NODES, REPOSITORY, compose
 
-ONE_SHOT = {"provision", "prepare", "register", "submit", "fetch", "eval"}
+ONE_SHOT = {"provision", "download", "prepare", "register", "submit", "fetch", "eval"}
+USERS = {"eval": "10002:10001", "serverapp": "10003:10001"}
+Mounts = dict[str, tuple[str, str, bool]]
+
+
+def _mounts(service: dict[str, Any]) -> Mounts:
+    """Target -> source, folder of it, read-only."""
+    return {
+        m["target"]: (
+            m["source"],
+            m.get("volume", {}).get("subpath", ""),
+            m.get("read_only", False),
+        )
+        for m in service.get("volumes", ())
+    }
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +43,7 @@ def _config(*files: str, **env: str) -> dict[str, Any]:
 
 
 def test_all_the_services_are_there(gpu: dict[str, Any]) -> None:
-    assert set(gpu) == ONE_SHOT | {"superlink"} | set(NODES)
+    assert set(gpu) == ONE_SHOT | {"superlink", "serverapp"} | set(NODES)
 
 
 def _gpus(service: dict[str, Any]) -> Any:
@@ -52,11 +66,78 @@ def test_a_supernode_mounts_its_own_site_and_nothing_else_of_the_federation(
     gpu: dict[str, Any],
 ) -> None:
     for number, name in enumerate(NODES):
-        mounts = {m["source"]: m for m in gpu[name]["volumes"]}
-        assert set(mounts) == {"models", "locks", "federation"}
-        assert mounts["federation"]["volume"]["subpath"] == f"site-{number:02d}"
-        assert mounts["models"]["read_only"]
-        assert mounts["locks"]["read_only"]
+        site = f"site-{number:02d}"
+        assert _mounts(gpu[name]) == {
+            "/site": ("federation", site, True),  # also its key: it can't change that
+            "/site/state": ("federation", f"{site}/state", False),
+            "/models": ("models", "", True),
+            "/locks": ("locks", "", True),
+        }
+
+
+def test_keys_are_seen_whole_by_provision_only_and_else_by_their_owner(
+    gpu: dict[str, Any],
+) -> None:
+    of = {
+        name: {folder for source, folder, _ in _mounts(s).values() if source == "federation"}
+        for name, s in gpu.items()
+    }
+    assert of.pop("provision") == {""}
+    assert gpu["provision"]["network_mode"] == "none"
+    rows = {f"site-{n:02d}/data" for n in range(20)}
+    assert of.pop("prepare") == rows | {"prepared"}
+    assert of == {
+        "superlink": {"superlink"},
+        "serverapp": {"serverapp"},
+        "register": {"public"},
+        "submit": {"public"},
+        **{n: {f"site-{n[-2:]}", f"site-{n[-2:]}/state"} for n in NODES},
+        **{n: set() for n in ("download", "fetch", "eval")},
+    }
+    assert {n for n, s in gpu.items() if "/federation/ca" in _mounts(s)} == {"provision"}
+
+
+def test_what_has_the_internet_holds_nothing_and_what_holds_rows_has_no_network(
+    gpu: dict[str, Any], cpu: dict[str, Any]
+) -> None:
+    for services in (gpu, cpu):
+        assert {s["network_mode"] for n, s in services.items() if n in ("prepare", "eval")} == {
+            "none"
+        }
+        assert _mounts(services["download"]) == {
+            "/cache": ("cache", "", False),
+            "/models": ("models", "", True),  # what is prepared needs no hub
+        }
+        assert services["download"]["environment"]["HF_HOME"].startswith("/cache/")
+        own = {t: m for t, m in _mounts(services["prepare"]).items() if "federation" not in t}
+        assert own == {
+            "/models": ("models", "", False),
+            "/cache": ("cache", "", True),
+            "/data": ("own-data", "", True),
+        }
+        assert not services["prepare"].get("secrets")
+        assert services["prepare"]["environment"]["HF_HUB_OFFLINE"] == "1"
+        same = ("MODEL_NAME", "DATA_SOURCE", "MODEL_CACHE", "QUANTIZATION", "MODELS_DIR")
+        downloaded, prepared = (
+            {k: services[n]["environment"][k] for k in same} for n in ("download", "prepare")
+        )
+        assert downloaded == prepared
+    condition = gpu["prepare"]["depends_on"]["download"]["condition"]
+    assert condition == "service_completed_successfully"
+
+
+def test_a_serverapp_has_results_and_a_secret_and_no_network_but_the_superlinks(
+    gpu: dict[str, Any],
+) -> None:
+    assert _mounts(gpu["serverapp"]) == {
+        "/federation/serverapp": ("federation", "serverapp", True),
+        "/results": ("results", "", False),
+        "/sites": ("sites", "", True),
+    }
+    assert _mounts(gpu["superlink"])["/results"] == ("results", "", True)
+    on_it = {n for n, s in gpu.items() if "runtime" in (s.get("networks") or ())}
+    assert on_it == {"superlink", "serverapp"}
+    assert set(gpu["serverapp"]["networks"]) == {"runtime"}
 
 
 def test_no_supernode_starts_before_its_key_is_registered_and_its_data_prepared(
@@ -71,7 +152,7 @@ def test_no_supernode_starts_before_its_key_is_registered_and_its_data_prepared(
 
 def test_everything_runs_unprivileged(gpu: dict[str, Any]) -> None:
     for name, service in gpu.items():
-        assert service["user"] == ("10002:10001" if name == "eval" else "10001:10001"), name
+        assert service["user"] == USERS.get(name, "10001:10001"), name
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert not service.get("privileged"), name
@@ -92,7 +173,7 @@ def test_limits_have_defaults_that_the_environment_overrides() -> None:
     names = ("SUPERNODE", "SUPERLINK", "PREPARE", "EVAL", "TASK")
     given = limits(PIDS="99", **{f"{n}_MEMORY": f"{i}m" for i, n in enumerate(names, start=10)})
     assert {given[n] for n in NODES} == {10}
-    assert [given[n] for n in ("superlink", "prepare", "eval")] == [11, 12, 13]
+    assert [given[n] for n in ("superlink", "serverapp", "prepare", "eval")] == [11, 11, 12, 13]
     assert {given[n] for n in ("provision", "register", "submit", "fetch")} == {14}
 
 
@@ -100,18 +181,24 @@ def test_the_control_api_is_on_a_network_without_supernodes() -> None:
     done = compose("config", "--format", "json")
     made = json.loads(done.stdout)
     networks = {n: set(s.get("networks") or ()) for n, s in made["services"].items()}
-    assert networks["superlink"] == {"federation", "control"}
+    assert networks["superlink"] == {"federation", "control", "runtime"}
     assert networks["submit"] == networks["register"] == {"control"}
     assert {frozenset(networks[n]) for n in NODES} == {frozenset({"federation"})}
     # An internal one leads nowhere, and published ports go to the other: to the Control API.
-    assert made["networks"]["federation"]["internal"]
+    for inner in ("federation", "runtime"):
+        assert made["networks"][inner]["internal"]
+        # Not even this host, where the engine knows how.
+        assert made["networks"][inner]["driver_opts"] == {
+            "com.docker.network.bridge.gateway_mode_ipv4": "isolated"
+        }
     assert not made["networks"]["control"].get("internal")
 
 
 def test_what_runs_on_comes_back_after_a_crash_and_a_reboot_and_a_one_shot_does_not(
     gpu: dict[str, Any],
 ) -> None:
-    assert {gpu[n].get("restart") for n in [*NODES, "superlink"]} == {"unless-stopped"}
+    running = [*NODES, "superlink", "serverapp"]
+    assert {gpu[n].get("restart") for n in running} == {"unless-stopped"}
     assert {gpu[n].get("restart") for n in ONE_SHOT - {"submit"}} == {None}
     assert gpu["submit"]["restart"] == "on-failure:1"
 
@@ -138,7 +225,7 @@ def test_only_the_superlink_publishes_ports_and_only_on_the_loopback(gpu: dict[s
 
 
 def test_a_health_check_costs_one_bare_python_without_site_packages(gpu: dict[str, Any]) -> None:
-    for name in [*NODES, "superlink"]:
+    for name in [*NODES, "superlink", "serverapp"]:
         assert gpu[name]["healthcheck"]["test"][1:3] == ["python3", "-ISc"]
 
 

@@ -4,6 +4,7 @@ Shares its containers with test_up.py and comes after it.
 """
 
 import base64
+import ipaddress
 import json
 import os
 import socket
@@ -14,14 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import docker
 import pytest
 
 from superlink.processes import free_port
 from superlink.submit import wait_for_nodes
 from tests.containers.conftest import CPU, NODES, RUN_TIMEOUT_S, Federation
 
-LONG_RUNNING = ["superlink", *NODES]
-ONE_SHOT = {"provision", "prepare", "register", "submit", "fetch"}
+LONG_RUNNING = ["superlink", "serverapp", *NODES]
+ONE_SHOT = {"provision", "download", "prepare", "register", "submit", "fetch"}
 ONLINE_TIMEOUT_S = 600
 # A node that is gone counts as online for a minute: only later does "online" say something.
 STALE_AFTER_S = 75
@@ -44,6 +46,17 @@ def _reached(federation: Federation, service: str, *targets: str) -> list[str]:
     return [a.split()[0] for a in answers if a.split()[1] == "open"]
 
 
+OUTSIDE = ("192.0.2.1:443", "1.1.1.1:443")
+
+
+def _gateway(federation: Federation, network: str) -> str:
+    """This host's address on one of the federation's networks, or what it would be."""
+    made = docker.from_env().networks.get(f"{federation.project}_{network}")
+    config = made.attrs["IPAM"]["Config"][0]
+    first = next(ipaddress.ip_network(config["Subnet"]).hosts())
+    return str(config.get("Gateway") or first)
+
+
 def _addresses(container: Any) -> dict[str, dict[str, str]]:
     """The container's networks by their name in compose.yaml."""
     networks = container.attrs["NetworkSettings"]["Networks"]
@@ -53,7 +66,7 @@ def _addresses(container: Any) -> dict[str, dict[str, str]]:
 # --- what a process inside may do ---
 
 
-@pytest.mark.parametrize("service", ["superlink", "supernode-00", "supernode-19"])
+@pytest.mark.parametrize("service", ["superlink", "serverapp", "supernode-00", "supernode-19"])
 def test_nothing_can_be_written_but_volumes_and_memory(
     federation: Federation, service: str
 ) -> None:
@@ -66,7 +79,7 @@ def test_nothing_can_be_written_but_volumes_and_memory(
     assert all(line.endswith("Read-only file system") for line in refused), refused
 
 
-@pytest.mark.parametrize("service", ["superlink", "supernode-00", "supernode-19"])
+@pytest.mark.parametrize("service", ["superlink", "serverapp", "supernode-00", "supernode-19"])
 def test_every_process_is_an_ordinary_user_without_capabilities(
     federation: Federation, service: str
 ) -> None:
@@ -75,7 +88,7 @@ def test_every_process_is_an_ordinary_user_without_capabilities(
     assert len(processes) >= 3  # init, entrypoint, Flower
     for process in processes:
         fields = dict(line.split(":\t", 1) for line in process.splitlines() if ":\t" in line)
-        assert set(fields["Uid"].split()) == {"10001"}
+        assert set(fields["Uid"].split()) == {"10003" if service == "serverapp" else "10001"}
         assert int(fields["CapEff"], 16) == int(fields["CapBnd"], 16) == 0
         assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2")
 
@@ -94,7 +107,8 @@ def test_every_container_also_the_one_shots_was_made_with_these_settings(
         assert host["SecurityOpt"] == ["no-new-privileges:true"], name
         assert not host["Privileged"], name
         assert (host["PidMode"], host["IpcMode"], host["UsernsMode"]) == ("", "private", ""), name
-        assert made["User"] == "10001:10001", name
+        user = "10003:10001" if name == "serverapp" else "10001:10001"
+        assert made["User"] == user, name
         assert host["Memory"] >= 4 << 30, name
         assert host["PidsLimit"] == 4096, name
         assert set(host["Tmpfs"]) == {"/tmp", "/home/fed"}, name
@@ -139,26 +153,78 @@ def test_no_site_can_put_anything_where_all_sites_lock_their_gpus(federation: Fe
 # --- who reaches what ---
 
 
-def test_a_supernode_reaches_the_fleet_api_and_nothing_else(federation: Federation) -> None:
+def test_a_supernode_reaches_the_fleet_api_and_no_other_service(federation: Federation) -> None:
     superlink, node = _addresses(federation["superlink"]), _addresses(federation["supernode-01"])
-    assert set(superlink) == {"federation", "control"}
+    assert set(superlink) == {"federation", "control", "runtime"}
     assert set(node) == {"federation"}
     ports = federation.env
     other = [f"supernode-00:{port}" for port in (9092, 9094, 9300)]
     private = [f"superlink:{port}" for port in (9091, 9093, 9190)]
-    control = superlink["control"]
+    control, runtime = superlink["control"], superlink["runtime"]["IPAddress"]
     elsewhere = ["control:9093", *(f"{control['IPAddress']}:{p}" for p in (9092, 9093))]
+    elsewhere += ["runtime:9091", "serverapp:9195", *(f"{runtime}:{p}" for p in (9091, 9092))]
     elsewhere += [f"{control['Gateway']}:{p}" for p in (ports["CONTROL_PORT"], 22, 80)]
-    gateway = ".".join([*node["federation"]["IPAddress"].split(".")[:3], "1"])
+    gateway = _gateway(federation, "federation")
     host = [f"{gateway}:{ports[p]}" for p in ("CONTROL_PORT", "FLEET_PORT")]
-    outside = ["192.0.2.1:443", "1.1.1.1:443"]
-    targets = ("superlink:9092", *private, *other, *elsewhere, *host, *outside)
+    targets = ("superlink:9092", *private, *other, *elsewhere, *host, *OUTSIDE)
     assert _reached(federation, "supernode-01", *targets) == ["superlink:9092"]
     # The same ports do answer where they may.
-    own = ["127.0.0.1:9091", "127.0.0.1:9190", "control:9093"]
-    assert _reached(federation, "superlink", *own, "127.0.0.1:9093") == own
+    own = ["runtime:9091", "127.0.0.1:9190", "control:9093"]
+    unserved = ["127.0.0.1:9093", "127.0.0.1:9091"]
+    assert _reached(federation, "superlink", *own, *unserved) == own
     own = ["127.0.0.1:9094", "127.0.0.1:9300"]
     assert _reached(federation, "supernode-00", *own) == own
+
+
+def test_a_serverapp_reaches_the_superlinks_two_apis_for_it_and_the_sites(
+    federation: Federation,
+) -> None:
+    superlink, app = _addresses(federation["superlink"]), _addresses(federation["serverapp"])
+    assert set(app) == {"runtime"}
+    open_to_it = ["superlink:9091", "superlink:9092"]
+    closed = ["superlink:9093", "superlink:9190", "control:9093", "supernode-00:9094"]
+    for network in ("federation", "control"):
+        closed += [f"{superlink[network]['IPAddress']}:{port}" for port in (9091, 9092, 9093)]
+    gateway = _gateway(federation, "runtime")
+    closed += [f"{gateway}:{federation.env[p]}" for p in ("CONTROL_PORT", "FLEET_PORT")]
+    assert _reached(federation, "serverapp", *open_to_it, *closed, *OUTSIDE) == open_to_it
+
+
+ASK = """
+import ssl, urllib.request
+context = ssl.create_default_context(cafile="/federation/serverapp/ca.crt")
+for path in {paths!r}:
+    request = urllib.request.Request("https://superlink:9091" + path, data=b"")
+    request.add_header("Content-Type", "application/protobuf")
+    try:
+        print(path, urllib.request.urlopen(request, context=context, timeout=20).status)
+    except urllib.error.HTTPError as err:
+        print(path, err.code)
+"""
+
+
+def test_a_serverapp_finds_no_control_api_and_no_work_without_the_secret(
+    federation: Federation,
+) -> None:
+    control = [f"/v1/control/{name}" for name in ("list-nodes", "start-run", "register-node")]
+    work = [f"/v1/runtime/{name}" for name in ("pull-pending-tasks", "claim-task", "get-nodes")]
+    answers = federation.python("serverapp", ASK.format(paths=[*control, *work])).splitlines()
+    codes = dict(line.split() for line in answers)
+    assert {codes[p] for p in control} == {"404"}, answers
+    assert all(codes[p] in ("401", "403") for p in work), answers
+
+
+def test_what_an_inner_network_reaches_of_this_host_is_as_the_engine_can_have_it(
+    federation: Federation,
+) -> None:
+    """From 28 on a network can be kept from its host (README, Security); before, it can not."""
+    major = int(docker.from_env().version()["Version"].split(".")[0])
+    for service, network in (("supernode-01", "federation"), ("serverapp", "runtime")):
+        with socket.create_server(("0.0.0.0", 0)) as listener:  # noqa: S104 (that is the point)
+            target = f"{_gateway(federation, network)}:{listener.getsockname()[1]}"
+            reached = _reached(federation, service, target)
+        print(f"engine {major}: {service} reaches of this host: {reached or 'nothing'}")
+        assert reached == ([target] if major < 28 else [])
 
 
 def test_the_fleet_api_answers_nothing_without_tls(federation: Federation, tmp_path: Path) -> None:
@@ -203,7 +269,7 @@ def test_the_host_publishes_two_ports_on_the_loopback_only(
 # --- secrets ---
 
 FIND = "find / -path /proc -prune -o -path /sys -prune -o -type f \\( -name '*.key' -o -name "
-FIND += "'train.*' -o -name hf-token -o -name '*.db' \\) -print 2>/dev/null"
+FIND += "'train.*' -o -name hf-token -o -name '*.db' -o -name '*.secret' \\) -print 2>/dev/null"
 
 
 def test_each_container_holds_its_own_keys_and_data_only(federation: Federation) -> None:
@@ -211,7 +277,10 @@ def test_each_container_holds_its_own_keys_and_data_only(federation: Federation)
         found = sorted(federation.shell(service, FIND).split())
         assert found == ["/site/data/train.jsonl", "/site/supernode.key"]
     found = sorted(federation.shell("superlink", FIND).split())
-    assert found == ["/federation/superlink/server.key", "/state/superlink.db"]
+    own = [f"/federation/superlink/{name}" for name in ("runtime.secret", "server.key")]
+    assert found == [*own, "/state/superlink.db"]
+    found = federation.shell("serverapp", FIND).split()
+    assert found == ["/federation/serverapp/runtime.secret"]
     modes = "stat -c %a /site/supernode.key", "stat -c %a /federation/superlink/server.key"
     assert federation.shell("supernode-07", modes[0]) == "600\n"
     assert federation.shell("superlink", modes[1]) == "600\n"
@@ -219,18 +288,68 @@ def test_each_container_holds_its_own_keys_and_data_only(federation: Federation)
     assert seven != eight
 
 
+def _once(federation: Federation, service: str, *command: str) -> str:
+    """What a command prints in a container of a one-shot service."""
+    done = federation.compose("run", "--rm", "--no-deps", "-T", service, *command)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_prepare_holds_every_sites_rows_and_no_key_and_has_no_network(
+    federation: Federation,
+) -> None:
+    found = _once(federation, "prepare", "sh", "-c", f"{FIND} | sort").split()
+    assert found == [f"/federation/site-{n:02d}/data/train.jsonl" for n in range(20)]
+    superlink = _addresses(federation["superlink"])["federation"]["IPAddress"]
+    asked = CONNECT.format(targets=(f"{superlink}:9092", *OUTSIDE))
+    answers = _once(federation, "prepare", "python3", "-ISc", asked).splitlines()
+    assert [a.split()[1] for a in answers] == ["closed"] * 3
+    tries = "for f in /cache/new /data/new /federation/new /federation/site-00/new; do "
+    tries += "touch $f 2>/dev/null && echo $f; done; touch /models/.tried && rm /models/.tried"
+    assert _once(federation, "prepare", "sh", "-c", tries) == ""
+
+
+def test_download_holds_the_hubs_token_and_nothing_of_the_federation(
+    federation: Federation,
+) -> None:
+    found = _once(federation, "download", "sh", "-c", FIND).split()
+    assert found == ["/run/secrets/hf-token"]
+    look = "find /federation /results /state /data -type f 2>/dev/null; true"
+    assert _once(federation, "download", "sh", "-c", look) == ""
+
+
+def test_no_row_is_in_the_cache_that_download_and_the_evaluation_see(
+    federation: Federation,
+) -> None:
+    row = federation.shell("supernode-00", "head -n 1 /site/data/train.jsonl")
+    answer = json.loads(row)["output"]
+    assert len(answer) > 20
+    search = f"import sys; from pathlib import Path; text = {answer!r}.encode()\n"
+    search += "print([p for p in Path('/cache').rglob('*') if p.is_file() and text in "
+    search += "p.read_bytes()], len(list(Path('/cache').rglob('*.safetensors'))))"
+    assert _once(federation, "download", "python3", "-c", search) == "[] 1\n"
+
+
+def test_a_site_cannot_change_its_key_its_rows_or_its_settings(federation: Federation) -> None:
+    tries = "cd /site; for f in supernode.key site.env superlink-ca.crt new data/train.jsonl "
+    tries += "data/new; do (echo x >> $f) 2>/dev/null && echo $f; done; "
+    tries += "rm -f supernode.key 2>/dev/null && echo gone; touch state/.tried && rm state/.tried"
+    assert federation.shell("supernode-07", tries) == ""
+
+
 def test_no_secret_shows_in_images_settings_or_logs(federation: Federation) -> None:
     token_file = Path(federation.env["HF_TOKEN_FILE"])
     containers = federation.containers()
-    mounted = {m["Source"] for m in containers["prepare"].attrs["Mounts"]}
+    mounted = {m["Source"] for m in containers["download"].attrs["Mounts"]}
     assert str(token_file) in mounted  # so it was there to be leaked
     keys = [
         federation.shell("supernode-07", "cat /site/supernode.key"),
         federation.shell("superlink", "cat /federation/superlink/server.key"),
     ]
     assert all("PRIVATE KEY" in key for key in keys)
+    shown = federation.shell("serverapp", "cat /federation/serverapp/runtime.secret")
     secrets = [federation.token, base64.b64encode(federation.token.encode()).decode()]
-    secrets += ["PRIVATE KEY", *(key.splitlines()[1] for key in keys)]
+    secrets += [shown, "PRIVATE KEY", *(key.splitlines()[1] for key in keys)]
     images = {c.attrs["Image"] for c in containers.values()}
     seen = {i: _docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", i) for i in images}
     seen |= {f"{i} (inspect)": _docker("image", "inspect", i) for i in images}
@@ -250,7 +369,8 @@ def _docker(*arguments: str) -> str:
 FEW = """
 volumes:
   models: {{external: true, name: {project}_models}}
-  results: {{driver_opts: {{type: tmpfs, device: tmpfs, o: "size=256k,uid=10001,gid=10001"}}}}
+  cache: {{external: true, name: {project}_cache}}
+  results: {{driver_opts: {{type: tmpfs, device: tmpfs, o: "size=256k,uid=10003,gid=10001"}}}}
 """
 
 
@@ -262,7 +382,7 @@ def few(federation: Federation, tmp_path_factory: pytest.TempPathFactory) -> Ite
     env = {"FLEET_PORT": str(free_port()), "CONTROL_PORT": str(free_port())}
     made = Federation(f"fedllm-few-{os.getpid()}", env, (*CPU, str(file)))
     try:
-        up = made.compose("up", "-d", *NODES[:2])
+        up = made.compose("up", "-d", "serverapp", *NODES[:2])
         assert up.returncode == 0, up.stderr[-3000:]
         yield made
     finally:
@@ -285,9 +405,9 @@ def test_after_a_reboot_in_any_order_the_nodes_find_the_superlink(
 ) -> None:
     """At boot the engine starts what ran, without compose and its order."""
     containers = few.containers()
-    for name in ("superlink", *NODES[:2]):
+    for name in ("superlink", "serverapp", *NODES[:2]):
         containers[name].stop()
-    for name in NODES[:2]:
+    for name in ("serverapp", *NODES[:2]):
         containers[name].start()
     time.sleep(STALE_AFTER_S)
     containers["superlink"].start()
@@ -305,7 +425,7 @@ def test_a_clientapp_that_runs_out_of_memory_misses_the_round_and_no_more(
     results.mkdir()
     results.chmod(0o777)
     few.env["RESULTS_DIR"] = str(results)
-    assert few.compose("up", "-d", *NODES[:2]).returncode == 0
+    assert few.compose("up", "-d", "serverapp", *NODES[:2]).returncode == 0
     few["supernode-01"].update(mem_limit="800m", memswap_limit="800m")
     run_config = "num-server-rounds=1 strategy.min-nodes=2 strategy.min-train-nodes=2 "
     run_config += "strategy.fraction-evaluate=0.0 train.training-arguments.max-steps=1"
@@ -323,7 +443,7 @@ def test_a_clientapp_that_runs_out_of_memory_misses_the_round_and_no_more(
 
 
 def test_a_run_whose_submit_and_then_superlink_are_killed_comes_to_its_end(few: Federation) -> None:
-    """The second submit finds the run going on, and resumes it when the SuperLink has died."""
+    """The second submit finds the run going on, and resumes it when the SuperLink was away."""
     few["supernode-01"].update(mem_limit="4g", memswap_limit="4g")
     run_config = "num-server-rounds=3 strategy.min-nodes=2 strategy.min-train-nodes=2 "
     run_config += "strategy.fraction-evaluate=0.0 train.training-arguments.max-steps=1"
@@ -336,15 +456,39 @@ def test_a_run_whose_submit_and_then_superlink_are_killed_comes_to_its_end(few: 
     up_and_wait_for("[round 2/3] training at")
     few["submit"].kill()
     up_and_wait_for("is going on; following it")
-    _crash(few, "superlink")
+    _crash(few, "superlink")  # back in seconds: the ServerApp, in its own container, goes on
+    assert _wait(lambda: _restarts(few, "superlink") == (1, "running"))
+    assert _wait(lambda: "[round 2/3] train loss" in few.logs("submit"), RUN_TIMEOUT_S)
+    few["superlink"].stop()  # Flower gives a ServerApp up after a minute
+    time.sleep(STALE_AFTER_S)
+    few["superlink"].start()
     assert few["submit"].wait(timeout=RUN_TIMEOUT_S)["StatusCode"] == 0, few.logs("submit")[-3000:]
-    assert _restarts(few, "superlink") == (1, "running")
     facts = json.loads(few.shell("superlink", "cat /results/latest/run.json"))
     assert facts["status"] == "completed"
-    (before,) = facts["resumed_from"]
-    assert before["last_round"] in (1, 2)
+    assert facts["resumed_from"][-1]["last_round"] == 2
+    print(f"resumed {len(facts['resumed_from'])} times")  # once, where a crash takes no minute
     lines = few.shell("superlink", "cat /results/latest/metrics.jsonl").splitlines()
     assert [json.loads(x)["round"] for x in lines] == [1, 2, 3]
+    assert "flwr-serverapp" not in few.shell("serverapp", "cat /proc/[0-9]*/cmdline 2>/dev/null")
+
+
+def test_a_results_volume_of_an_older_version_gives_one_line_with_its_cure(
+    federation: Federation,
+) -> None:
+    other = Federation(f"fedllm-older-{os.getpid()}", federation.env)
+    run = ("run", "--rm", "-T", "--no-deps")
+    give = ("--user", "0", "--cap-add", "CHOWN", "serverapp", "chown", "10001", "/results")
+    try:
+        assert other.compose("run", "--rm", "-T", "provision").returncode == 0
+        assert other.compose(*run, *give).returncode == 0
+        refused = other.compose(*run, "serverapp")
+        assert refused.returncode == 1
+        (line,) = [x for x in refused.stderr.splitlines() if "serverapp: " in x]
+        cure = line.split("docker compose ")[1].split()
+        assert other.compose(*cure).returncode == 0
+        assert other.compose(*run, "serverapp", "touch", "/results/tried").returncode == 0
+    finally:
+        other.compose("down", "-v")
 
 
 FOREIGN = {
@@ -469,7 +613,7 @@ def test_what_an_operator_stops_ends_in_time_and_stays_stopped(federation: Feder
     codes = {n: containers[n].attrs["State"]["ExitCode"] for n in LONG_RUNNING}
     print({n: c for n, c in codes.items() if c not in (0, 143)})
     assert {n for n, c in codes.items() if c == 137} == set()
-    assert {codes[n] for n in ("superlink", "supernode-03")} <= {0, 143}
+    assert {codes[n] for n in ("superlink", "serverapp", "supernode-03")} <= {0, 143}
 
 
 def test_down_and_up_keeps_the_keys_and_all_20_sites_come_online(

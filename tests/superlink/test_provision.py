@@ -2,6 +2,7 @@
 
 import ipaddress
 import itertools
+import json
 import os
 import shutil
 import ssl
@@ -21,9 +22,11 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 import superlink.certificates
 import superlink.provision
+import superlink.show
 from superlink import site_keys
 from superlink.control import public_keys
 from superlink.provision import ProvisionError, main, provision
+from supernode.partitions import Split, prepare_data
 from tests.killed import kills
 
 ADDRESS = "superlink.example:9092"
@@ -380,7 +383,7 @@ def test_show_of_a_certificate_that_has_ended_says_so(
     provision(tmp_path, 1, ADDRESS, [])
     later = server_of(tmp_path).not_valid_after_utc - datetime.now(UTC) + timedelta(hours=1)
     left = superlink.certificates.time_left
-    monkeypatch.setattr(superlink.provision, "time_left", lambda cert: left(cert) - later)
+    monkeypatch.setattr(superlink.show, "time_left", lambda cert: left(cert) - later)
     _, lines = run(tmp_path, monkeypatch, capsys, "show")
     assert lines[2].endswith("EXPIRED: run superlink.provision renew")
     assert "days left" in lines[1]
@@ -402,6 +405,75 @@ def test_renew_makes_a_new_server_certificate_and_leaves_all_else(
     assert new.public_key() != old.public_key()
     handshake(tmp_path, "superlink.example")
     assert provision(tmp_path, 2, ADDRESS, ["10.0.0.5"]) == []
+
+
+def test_reset_leaves_nothing_that_was_good_before_and_can_be_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    provision(tmp_path, 3, ADDRESS, ["10.0.0.5"])
+    run(tmp_path, monkeypatch, capsys, "revoke", "site-02", sites=3)
+    old_keys, old_ca, before = public_keys(tmp_path / "public"), ca_of(tmp_path), snapshot(tmp_path)
+    with monkeypatch.context() as cut:
+        cut.setattr(superlink.provision, "ca_certificate", lambda key: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # the new CA's key is there, its certificate not
+            superlink.provision.reset(tmp_path)
+    code, lines = run(tmp_path, monkeypatch, capsys, "reset", sites=3)
+    assert (code, len(lines)) == (0, 1)
+    for words in ("CA, server certificate", "site-00, site-01;", "new database", "its new kit"):
+        assert words in lines[0]
+    assert "site-02" not in lines[0]
+    after = snapshot(tmp_path)
+    same = {p.name for p in before if p in after and after[p][0] == before[p][0]}
+    assert same - {p.name for p in files(tmp_path / "site-02")} <= {"site.env"} | {
+        p.name for p in files(tmp_path / "public" / "revoked")
+    }
+    keys, revoked = public_keys(tmp_path / "public"), public_keys(tmp_path / "public" / "revoked")
+    assert set(keys) == {"site-00", "site-01"}
+    assert not set(keys.values()) & set(old_keys.values())
+    assert set(old_keys.values()) <= set(revoked.values())
+    assert len(revoked) == 3
+    assert ca_of(tmp_path).public_key() != old_ca.public_key()
+    handshake(tmp_path, "10.0.0.5")
+    (tmp_path / "site-00" / "superlink-ca.crt").write_bytes(
+        old_ca.public_bytes(serialization.Encoding.PEM)
+    )
+    with pytest.raises(ssl.SSLCertVerificationError):
+        handshake(tmp_path, "10.0.0.5")
+
+
+def test_reset_of_nothing_is_one_error_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, lines = run(tmp_path, monkeypatch, capsys, "reset")
+    assert (code, len(lines)) == (1, 1)
+    assert "run superlink.provision first" in lines[0]
+
+
+def test_the_superlink_and_the_serverapps_share_a_secret_and_no_key(tmp_path: Path) -> None:
+    provision(tmp_path, 1, ADDRESS, [])
+    theirs = {p.name: p for p in files(tmp_path / "serverapp")}
+    assert set(theirs) == {"ca.crt", "runtime.secret"}
+    own = tmp_path / "superlink" / "runtime.secret"
+    assert own.read_bytes() == theirs["runtime.secret"].read_bytes()
+    assert len(own.read_bytes()) == 64
+    # The ServerApps' container has another user of the same group.
+    modes = [stat.S_IMODE(p.stat().st_mode) for p in (own, theirs["runtime.secret"])]
+    assert modes == [0o600, 0o640]
+    provision(tmp_path / "other", 1, ADDRESS, [])
+    other = tmp_path / "other" / "superlink" / "runtime.secret"
+    assert other.read_bytes() != own.read_bytes()
+
+
+def test_a_folder_of_an_older_version_keeps_its_prepared_rows(tmp_path: Path) -> None:
+    provision(tmp_path, 2, ADDRESS, [])
+    source = tmp_path / "source.jsonl"
+    rows = [{"instruction": "", "input": f"Q{n}", "output": "A"} for n in range(20)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = prepare_data(tmp_path, Split(str(source), 2))
+    (tmp_path / "prepared" / "data.json").rename(tmp_path / "data.json")  # where it was once
+    assert provision(tmp_path, 2, ADDRESS, []) == []
+    assert not (tmp_path / "data.json").exists()
+    assert prepare_data(tmp_path, Split(str(source), 2)) == lines
 
 
 def test_a_ca_that_would_end_before_its_servers_is_renewed_for_the_same_key(
@@ -525,6 +597,7 @@ COMPLETE = {
     "site-01/superlink-ca.crt", "site-01/site.env", "site-01/supernode.key",
     "public/ca.crt", "public/site-01.pub", "ca/ca.key",
     "superlink/ca.crt", "superlink/server.crt", "superlink/server.key",
+    "superlink/runtime.secret", "serverapp/ca.crt", "serverapp/runtime.secret",
 }  # fmt: skip
 
 

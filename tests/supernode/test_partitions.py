@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import tempfile
 from collections import Counter
 from itertools import count
 from pathlib import Path
@@ -14,7 +16,8 @@ import pytest
 
 from app import partition
 from supernode import partitions
-from supernode.partitions import BUNDLED, PrepareError, Split, prepare_data
+from supernode.download import PrepareError
+from supernode.partitions import BUNDLED, Split, prepare_data
 from tests.killed import kills
 from tests.samples import ROWS, write_jsonl
 
@@ -106,7 +109,9 @@ def test_the_seed_decides_who_gets_what(tmp_path: Path, source: str, partitioner
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         split = Split(source, 3, partitioner, partition_by="topic", seed=seed)
         prepare_data(tmp_path / name, split)
-        results.append({n: c for n, c in files(tmp_path / name).items() if n != "data.json"})
+        results.append(
+            {n: c for n, c in files(tmp_path / name).items() if n != "prepared/data.json"}
+        )
     assert results[0] == results[1]
     assert results[0] != results[2]
     assert [r["input"] for r in rows_of(tmp_path / "a", 0, "train")] != [
@@ -132,8 +137,8 @@ def test_a_small_alpha_gives_each_site_classes_of_its_own(source: str, federatio
 
 def test_the_manifest_holds_rows_and_sha256_of_every_file(source: str, federation: Path) -> None:
     lines = prepare_data(federation, Split(source, 3))
-    manifest = json.loads((federation / "data.json").read_text())
-    written = {n: c for n, c in files(federation).items() if n != "data.json"}
+    manifest = json.loads((federation / "prepared" / "data.json").read_text())
+    written = {n: c for n, c in files(federation).items() if n != "prepared/data.json"}
     assert set(manifest["files"]) == set(written)
     assert len(written) == 6
     for name, content in written.items():
@@ -213,6 +218,29 @@ def test_after_an_interruption_the_next_call_completes_the_partitions(
     assert Counter(inputs(federation, 3)) == Counter(r["input"] for r in numbered(100))
 
 
+def test_no_row_of_a_local_file_stays_anywhere_but_with_its_site(
+    tmp_path: Path, federation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    rows = [row | {"input": f"only-here-{n}"} for n, row in enumerate(numbered(40))]
+    source = write_jsonl(tmp_path / "source.jsonl", rows)
+    left = federation / "prepared" / ".rows-killed"  # by a call that could not tidy up
+    left.mkdir(parents=True)
+    prepare_data(federation, Split(str(source), 2), tmp_path / "cache")
+    places = [tmp_path, Path(os.environ["HF_DATASETS_CACHE"])]
+    found = {
+        p
+        for folder in places
+        for p in folder.rglob("*")
+        if p.is_file() and p != source and b"only-here-" in p.read_bytes()
+    }
+    sites = [federation / f"site-{n:02d}" / "data" for n in range(2)]
+    assert {p.parent for p in found} == set(sites)
+    assert [p.name for p in (federation / "prepared").iterdir()] == ["data.json"]
+    assert not (tmp_path / "cache").exists()
+
+
 def test_own_files_go_to_their_sites_in_every_format(tmp_path: Path, federation: Path) -> None:
     folder = tmp_path / "own"
     write_jsonl(folder / "site-00.jsonl", numbered(20)[:10])
@@ -276,25 +304,27 @@ def test_files_that_were_split_with_their_repeats_are_split_anew(
     write_jsonl(tmp_path / "own" / "site-00.jsonl", numbered(20))
     split = Split(str(tmp_path / "own"), 1, "files")
     prepare_data(federation, split)
-    manifest = json.loads((federation / "data.json").read_text())
+    manifest = json.loads((federation / "prepared" / "data.json").read_text())
     del manifest["notes"]  # as an older version wrote it
-    (federation / "data.json").write_text(json.dumps(manifest))
+    (federation / "prepared" / "data.json").write_text(json.dumps(manifest))
     prepare_data(federation, split)
-    assert "notes" in json.loads((federation / "data.json").read_text())
+    assert "notes" in json.loads((federation / "prepared" / "data.json").read_text())
 
 
 def test_killed_anywhere_prepare_is_completed_by_the_next_call(
     tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start, loaded = tmp_path / "start", partitions._load(source)
-    monkeypatch.setattr(partitions, "_load", lambda source: loaded)  # read once, not fifty times
+    start = tmp_path / "start"
+    loaded = partitions._Reader(tmp_path, None, tmp_path / "scratch").rows(source)
+    # Read once, not fifty times.
+    monkeypatch.setattr(partitions._Reader, "rows", lambda reader, source: loaded)
     prepare_data(start, Split(source, 3))
     copies = (Path(shutil.copytree(start, tmp_path / str(n))) for n in count())
     for federation in kills(lambda f: prepare_data(f, Split(source, 2, seed=9)), copies):
         prepare_data(federation, Split(source, 1))  # another one than that, with fewer sites
         assert Counter(inputs(federation, 1)) == Counter(r["input"] for r in numbered(100))
         names = {f"site-00/data/{part}.jsonl" for part in ("train", "holdout")}
-        assert set(files(federation)) == names | {"data.json"}
+        assert set(files(federation)) == names | {"prepared/data.json"}
 
 
 @pytest.mark.parametrize("twice", [False, True])

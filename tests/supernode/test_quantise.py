@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from app.adapter import Layout, initial_adapter
 from app.base_model import find, load_with_lora
 from app.partition import SiteError
-from supernode.partitions import PrepareError
+from supernode.download import PrepareError
 from supernode.quantise import prepare_model
 from tests.samples import ROWS, run_config
 from tests.tiny_model import HIDDEN, VOCABULARY

