@@ -19,6 +19,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from superlink.orders_first import orders_first
 from superlink.site_keys import fingerprint_of_pem
 
 # Flower cuts arrays into pieces of 5 MiB. Everything else of an honest reply is far smaller; the
@@ -90,11 +91,11 @@ def install(results: Path) -> None:
     servicer, state = flower(*_SERVICER), flower(*_STATE)
     for name in CHECKS:
         flower(*_SERVICER, name)
-    flower(*_STATE, "store_message_and_object_tree")
+    store = flower(*_STATE, "store_message_and_object_tree")
     flower(*_LIMIT)
     for name, check in CHECKS.items():
         setattr(servicer, name, _guarded(name, getattr(servicer, name), check, results))
-    state.store_message_and_object_tree = _orders_first(state.store_message_and_object_tree)
+    state.store_message_and_object_tree = orders_first(store)
     # Of the Fleet API alone: the module has a name of its own for it.
     setattr(import_module(_LIMIT[0]), _LIMIT[1], MAX_CALL_BYTES)
 
@@ -266,32 +267,6 @@ CHECKS: dict[str, Callable[[Call], None]] = {
     "PullObject": pull_object,
     "ConfirmMessageReceived": confirm,
 }
-
-
-def _orders_first(store: Callable[..., Any]) -> Callable[..., Any]:
-    """An order's objects are what the ServerApp says, whatever a site has said before.
-
-    An object's id is the hash of its content, and that of the first adapter can be foreseen: a
-    site that names it in a reply, with parts that it has not, would make the order fail.
-    """
-    from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-
-    def store_orders_first(state: Any, message: Any, tree: Any, session_id: str) -> Any:
-        with state.session():  # the same transaction
-            if not message.metadata.reply_to_message_id:  # the door lets no site's in
-                for part in iterate_object_tree(tree):
-                    _drop_if_false(state, part)
-            return store(state, message, tree, session_id)
-
-    return store_orders_first
-
-
-def _drop_if_false(state: Any, part: Any) -> None:
-    named = {"id": part.object_id}
-    children = "SELECT child_id FROM object_children WHERE parent_id = :id"
-    known = {row["child_id"] for row in state.query(children, named)}
-    if known != {child.object_id for child in part.children}:
-        state.query("DELETE FROM objects WHERE object_id = :id", named)
 
 
 def _signed(value: int) -> int:
