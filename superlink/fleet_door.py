@@ -31,6 +31,9 @@ MAX_OTHER_BYTES = 4 * 2**20
 MAX_OTHER_OBJECTS = 8
 MAX_TIME_S = 1e10  # a date of the year 2286
 
+MAX_REPLIES_KNOWN = 10_000
+_array_of: dict[str, str] = {}  # reply -> its array, by their ids; the oldest first
+
 _SERVICER = "flwr.server.superlink.fleet.grpc_rere.fleet_servicer", "FleetServicer"
 _STATE = "flwr.server.superlink.linkstate.sql_linkstate", "SqlLinkState"
 _LIMIT = "flwr.superlink.cli.flower_superlink", "GRPC_MAX_MESSAGE_LENGTH"
@@ -217,7 +220,20 @@ def _drop_earlier_replies(call: Call, meta: Any) -> None:
 
 
 def push_object(call: Call) -> None:
-    """A piece of an array, or something small; an array has no more pieces than the adapter."""
+    """A piece of an array, or something small, or the one array: the adapter."""
+    replies = call.rows(
+        "SELECT root_object_id AS id FROM object_push_session_roots WHERE session_id = :session",
+        session=call.request.session_id,
+    )
+    try:
+        _check_object(call, replies[0]["id"] if replies else "")
+    except RefusedError:
+        for reply in replies:  # or the ServerApp would wait for the rest of it
+            call.state.object_store.delete(reply["id"])
+        raise
+
+
+def _check_object(call: Call, reply: str) -> None:
     content, run_id = call.request.object_content, call.request.run_id
     if not call.request.session_id:
         raise RefusedError("an object without the session of its message")
@@ -231,9 +247,15 @@ def push_object(call: Call) -> None:
         pieces = len(json.loads(body)["arraychunk_ids"])
     except (ValueError, TypeError, KeyError, RecursionError):
         raise RefusedError("an array that cannot be read") from None
-    # The same piece may be named again and again.
+    # An array may name the same piece again and again, and arrays may share their pieces: few
+    # bytes would unfold into more than the ServerApp can hold.
     if pieces > (most := call.most_pieces(run_id)):
         raise RefusedError(f"an array of {pieces} pieces, where run {run_id}'s adapter has {most}")
+    own = call.request.object_id
+    if reply and _array_of.setdefault(reply, own) != own:
+        raise RefusedError("a second array in one reply")
+    if len(_array_of) > MAX_REPLIES_KNOWN:
+        _array_of.pop(next(iter(_array_of)))
 
 
 def pull_object(call: Call) -> None:

@@ -350,6 +350,18 @@ def test_an_array_does_not_unfold_into_more_than_the_adapter(
         link.push_object(liar, run_id, "any", "a" * 64, f"Array {'b' * 64} 9\0{body}".encode())
 
 
+def test_a_reply_has_one_array(scene: Scene) -> None:
+    link, run_id, _, liar = scene
+    order = link.order(liar, run_id)
+    two = content()
+    two["more"] = content(20)["adapter"]
+    answer = reply(order, two)
+    with pytest.raises(AbortedError, match="a second array in one reply"):
+        link.push_objects(liar, run_id, answer, link.push(liar, answer))
+    # Nor does the ServerApp wait for the rest of it.
+    assert answer.metadata.message_id not in link.state.object_store
+
+
 def test_a_node_pulls_and_confirms_its_own_orders_only(scene: Scene) -> None:
     link, run_id, node, liar = scene
     order, own = link.order(node, run_id, content()), link.order(liar, run_id)
