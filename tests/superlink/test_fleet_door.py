@@ -258,6 +258,7 @@ def test_an_error_and_an_answer_before_the_adapter_is_known_pass(link: Link) -> 
         ({"ttl": float("nan")}, "times"),
         ({"ttl": 1e300}, "times"),
         ({"clientapp_runtime_list": [float("nan")]}, "times"),
+        ({"clientapp_runtime_list": [1.0] * 999}, "times"),
         ({"reply_to_message_id": ""}, "which only the ServerApp gives"),
         ({"reply_to_message_id": "0" * 64}, "no order of this run to the caller"),
         ({"message_type": "evaluate"}, "no order of this run to the caller"),
