@@ -19,6 +19,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from superlink.orders_first import orders_first
 from superlink.site_keys import fingerprint_of_pem
 
 # Flower cuts arrays into pieces of 5 MiB. Everything else of an honest reply is far smaller; the
@@ -29,6 +30,9 @@ MAX_OTHER_BYTES = 4 * 2**20
 # Message, RecordDict, ArrayRecord, Array and MetricRecord make five objects, beside the pieces.
 MAX_OTHER_OBJECTS = 8
 MAX_TIME_S = 1e10  # a date of the year 2286
+
+MAX_REPLIES_KNOWN = 10_000
+_array_of: dict[str, str] = {}  # reply -> its array, by their ids; the oldest first
 
 _SERVICER = "flwr.server.superlink.fleet.grpc_rere.fleet_servicer", "FleetServicer"
 _STATE = "flwr.server.superlink.linkstate.sql_linkstate", "SqlLinkState"
@@ -90,11 +94,11 @@ def install(results: Path) -> None:
     servicer, state = flower(*_SERVICER), flower(*_STATE)
     for name in CHECKS:
         flower(*_SERVICER, name)
-    flower(*_STATE, "store_message_and_object_tree")
+    store = flower(*_STATE, "store_message_and_object_tree")
     flower(*_LIMIT)
     for name, check in CHECKS.items():
         setattr(servicer, name, _guarded(name, getattr(servicer, name), check, results))
-    state.store_message_and_object_tree = _orders_first(state.store_message_and_object_tree)
+    state.store_message_and_object_tree = orders_first(store)
     # Of the Fleet API alone: the module has a name of its own for it.
     setattr(import_module(_LIMIT[0]), _LIMIT[1], MAX_CALL_BYTES)
 
@@ -167,8 +171,9 @@ def push_message(call: Call) -> None:
     if meta.src_node_id != call.node_id:
         raise RefusedError("its sender is another node than the caller")
     times = [meta.created_at, meta.ttl, *request.clientapp_runtime_list]
-    if not all(abs(t) < MAX_TIME_S for t in times):  # nor NaN, which SQLite keeps as NULL
-        raise RefusedError(f"times {times}")
+    # Nor NaN, which SQLite keeps as NULL: Flower could not read the reply.
+    if len(times) > 3 or not all(abs(t) < MAX_TIME_S for t in times):
+        raise RefusedError(f"times {times[:3]}")
     orders = call.rows(
         "SELECT message_type, group_id FROM message_ins "
         "WHERE message_id = :order AND run_id = :run AND dst_node_id = :node",
@@ -216,7 +221,20 @@ def _drop_earlier_replies(call: Call, meta: Any) -> None:
 
 
 def push_object(call: Call) -> None:
-    """A piece of an array, or something small; an array has no more pieces than the adapter."""
+    """A piece of an array, or something small, or the one array: the adapter."""
+    replies = call.rows(
+        "SELECT root_object_id AS id FROM object_push_session_roots WHERE session_id = :session",
+        session=call.request.session_id,
+    )
+    try:
+        _check_object(call, replies[0]["id"] if replies else "")
+    except RefusedError:
+        for reply in replies:  # or the ServerApp would wait for the rest of it
+            call.state.object_store.delete(reply["id"])
+        raise
+
+
+def _check_object(call: Call, reply: str) -> None:
     content, run_id = call.request.object_content, call.request.run_id
     if not call.request.session_id:
         raise RefusedError("an object without the session of its message")
@@ -230,9 +248,15 @@ def push_object(call: Call) -> None:
         pieces = len(json.loads(body)["arraychunk_ids"])
     except (ValueError, TypeError, KeyError, RecursionError):
         raise RefusedError("an array that cannot be read") from None
-    # The same piece may be named again and again.
+    # An array may name the same piece again and again, and arrays may share their pieces: few
+    # bytes would unfold into more than the ServerApp can hold.
     if pieces > (most := call.most_pieces(run_id)):
         raise RefusedError(f"an array of {pieces} pieces, where run {run_id}'s adapter has {most}")
+    own = call.request.object_id
+    if reply and _array_of.setdefault(reply, own) != own:
+        raise RefusedError("a second array in one reply")
+    if len(_array_of) > MAX_REPLIES_KNOWN:
+        _array_of.pop(next(iter(_array_of)))
 
 
 def pull_object(call: Call) -> None:
@@ -266,32 +290,6 @@ CHECKS: dict[str, Callable[[Call], None]] = {
     "PullObject": pull_object,
     "ConfirmMessageReceived": confirm,
 }
-
-
-def _orders_first(store: Callable[..., Any]) -> Callable[..., Any]:
-    """An order's objects are what the ServerApp says, whatever a site has said before.
-
-    An object's id is the hash of its content, and that of the first adapter can be foreseen: a
-    site that names it in a reply, with parts that it has not, would make the order fail.
-    """
-    from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-
-    def store_orders_first(state: Any, message: Any, tree: Any, session_id: str) -> Any:
-        with state.session():  # the same transaction
-            if not message.metadata.reply_to_message_id:  # the door lets no site's in
-                for part in iterate_object_tree(tree):
-                    _drop_if_false(state, part)
-            return store(state, message, tree, session_id)
-
-    return store_orders_first
-
-
-def _drop_if_false(state: Any, part: Any) -> None:
-    named = {"id": part.object_id}
-    children = "SELECT child_id FROM object_children WHERE parent_id = :id"
-    known = {row["child_id"] for row in state.query(children, named)}
-    if known != {child.object_id for child in part.children}:
-        state.query("DELETE FROM objects WHERE object_id = :id", named)
 
 
 def _signed(value: int) -> int:

@@ -63,6 +63,7 @@ COLUMNS = {
     },
     "objects": {"object_id"},
     "object_children": {"parent_id", "child_id"},
+    "object_push_session_roots": {"session_id", "root_object_id"},
 }  # fmt: skip
 
 
@@ -97,12 +98,15 @@ def test_the_pragma_that_we_change_is_one_of_flowers() -> None:
 
 
 def test_the_database_has_the_columns_that_the_door_reads() -> None:
+    from flwr.supercore.state.schema.corestate_tables import create_corestate_metadata
     from flwr.supercore.state.schema.linkstate_tables import create_linkstate_metadata
     from flwr.supercore.state.schema.objectstore_tables import create_objectstore_metadata
 
     def tables() -> Iterator[tuple[str, set[str]]]:
-        for made in (create_linkstate_metadata(), create_objectstore_metadata()):
-            for name, table in made.tables.items():
+        for create in (
+            create_linkstate_metadata, create_corestate_metadata, create_objectstore_metadata
+        ):  # fmt: skip
+            for name, table in create().tables.items():
                 yield name, {column.name for column in table.columns}
 
     there = dict(tables())

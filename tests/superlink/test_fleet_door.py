@@ -258,6 +258,7 @@ def test_an_error_and_an_answer_before_the_adapter_is_known_pass(link: Link) -> 
         ({"ttl": float("nan")}, "times"),
         ({"ttl": 1e300}, "times"),
         ({"clientapp_runtime_list": [float("nan")]}, "times"),
+        ({"clientapp_runtime_list": [1.0] * 999}, "times"),
         ({"reply_to_message_id": ""}, "which only the ServerApp gives"),
         ({"reply_to_message_id": "0" * 64}, "no order of this run to the caller"),
         ({"message_type": "evaluate"}, "no order of this run to the caller"),
@@ -348,6 +349,18 @@ def test_an_array_does_not_unfold_into_more_than_the_adapter(
     link, run_id, _, liar = scene
     with pytest.raises(AbortedError, match=why):
         link.push_object(liar, run_id, "any", "a" * 64, f"Array {'b' * 64} 9\0{body}".encode())
+
+
+def test_a_reply_has_one_array(scene: Scene) -> None:
+    link, run_id, _, liar = scene
+    order = link.order(liar, run_id)
+    two = content()
+    two["more"] = content(20)["adapter"]
+    answer = reply(order, two)
+    with pytest.raises(AbortedError, match="a second array in one reply"):
+        link.push_objects(liar, run_id, answer, link.push(liar, answer))
+    # Nor does the ServerApp wait for the rest of it.
+    assert answer.metadata.message_id not in link.state.object_store
 
 
 def test_a_node_pulls_and_confirms_its_own_orders_only(scene: Scene) -> None:
