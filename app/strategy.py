@@ -218,7 +218,10 @@ class Strategy:
         # Before they are sent: whatever happens now, a site may have got them.
         self._count(len(payload) * len(messages))
         contents, failed = exchange(
-            self.grid, messages, self.config.round_timeout_s, lambda c: self._count(_uploaded(c))
+            self.grid,
+            messages,
+            self.config.round_timeout_s,
+            arrived=lambda content: self._count(_uploaded(content)),
         )
         # The very constant: a site can say the same words, but not be refused by them.
         refused = sum(why is REFUSED for why in failed.values())
