@@ -244,8 +244,8 @@ class Strategy:
             self.grid,
             messages,
             self.config.round_timeout_s,
-            lambda c: self._count(_uploaded(c)),
-            self.sites.turns,
+            arrived=lambda content: self._count(_uploaded(content)),
+            turns=self.sites.turns,
         )
         # The very constant: a site can say the same words, but not be refused by them.
         refused = sum(why is REFUSED for why in failed.values())

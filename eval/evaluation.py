@@ -12,7 +12,7 @@ from eval import EvalError
 from eval.answers import Journal, write_results
 from eval.benchmarks import Question, benchmark
 from eval.identity import of_answers, of_model
-from eval.inference import Inference, NotFinite
+from eval.inference import Inference, NotFiniteError
 from eval.model import Adapter, Base, attached, check
 from eval.scoring import compare, right, score
 
@@ -90,7 +90,7 @@ def _answer(
             for index, answer in inference.answers(questions, labels, journal.answers):
                 bar.update(index not in journal.answers)
                 journal.add(index, answer)
-        except NotFinite as err:
+        except NotFiniteError as err:
             raise EvalError(
                 f"{dataset}, question {err.index + 1}: the logits of {name} are not finite: "
                 f"broken weights, or --quantization {identity['--quantization'][0]} is too coarse; "

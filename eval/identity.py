@@ -48,7 +48,7 @@ def of_model(base: "Base", adapter: "Adapter | None") -> dict[str, Any]:
         code.update((Path(__file__).parent / name).read_bytes())
     facts = base.facts
     return {
-        "the base model": [facts["fingerprint"], facts["files"]],
+        "the base model": [facts["fingerprint"], facts["files_sha256"]],
         "adapter_config.json": settings,
         "adapter_model.safetensors": weights,
         "--quantization": [facts[key] for key in ("quantization", "kind", "compute_dtype")],
@@ -63,12 +63,8 @@ def of_answers(
     model: Mapping[str, Any], inference: "Inference", dataset: str, questions: Sequence[Question]
 ) -> dict[str, Any]:
     """What the answers of a model (``of_model``) to one set follow from."""
-    parts = {
-        **model,
-        "the choice of questions": [list(q) for q in questions],
-        "their tokens": inference.encoded(questions),
-        "their labels": list(benchmark(dataset).labels),
-    }
+    labels = list(benchmark(dataset).labels)
+    parts = {**model, "what is asked": [list(questions), inference.encoded(questions), labels]}
     if not inference.one_pass(questions):  # then a batch's first gold counts for all of it
         parts["--batch-size"] = inference.asked_batch_size
     return parts

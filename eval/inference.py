@@ -29,7 +29,7 @@ _NEUTRAL = {
 }  # fmt: skip
 
 
-class NotFinite(Exception):  # noqa: N818
+class NotFiniteError(Exception):
     """The model's logits behind a question are no numbers to choose by; the question's index."""
 
     def __init__(self, index: int) -> None:
@@ -68,7 +68,7 @@ class Inference:
 
         Raises:
             EvalError: the GPU is too small for a single question.
-            NotFinite: NaN or infinite logits, also when the question is asked alone.
+            NotFiniteError: NaN or infinite logits, also when the question is asked alone.
         """
         try:
             yield from self._answers(questions, labels, done)
@@ -99,13 +99,6 @@ class Inference:
             pick = labels[int(by_label(logits).argmax())] if all(label_ids) else None
             return Answer(self._text([int(logits.argmax())]), pick)
 
-        def alone(index: int) -> torch.Tensor:
-            logits = self._logits([prompts[index]], None)[0]
-            if not logits.isfinite().all():
-                raise NotFinite(index)
-            self.repeated += 1
-            return logits
-
         def gap(logits: torch.Tensor) -> float:
             """Of the two best tokens, and of the two best labels: whichever is smaller."""
             if not logits.isfinite().all():
@@ -128,7 +121,7 @@ class Inference:
             for row in closest:
                 index, here = batch[row], logits[row]
                 if index in marks or gaps[row] < self.near_tie:
-                    here = alone(index)
+                    here = self._alone(index, prompts[index])
                     if logits[row].isfinite().all():
                         shift = max(shift, float((logits[row] - here).abs().max()))
                     # A gap changes by two shifts at most; as much again for what was not seen.
@@ -139,7 +132,7 @@ class Inference:
             todo = todo[len(batch) :]
         for index in [i for i, g in gap_of.items() if g < self.near_tie]:
             # Judged when less was known of what a near tie is.
-            yield index, answer(alone(index))
+            yield index, answer(self._alone(index, prompts[index]))
 
     def encoded(self, questions: Sequence[Question]) -> list[list[int]]:
         """The token ids of each question as it is asked."""
@@ -185,6 +178,14 @@ class Inference:
             longest = max(len(prompts[i]) for i in todo[:size]) - prefix[0]
             size = max(1, min(size, CPU_TOKENS // longest))
         return todo[:size]
+
+    def _alone(self, index: int, prompt: list[int]) -> torch.Tensor:
+        """Logits behind a whole prompt, [vocabulary]; of question ``index``, if they are none."""
+        logits = self._logits([prompt], None)[0]
+        if not logits.isfinite().all():
+            raise NotFiniteError(index)
+        self.repeated += 1
+        return logits
 
     def _logits(self, prompts: Sequence[list[int]], prefix: tuple[int, Any] | None) -> torch.Tensor:
         """Logits behind each prompt, [prompts, vocabulary], float32 on the CPU.
@@ -258,7 +259,7 @@ class Inference:
                         output_logits=True,
                     )
                 if not all(step.isfinite().all() for step in out.logits):
-                    raise NotFinite(i)
+                    raise NotFiniteError(i)
                 new = out.sequences[0, len(prompts[i]) :]
                 self.tokens += out.sequences.numel()
                 yield i, Answer(self._text(new.tolist()), None)

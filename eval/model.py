@@ -120,7 +120,7 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
         "kind": kind,
         "compute_dtype": str(dtype).split(".")[1],
         "fingerprint": fingerprints[kind],
-        "files": files,
+        "files_sha256": files,
         "device": torch.cuda.get_device_name(0) if device == "cuda" else "cpu",
     }
     return Base(model.eval(), tokenizer, name, layers, set(fingerprints.values()), facts)

@@ -132,7 +132,11 @@ def test_a_message_that_has_expired_is_asked_for_once_more_and_is_no_failure(clo
 def test_a_reply_is_told_when_it_comes_and_not_when_all_are_there(clock: Clock) -> None:
     grid = StandInGrid({1: says("fine"), 2: silent, 3: lambda m: KeyError()})
     arrived: list[tuple[object, float]] = []
-    exchange(grid, messages(1, 2, 3), 33.0, lambda c: arrived.append((word(c), clock.now)))
+
+    def note(content: RecordDict) -> None:
+        arrived.append((word(content), clock.now))
+
+    exchange(grid, messages(1, 2, 3), 33.0, arrived=note)
     assert arrived == [("fine", 0.0)]
 
 

@@ -138,7 +138,7 @@ class Federation:
             adapter, _ = strategy.train_round(server_round, adapter)
         return {
             "loss": self.loss(adapter),
-            "mib": strategy.bytes_sent / MIB,
+            "mb": strategy.bytes_sent / MIB,
             "seconds": time.monotonic() - started,
         }
 
@@ -188,7 +188,7 @@ def table(runs: Runs) -> str:
         losses = [runs[name, seed]["loss"] for seed in seeds]
         spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
         gap = statistics.mean(runs[name, s]["loss"] - runs[names[0], s]["loss"] for s in seeds)
-        mb = statistics.mean(runs[name, seed]["mib"] for seed in seeds)
+        mb = statistics.mean(runs[name, seed]["mb"] for seed in seeds)
         mean = statistics.mean(losses)
         rows.append(f"{name:<30} {mean:8.4f} {spread:8.4f} {gap:+9.4f} {mb:8.2f}")
     return "\n".join(rows)

@@ -368,7 +368,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     ),
     "the wrapper around a question": (
         lambda _, patch: patch.setattr("eval.inference.wrap", lambda prompt: f"Q: {prompt}"),
-        "their tokens differs",
+        "what is asked differs",
     ),
 }
 

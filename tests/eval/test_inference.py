@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from eval import EvalError
 from eval.benchmarks import Question, wrap
-from eval.inference import Answer, Inference, NotFinite
+from eval.inference import Answer, Inference, NotFiniteError
 from tests.samples import ROWS
 
 LABELS = ("A", "B", "C", "D")
@@ -374,7 +374,7 @@ def test_a_question_without_finite_logits_gets_no_answer(
     """The arg-max of NaN would be token 0."""
     model.lm_head.weight.data[3] = torch.nan
     asked = [Question(q.prompt, gold) for q in questions(5)]
-    with pytest.raises(NotFinite) as caught:
+    with pytest.raises(NotFiniteError) as caught:
         collect(Inference(model, tokenizer, 2), asked)
     assert caught.value.index in range(5)
 
