@@ -88,7 +88,10 @@ def _described(base: BaseModel, config: RunConfig) -> str:
         return "cpu"
     gpu = look(_site_dir() / "state")
     weights = memory.stored(base.folder, base.bits, gpu.bf16)
-    needed = memory.needed(weights, base.linear_layers, config)
+    try:
+        needed = memory.needed(weights, base.linear_layers, config)
+    except ValueError as err:  # model.lora.target-modules
+        raise ConfigError(str(err)) from None
     if needed > gpu.free:
         raise SiteError(
             f"{device_name()} ({gpu.name}) has {gpu.free / 1e9:.1f} GB free of "

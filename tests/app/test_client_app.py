@@ -185,6 +185,7 @@ def test_too_little_memory_is_an_error_of_the_site_that_says_what_to_lower(
         monkeypatch.setattr(client_app, "look", lambda state: gpu)
         return asked(run_config(**base | {"batch_size": 1024}))
 
+    wrong = run_config(**base | {"target_modules": "x_proj"})
     assert seen(23.5)["device"] == "NVIDIA Stand-in, 23.5 GB free of 24.0"
     refused = str(seen(6.25)["error"])
     assert re.fullmatch(
@@ -193,6 +194,7 @@ def test_too_little_memory_is_an_error_of_the_site_that_says_what_to_lower(
         r"gradient-accumulation-steps = \d+ needs \d\.\d GB",
         refused,
     ), refused
+    assert "'x_proj' is no linear layer" in str(asked(wrong)["error"])
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -227,6 +227,27 @@ def aggregate_of(vectors: dict[int, Vector]) -> tuple[Vector, NDArray[np.float64
 ALL: dict[str, Any] = {"fraction_train": 1.0}
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_site_that_waits_for_its_turn_on_a_shared_device_is_not_late(
+    clock: Clock, shared: bool
+) -> None:
+    s = strategy([0, 1], round_timeout_s=30.0, max_retries=0)
+    if shared:
+        s.sites.turns.update({0: "one GPU", 1: "one GPU"})
+    assert isinstance(s.grid, StandInGrid)
+    grid = s.grid
+
+    def after(partition_id: int) -> Node:
+        work, done_s = node(partition_id), 20.0 * (partition_id + 1)
+        return lambda m: grid.later(m, work, clock, done_s)
+
+    grid.nodes |= {s.sites.node_of[p]: after(p) for p in (0, 1)}
+    _, line = s.train_round(1, initial_adapter(s.layout, 1))
+    assert line["partitions"] == ([0, 1] if shared else [0])
+    late = {} if shared else {"site-01": "no reply within strategy.round-timeout-s = 30"}
+    assert line["rejected"] == late
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_round_aggregates_the_replies_whatever_their_order(reverse: bool) -> None:
     s = strategy([0, 1, 2], {p: node(p) for p in range(3)}, reverse=reverse, **ALL)

@@ -29,6 +29,7 @@ class Unreliable(LocalFederation):
             folder = self.work / f"late-{number}"
             settings |= hostile(folder, "late")
             (folder / "slow").touch()
+            settings["LOCK_DIR"] = str(folder)  # a host of its own: it keeps its device busy
         super().start_node(number, **settings)
 
 

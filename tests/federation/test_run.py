@@ -91,6 +91,13 @@ def test_the_run_completes_and_submit_says_so(done: Done) -> None:
     facts = json.loads((done.run / "run.json").read_text())
     assert facts["status"] == "completed"
     assert sorted(facts["sites"]) == ["site-00", "site-01", "site-02"]
+    assert {site["device"] for site in facts["sites"].values()} == {"cpu"}
+
+
+def test_sites_of_one_device_take_turns_and_their_logs_say_who_waits(done: Done) -> None:
+    logs = [(done.work / "logs" / f"site-{n:02d}.log").read_text() for n in range(SITES)]
+    waits = [f"site-{n:02d} waits for its turn on the CPU" in log for n, log in enumerate(logs)]
+    assert any(waits)  # two train at once
 
 
 def test_every_round_has_its_checkpoint_and_its_line(done: Done) -> None:
