@@ -1,8 +1,8 @@
 """The ClientApp: what a SuperNode does with a message (a new process each time).
 
 The site's settings come from the SuperNode's environment: SITE_DIR (its own folder),
-MODELS_DIR (prepared base models, read-only), DEVICE (cuda or cpu), LOCK_DIR (shared by the
-SuperNodes of one host).
+MODELS_DIR (prepared base models, read-only), MODELS_VERIFIED (what the SuperNode found of them),
+DEVICE (cuda or cpu), LOCK_DIR (shared by the SuperNodes of one host).
 """
 
 import fcntl
@@ -31,6 +31,7 @@ from app.config import ConfigError, RunConfig
 from app.feedback import Feedback
 from app.partition import SiteError
 from app.privacy import privatise
+from app.verified import check_verified
 
 app = ClientApp()
 logger = logging.getLogger("app")
@@ -72,7 +73,9 @@ def _device() -> str:
 
 
 def _base_model(config: RunConfig) -> BaseModel:
-    return find(Path(os.environ["MODELS_DIR"]), config.model_name, config.quantization)
+    base = find(Path(os.environ["MODELS_DIR"]), config.model_name, config.quantization)
+    check_verified(base)
+    return base
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from app.adapter import Layout
 from app.base_model import prepared
 from app.codec import unpacked_bytes
 from app.config import ConfigError, RunConfig, merged_config
+from app.partition import SiteError
 from app.privacy import DELTA, epsilon, noise_norm
 
 MB = 2**20  # as the leaderboard counts
@@ -113,7 +114,7 @@ def main() -> int:
         _, config = merged_config(Path(__file__).parents[1], args.run_config)
         layers = linear_layers(config, Path(os.environ.get("MODELS_DIR", "models")))
         lines = plan(config, Layout.of(layers, config), config.min_nodes)
-    except (ConfigError, ValueError) as err:
+    except (ConfigError, SiteError, ValueError) as err:
         print(f"plan: ERROR: {err}", file=sys.stderr)
         return 1
     print("\n".join(lines))

@@ -23,6 +23,8 @@ import threading
 import time
 from pathlib import Path
 
+from supernode import verify
+
 STOP_AFTER_S = 10
 EX_TEMPFAIL = 75
 # A SuperNode that was killed counts as online for a minute, and its successor is refused.
@@ -162,6 +164,7 @@ def main() -> int:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "HF_HUB_OFFLINE": "1",  # the base model is prepared; nothing is fetched during a run
         "TOKENIZERS_PARALLELISM": "false",
+        "MODELS_VERIFIED": str(verify.start(Path(env["MODELS_DIR"]))),
     }
     argv = command(env)
     deadline = time.monotonic() + ACTIVATION_TIMEOUT_S

