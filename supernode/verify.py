@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def start(models: Path) -> Path:
 
 def _keep_verified(models: Path, outcome: Path) -> None:
     # On Linux a thread has a priority of its own: starting the SuperNode comes first.
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
     known: dict[str, Any] = {}
     while True:
         try:
