@@ -1,12 +1,12 @@
 """The site's prepared base model: finding it, loading it, and the adapter in and out of it.
 
 ``supernode.prepare`` wrote the folder: weights already quantised, tokenizer, and base.json
-with name, bits, fingerprint, linear layers and file sizes. Finding imports no torch, so the
-preflight answers at once; torch and PEFT are imported where they are used.
+with name, bits, fingerprint, linear layers, and each file's size and SHA-256. Finding imports no
+torch, so the preflight answers at once; torch and PEFT are imported where they are used.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,15 +32,26 @@ class BaseModel:
     fingerprint: str
     linear_layers: dict[str, list[int]]  # name -> [out, in], in the model's order
     files: dict[str, int]  # name -> bytes
+    sha256: dict[str, str]  # name -> hex digits; empty if an older version prepared it
 
 
 def prepared(models_dir: Path) -> list[BaseModel]:
-    """Every model that ``supernode.prepare`` put into the folder."""
+    """Every model that ``supernode.prepare`` put into the folder.
+
+    Raises:
+        SiteError: a base.json is damaged.
+    """
     found = []
     for path in sorted(models_dir.glob("*/base.json")):
-        base = json.loads(path.read_text())
-        facts = (base[k] for k in ("name", "kind", "bits", "fingerprint", "linear_layers", "files"))
-        found.append(BaseModel(path.parent, *facts))
+        try:
+            base = json.loads(path.read_text())
+            facts = {"sha256": {}} | base | {"folder": path.parent}
+            found.append(BaseModel(**{f.name: facts[f.name] for f in fields(BaseModel)}))
+        except (ValueError, KeyError, TypeError):
+            raise SiteError(
+                f"{path.parent.name}/base.json is not what supernode.prepare wrote; delete "
+                f"{path.parent.name} and run supernode.prepare again"
+            ) from None
     return found
 
 

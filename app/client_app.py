@@ -1,7 +1,8 @@
 """The ClientApp: what a SuperNode does with a message (a new process each time).
 
 The site's settings come from the SuperNode's environment: SITE_DIR (its own folder),
-MODELS_DIR (prepared base models, read-only), and those of ``app.device``.
+MODELS_DIR (prepared base models, read-only), MODELS_VERIFIED (what the SuperNode found of them),
+and those of ``app.device``.
 """
 
 import json
@@ -30,6 +31,7 @@ from app.device import device, device_name, look, take_turn, turn
 from app.feedback import Feedback
 from app.partition import SiteError
 from app.privacy import privatise
+from app.verified import check_verified
 
 app = ClientApp()
 logger = logging.getLogger("app")
@@ -67,7 +69,9 @@ def _site_dir() -> Path:
 
 
 def _base_model(config: RunConfig) -> BaseModel:
-    return find(Path(os.environ["MODELS_DIR"]), config.model_name, config.quantization)
+    base = find(Path(os.environ["MODELS_DIR"]), config.model_name, config.quantization)
+    check_verified(base)
+    return base
 
 
 def _take_turn(message: Message, context: Context) -> None:

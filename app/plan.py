@@ -14,6 +14,7 @@ from app.adapter import Layout
 from app.base_model import prepared
 from app.codec import unpacked_bytes
 from app.config import MIB, ConfigError, RunConfig, merged_config
+from app.partition import SiteError
 from app.privacy import DELTA, epsilon, noise_norm
 
 # Layers, hidden size, MLP size, rows of the key and value projections, vocabulary: config.json.
@@ -125,7 +126,7 @@ def main() -> int:
         layers = linear_layers(config, models)
         lines = plan(config, Layout.of(layers, config), config.min_nodes)
         lines.append(gpu_memory(config, layers, models))
-    except (ConfigError, ValueError) as err:
+    except (ConfigError, SiteError, ValueError) as err:
         print(f"plan: ERROR: {err}", file=sys.stderr)
         return 1
     print("\n".join(lines))

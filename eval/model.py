@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils.logging import disable_progress_bar
 
 from app.base_model import check_files, device_and_dtype, prepared
+from app.verified import check_contents
 from eval import EvalError
 from eval.identity import files_digest
 
@@ -59,7 +60,7 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
 
     Raises:
         EvalError: the model can be had from nowhere, does not load, or is too large for the GPU.
-        SiteError: there is no GPU, or a prepared file is cut short.
+        SiteError: there is no GPU, or a prepared file is not as it was prepared.
     """
     torch_device, fast = device_and_dtype(device)
     kind = KINDS[quantization]
@@ -70,6 +71,7 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
     matches = [b for b in prepared(models) if (b.name, b.kind) == (name, kind)]
     if matches and not Path(name).is_dir():
         check_files(matches[0])
+        check_contents(matches[0])
         source = matches[0].folder
         fingerprints = {kind: matches[0].fingerprint}
         files = files_digest(source, weights=True)  # what is recorded may not hold any more
@@ -146,7 +148,7 @@ def _source(name: str, quantization: str, models: Path, cache: Path) -> Path:
         return kept
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model"]
+    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(name, cache_dir=cache / "hub", allow_patterns=patterns))
     except Exception as err:  # hub, network and OS errors have no common class
@@ -159,11 +161,10 @@ def _source(name: str, quantization: str, models: Path, cache: Path) -> Path:
 def _fingerprints(source: Path) -> dict[str, str]:
     """What base.json would hold for these weights in each quantisation (supernode.quantise)."""
     parts = []
-    for path in sorted(source.iterdir()):
-        settings = ("config.json", "tokenizer.json", "tokenizer.model")
-        if path.suffix == ".safetensors" or path.name in settings:
-            with path.open("rb") as file:
-                parts.append(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    names = (".safetensors", ".json", ".model", ".txt", ".jinja")
+    for path in sorted(p for p in source.iterdir() if p.suffix in names and p.is_file()):
+        with path.open("rb") as file:
+            parts.append(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     if not any(b".safetensors" in part for part in parts):
         raise EvalError(f"{source} holds no .safetensors file")
     content = b"".join(parts)

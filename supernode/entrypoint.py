@@ -23,6 +23,7 @@ import threading
 import time
 from pathlib import Path
 
+from supernode import verify
 from supernode.node_log import Joining, plain
 from supernode.pinned import ANY
 
@@ -182,6 +183,7 @@ def main() -> int:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "HF_HUB_OFFLINE": "1",  # the base model is prepared; nothing is fetched during a run
         "TOKENIZERS_PARALLELISM": "false",
+        "MODELS_VERIFIED": str(verify.start(Path(env["MODELS_DIR"]))),
     }
     argv = command(env)
     deadline = time.monotonic() + ACTIVATION_TIMEOUT_S

@@ -4,14 +4,16 @@ Flower starts a new process for every message, so the model is loaded in every r
 loading it pre-quantised takes an eighth of the time of quantising on load.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from supernode.download import PrepareError, model_folder, prepared
+from supernode.download import PARTS, PrepareError, is_prepared, model_folder, prepared
 
 KINDS = ("nf4", "fp4", "int8", "none")
 
@@ -30,23 +32,45 @@ def prepare_model(models: Path, cache: Path, name: str, kind: str, token: str | 
     if kind not in KINDS:
         raise PrepareError(f"--quantization {kind}: one of {', '.join(KINDS)}")
     target = prepared(models, name, kind)
-    kept = target / "base.json"
     local = Path(name) if Path(name).is_dir() else None
-    if kept.exists():
-        made_of = json.loads(kept.read_text())["fingerprint"]
-        if not local or made_of == fingerprint(local, kind):
-            return target
+    base = is_prepared(target)
+    if base and (not local or base["fingerprint"] == fingerprint(local, kind)):
+        return target
     source = model_folder(cache, name, token)
     models.mkdir(parents=True, exist_ok=True)
+    _remove_what_was_killed(models, f".{target.name}-")
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=models))
     part.chmod(0o755)
+    held = _lock(part)
     try:
         _convert(source, part, name, kind)
+        (target / "base.json").unlink(missing_ok=True)  # an old one goes as a whole
         shutil.rmtree(target, ignore_errors=True)
         part.replace(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        if held is not None:
+            os.close(held)
     return target
+
+
+def _remove_what_was_killed(models: Path, prefix: str) -> None:
+    """Gigabytes that a killed preparation left; not those of one that is at work."""
+    for part in models.iterdir():
+        if part.name.startswith(prefix) and (held := _lock(part)) is not None:
+            shutil.rmtree(part, ignore_errors=True)
+            os.close(held)
+
+
+def _lock(folder: Path) -> int | None:
+    """A handle that keeps the folder until it is closed; None: another process has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def _convert(source: Path, target: Path, name: str, kind: str) -> None:
@@ -73,7 +97,8 @@ def _convert(source: Path, target: Path, name: str, kind: str) -> None:
     )
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source).save_pretrained(target)
-    for path in target.iterdir():
+    files = sorted(p for p in target.rglob("*") if p.is_file())
+    for path in files:
         path.chmod(0o644)  # SuperNodes may run as another user
     base = {
         "name": name,
@@ -86,19 +111,23 @@ def _convert(source: Path, target: Path, name: str, kind: str) -> None:
             for n, m in model.named_modules()
             if isinstance(m, torch.nn.Linear)
         },
-        "files": {p.name: p.stat().st_size for p in sorted(target.iterdir())},
+        "files": {p.relative_to(target).as_posix(): p.stat().st_size for p in files},
+        "sha256": {p.relative_to(target).as_posix(): _sha256(p).hex() for p in files},
     }
     (target / "base.json").write_text(json.dumps(base, indent=2) + "\n")
 
 
 def fingerprint(source: Path, kind: str) -> str:
-    """16 hex digits of the source's weights, config and tokenizer, and of the quantisation."""
+    """16 hex digits of the quantisation and of all that the source's results depend on.
+
+    Weights and every setting that Transformers reads: of model, tokenizer, generation and chat.
+    """
     digest = hashlib.sha256(kind.encode())
-    settings = ("config.json", "tokenizer.json", "tokenizer.model")
-    for path in sorted(source.iterdir()):
-        if path.suffix != ".safetensors" and path.name not in settings:
-            continue
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for path in sorted(p for p in source.iterdir() if p.suffix in PARTS and p.is_file()):
+        digest.update(path.name.encode() + _sha256(path))
     return digest.hexdigest()[:16]
+
+
+def _sha256(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from app import client_app, training
+from app import client_app, training, verified
 from app.adapter import Layout, Vector, initial_adapter
 from app.base_model import find
 from app.codec import encode
@@ -22,6 +23,7 @@ from app.device import Gpu
 from app.partition import SiteError
 from app.preflight import Sites
 from app.strategy import Strategy
+from supernode.verify import verify
 from tests.samples import ROWS, run_config, write_jsonl
 from tests.stand_in_grid import Node, StandInGrid
 
@@ -37,10 +39,12 @@ def site(tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> P
     for name, value in (
         ("SITE_DIR", folder),
         ("MODELS_DIR", models_dir),
+        ("MODELS_VERIFIED", tmp_path / "verified.json"),
         ("DEVICE", "cpu"),
         ("LOCK_DIR", tmp_path),
     ):
         monkeypatch.setenv(name, str(value))
+    verify(models_dir, tmp_path / "verified.json", {})
     return folder
 
 
@@ -250,6 +254,31 @@ def test_a_damaged_download_is_an_error_without_a_word_of_the_data(
     with pytest.raises(SiteError, match="PayloadError"):
         node(config)(message(payload[:-1], s.layout.hash))
     assert "_received" in site_log.text
+
+
+def test_the_preflight_says_which_file_of_the_base_model_is_another(
+    site: Path, models_dir: Path, base: dict[str, Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    models = Path(shutil.copytree(models_dir, tmp_path / "models"))
+    config = run_config(**base)
+    folder = find(models, config.model_name, 0).folder
+    content = bytearray((folder / "generation_config.json").read_bytes())
+    content[-5] ^= 1
+    (folder / "generation_config.json").write_bytes(content)
+    monkeypatch.setenv("MODELS_DIR", str(models))
+    verify(models, tmp_path / "verified.json", {})
+    said = str(asked(config)["error"])
+    assert f"base model {config.model_name}: generation_config.json is not what" in said
+    monkeypatch.setenv("MODELS_DIR", str(models_dir))
+    verify(models_dir, tmp_path / "verified.json", {})
+    assert asked(config)["num-holdout"] == 2
+    s = strategy(models_dir, config)
+    (tmp_path / "verified.json").unlink()  # the SuperNode has not come to it
+    monkeypatch.setattr(verified, "WAIT_S", 0.0)
+    payload = encode("fp32", moved(s.layout, config), moved(s.layout, config))
+    with pytest.raises(SiteError, match="its files are still being read"):
+        node(config)(message(payload, s.layout.hash))
 
 
 MARKER = "patient Wilhelmina Zwetschge of ward 13"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,29 @@ def _new_run(setting: Setting, known: set[Path], rounds_done: int) -> Path:
     )
     (run,) = setting.runs() - known
     return run
+
+
+def test_a_flipped_bit_in_a_sites_base_model_stops_the_run_by_site_and_file(
+    setting: Setting, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    models = Path(shutil.copytree(setting.federation.models, tmp_path / "models"))
+    (weights,) = models.glob("*-nf4/model.safetensors")
+    with weights.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    setting.federation.stop_node(1)
+    setting.federation.start_node(1, MODELS_DIR=str(models))
+    assert setting.submit() == 1
+    said = capfd.readouterr().out
+    assert "site-01: base model" in said
+    assert "model.safetensors is not what supernode.prepare wrote" in said
+    log = (setting.federation.work / "logs" / "site-01.log").read_text()
+    assert "supernode: ERROR: base model" in log
+    setting.federation.stop_node(1)
+    setting.federation.start_node(1)
+    assert setting.submit() == 0
 
 
 def test_a_site_refuses_an_app_that_is_not_its_own(

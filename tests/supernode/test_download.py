@@ -136,7 +136,10 @@ def test_a_model_that_is_prepared_needs_no_hub(tmp_path: Path) -> None:
     there = {"MODELS_DIR": str(tmp_path / "models"), "QUANTIZATION": "nf4"}
     there |= {"DATA_SOURCE": "bundled"}
     assert download(tmp_path / "cache", "http://127.0.0.1:9", **there).returncode == 1
-    (tmp_path / "models" / "somebody--model-nf4" / "base.json").touch()  # written last
+    kept = tmp_path / "models" / "somebody--model-nf4" / "base.json"  # written last
+    kept.write_text("{}")  # by an older version: it has to be prepared anew
+    assert download(tmp_path / "cache", "http://127.0.0.1:9", **there).returncode == 1
+    kept.write_text('{"sha256": {}}')
     assert download(tmp_path / "cache", "http://127.0.0.1:9", **there).returncode == 0
 
 

@@ -1,8 +1,11 @@
 """The prepared base model: what is in it, that it loads, and that damage is noticed."""
 
+import hashlib
 import json
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from app.adapter import Layout, initial_adapter
 from app.base_model import find, load_with_lora
 from app.partition import SiteError
+from eval.model import _fingerprints
 from supernode.download import PrepareError
-from supernode.quantise import prepare_model
+from supernode.quantise import fingerprint, prepare_model
 from tests.samples import ROWS, run_config
 from tests.tiny_model import HIDDEN, VOCABULARY
 
@@ -34,6 +38,8 @@ def test_base_json_describes_the_model_and_its_files(
     assert (base["name"], base["kind"], base["bits"]) == (str(tiny_model), kind, bits)
     files = {p.name: p.stat().st_size for p in folder.iterdir() if p.name != "base.json"}
     assert base["files"] == files
+    for name in files:
+        assert base["sha256"][name] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
     assert {"model.safetensors", "tokenizer.json", "config.json"} <= set(files)
     linear = base["linear_layers"]
     assert linear["model.layers.0.self_attn.q_proj"] == [HIDDEN, HIDDEN]
@@ -127,19 +133,47 @@ def test_one_changed_weight_changes_the_fingerprint(
     )
 
 
-@pytest.mark.parametrize("file", ["tokenizer.json", "config.json"])
-def test_another_tokenizer_or_config_changes_the_fingerprint(
-    models_dir: Path, tiny_model: Path, tmp_path: Path, file: str
+# Each can change a result: the tokens, what they stand for, or how the model computes.
+SETTINGS = [
+    "added_tokens.json", "chat_template.jinja", "config.json", "generation_config.json",
+    "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "vocab.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", SETTINGS)
+def test_another_tokenizer_or_setting_changes_the_fingerprint(
+    tiny_model: Path, tmp_path: Path, file: str
 ) -> None:
     other = shutil.copytree(tiny_model, tmp_path / "other")
-    content = json.loads((other / file).read_text())
-    content["added-by-this-test" if file == "config.json" else "version"] = "1.0"
-    (other / file).write_text(json.dumps(content))
-    prepare(tmp_path / "models", other, "none")
-    assert (
-        find(tmp_path / "models", str(other), 0).fingerprint
-        != find(models_dir, str(tiny_model), 0).fingerprint
-    )
+    with (other / file).open("ab") as changed:
+        changed.write(b" ")
+    assert fingerprint(other, "none") != fingerprint(tiny_model, "none")
+    assert _fingerprints(other)["none"] == fingerprint(other, "none")  # the evaluation's
+
+
+def test_what_is_no_part_of_a_model_changes_no_fingerprint(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    (other / "README.md").write_text("about it")
+    (other / "complete").touch()
+    (other / "original").mkdir()
+    (other / "original" / "params.json").write_text("{}")
+    (other / ".gitattributes").write_text("")
+    assert fingerprint(other, "nf4") == fingerprint(tiny_model, "nf4")
+
+
+def test_a_model_that_an_older_version_prepared_is_prepared_again(
+    models_dir: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    models = shutil.copytree(models_dir, tmp_path / "models")
+    file = prepare(models, tiny_model, "none") / "base.json"
+    facts = json.loads(file.read_text())
+    sums = facts.pop("sha256")
+    file.write_text(json.dumps(facts))
+    prepare(models, tiny_model, "none")
+    assert json.loads(file.read_text())["sha256"].keys() == sums.keys()
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
@@ -190,6 +224,29 @@ def test_a_failed_conversion_leaves_nothing_behind(tiny_model: Path, tmp_path: P
     with pytest.raises(Exception, match=r"\w"):
         prepare(tmp_path / "models", broken, "none")
     assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_what_a_killed_preparation_left_is_removed_but_not_what_another_is_at(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    target = prepare(tmp_path / "models", tiny_model, "none")
+    (target / "base.json").unlink()
+    killed, at_work = (target.with_name(f".{target.name}-{name}") for name in ("abc", "def"))
+    for folder in (killed, at_work):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    code = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); "
+    code += "print('locked', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(at_work)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        assert other.stdout.readline() == b"locked\n"
+        prepare(tmp_path / "models", tiny_model, "none")
+        assert {p.name for p in (tmp_path / "models").iterdir()} == {target.name, at_work.name}
+        other.kill()
+    (target / "base.json").unlink()
+    prepare(tmp_path / "models", tiny_model, "none")
+    assert [p.name for p in (tmp_path / "models").iterdir()] == [target.name]
 
 
 def test_an_unknown_kind_is_refused_naming_those_that_exist(

@@ -1,0 +1,116 @@
+"""Are the prepared base models what ``supernode.prepare`` wrote? Seen from their SHA-256.
+
+Sizes do not show a flipped bit, and 6 GB take too long for a preflight. So a thread of the
+SuperNode's entrypoint reads every file once when the SuperNode starts, and again when one has
+changed; the ClientApp reads the outcome from the file that MODELS_VERIFIED names:
+{folder: {"files": {name: [bytes, mtime in ns, inode]}, "wrong": {name: its SHA-256, or why not}}}
+"""
+
+import atexit
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+LOOK_AGAIN_S = 5.0
+LOWEST_PRIORITY = 19
+
+
+def start(models: Path) -> Path:
+    """Begin to verify, now and at every change; returns the file with the outcome."""
+    folder = Path(tempfile.mkdtemp(prefix="supernode-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    outcome = folder / "models-verified.json"
+    threading.Thread(target=_keep_verified, args=(models, outcome), daemon=True).start()
+    return outcome
+
+
+def _keep_verified(models: Path, outcome: Path) -> None:
+    # On Linux a thread has a priority of its own: starting the SuperNode comes first.
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+    known: dict[str, Any] = {}
+    while True:
+        try:
+            verify(models, outcome, known)
+        except OSError as err:
+            print(f"supernode: ERROR: base models not verified: {err}", file=sys.stderr, flush=True)
+            time.sleep(60)
+        time.sleep(LOOK_AGAIN_S)
+
+
+def verify(models: Path, outcome: Path, known: dict[str, Any]) -> None:
+    """Verify each model that is new or changed since ``known``; the newest first.
+
+    ``known`` is the outcome so far, and is kept up to date together with its file.
+    """
+    found = sorted(models.glob("*/base.json"), key=_mtime, reverse=True)
+    for path in found:
+        folder = path.parent
+        try:
+            base = json.loads(path.read_text())
+            expected = dict(base["sha256"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # the ClientApp says what is wrong with it
+        files = {name: stamp(folder / name) for name in ("base.json", *expected)}
+        if known.get(folder.name, {}).get("files") == files:
+            continue
+        started = time.monotonic()
+        found_sums = {name: _sha256(folder / name) for name in expected}
+        wrong = {n: found for n, found in found_sums.items() if found != expected[n]}
+        known[folder.name] = {"files": files, "wrong": wrong}
+        _write(outcome, known)
+        _tell(folder, base, wrong, sum(f[0] for f in files.values() if f), started)
+
+
+def _tell(
+    folder: Path, base: dict[str, Any], wrong: dict[str, str], size: int, started: float
+) -> None:
+    if wrong:
+        print(
+            f"supernode: ERROR: base model {base['name']}: {', '.join(wrong)} in {folder} is not "
+            "what supernode.prepare wrote",
+            file=sys.stderr,
+            flush=True,
+        )
+    else:
+        took_s = time.monotonic() - started
+        print(
+            f"supernode: base model {base['name']} is what supernode.prepare wrote "
+            f"({size / 1e6:.0f} MB read in {took_s:.0f} s)",
+            flush=True,
+        )
+
+
+def stamp(path: Path) -> list[int] | None:
+    """Bytes, time of the last change in ns, and inode: another file has others. None: no file."""
+    try:
+        there = path.stat()
+    except OSError:
+        return None
+    return [there.st_size, there.st_mtime_ns, there.st_ino]
+
+
+def _mtime(path: Path) -> int:
+    return (stamp(path) or [0, 0, 0])[1]
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as err:
+        return err.strerror or type(err).__name__
+
+
+def _write(outcome: Path, known: dict[str, Any]) -> None:
+    part = outcome.with_suffix(".part")
+    part.write_text(json.dumps(known))
+    part.replace(outcome)
