@@ -199,7 +199,7 @@ def test_a_site_refuses_an_app_that_is_not_its_own(
         subprocess.run(["cp", "-r", str(REPOSITORY / name), str(tmp_path)], check=True)
     with (tmp_path / "app" / "prompts.py").open("a") as file:
         file.write("\n# changed\n")
-    overrides = [*setting.overrides, "strategy.node-timeout-s=40"]
+    overrides = [*setting.overrides, "strategy.node-timeout-s=200"]
     # A run of the same config that is going on is not its own.
     known, ended = setting.runs(), list[int]()
     own = threading.Thread(
