@@ -843,7 +843,7 @@ def test_sites_of_30_times_the_steps_of_others_all_take_part_in_every_round(grow
         assert line["rejected"] == {}, server_round
 
 
-def test_steps_that_a_site_claims_make_room_for_four_times_the_length_and_no_more() -> None:
+def test_steps_that_a_site_claims_make_room_for_eight_times_the_length_and_no_more() -> None:
     s = of_the_reference(max_steps=-1, num_train_epochs=1, batch_size=2)
     s.sites.num_examples.update(dict.fromkeys(s.sites.num_examples, 10**9 - 1))
     adapter = initial_adapter(s.layout, 1)
