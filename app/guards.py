@@ -23,6 +23,8 @@ TRAIN_METRICS = (
     "num-examples", "train-loss", "num-tokens", "steps", "load-s", "train-s", "peak-memory-mb",
 )  # fmt: skip
 _LARGEST = 1e15  # that a metric can be; sums of them are still exact
+# Nats a token. A model that knows nothing has the logarithm of its vocabulary: 12 at most.
+MOST_LOSS = 100.0
 # The expected length falls with the learning rate down to this part of an earlier one's: int4 with
 # error feedback may send a tenth of an earlier round's change late.
 _LEAST_PART = 1 / 50
@@ -120,6 +122,8 @@ def _impossible(numbers: dict[str, float], config: RunConfig, most_examples: int
     examples, steps = numbers["num-examples"], numbers["steps"]
     if np.isnan(list(numbers.values())).any() or examples < 1 or steps < 1:
         return f"metrics {numbers}"
+    if numbers["train-loss"] > MOST_LOSS:
+        return f"a loss of {numbers['train-loss']:.3g} a token"
     if examples > most_examples:
         return f"{examples:.0f} examples, but it has {most_examples}"
     if steps > config.steps(int(examples)):
