@@ -23,11 +23,13 @@ TRAIN_METRICS = (
     "num-examples", "train-loss", "num-tokens", "steps", "load-s", "train-s", "peak-memory-mb",
 )  # fmt: skip
 _LARGEST = 1e15  # that a metric can be; sums of them are still exact
+# Nats a token. A model that knows nothing has the logarithm of its vocabulary: 12 at most.
+MOST_LOSS = 100.0
 # The expected length falls with the learning rate down to this part of an earlier one's: int4 with
 # error feedback may send a tenth of an earlier round's change late.
 _LEAST_PART = 1 / 50
-# What a site claims to have done counts for so many times the steps of another, no more.
-_MOST_STEPS = 16
+# Steps that a site says it took make room for a change so many times as long, no more.
+_MOST_STEPS = 8
 
 
 @dataclass
@@ -120,6 +122,8 @@ def _impossible(numbers: dict[str, float], config: RunConfig, most_examples: int
     examples, steps = numbers["num-examples"], numbers["steps"]
     if np.isnan(list(numbers.values())).any() or examples < 1 or steps < 1:
         return f"metrics {numbers}"
+    if numbers["train-loss"] > MOST_LOSS:
+        return f"a loss of {numbers['train-loss']:.3g} a token"
     if examples > most_examples:
         return f"{examples:.0f} examples, but it has {most_examples}"
     if steps > config.steps(int(examples)):
@@ -154,15 +158,16 @@ def _too_long(
 def _expected(change: Change, other: Change, config: RunConfig) -> float:
     """How long ``change`` would be if it came about as ``other`` did.
 
-    Adam's steps are as long as the learning rate, whatever the gradient. So many steps lead at
-    least as far as their root, going to and fro, and at most as far as their number; the root is
-    the narrower. Noise and clipping, though, make a length that knows of neither.
+    The steps of Adam are as long as the learning rate, whatever the gradient. More steps lead as
+    much further at most, and fewer still as far as the root of their number, going to and fro.
+    Noise and clipping, though, make a length that knows of neither.
     """
     if config.noise_multiplier or 0 < config.clip_norm <= 1.1 * other.norm:
         return other.norm
     lr = change.learning_rate / other.learning_rate if other.learning_rate else 1.0
-    steps = min(change.steps / other.steps, _MOST_STEPS)
-    return other.norm * max(lr, _LEAST_PART) * math.sqrt(steps)
+    steps = change.steps / other.steps
+    further = min(steps, _MOST_STEPS) if steps > 1 else math.sqrt(steps)
+    return other.norm * max(lr, _LEAST_PART) * further
 
 
 def number(reply: RecordDict, key: str) -> float:

@@ -13,12 +13,10 @@ import numpy as np
 from flwr.app import RecordDict
 
 from app.config import RunConfig
-from app.guards import number
+from app.guards import MOST_LOSS, number
 
 # What a reply to an evaluation must hold.
 EVAL_METRICS = ("num-tokens", "loss-sum", "num-correct")
-# Nats a token. A model that knows nothing has the logarithm of its vocabulary: 12 at most.
-_MOST_LOSS = 100.0
 
 
 def believable(
@@ -51,7 +49,7 @@ def believable(
             rejected[partition_id] = (
                 f"{tokens:.0f} answer tokens, {known} when it was evaluated first in this run"
             )
-        elif loss_sum > _MOST_LOSS * tokens:
+        elif loss_sum > MOST_LOSS * tokens:
             rejected[partition_id] = f"a loss of {loss_sum / tokens:.3g} a token"
         else:
             figures[partition_id] = numbers

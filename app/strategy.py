@@ -170,6 +170,7 @@ class Strategy:
             "learning_rate": config.learning_rate(server_round),
             "partitions": list(updates),
             "train_loss": float(np.average(column("train-loss"), weights=shares)),
+            "train_site_losses": column("train-loss"),
             "num_examples": num_examples,
             "shares": shares.tolist(),
             "alphas": [float(a) for a in alphas],

@@ -92,6 +92,7 @@ def test_an_unknown_key_is_refused_and_a_known_one_is_suggested(key: str, hint: 
         ("proximal_mu", [0.0, 0, 1, 1e9], [-1e-9, -1]),
         ("min_replies", [1], [0]),
         ("max_retries", [0, 1, 100], [-1]),
+        ("max_share", [1e-9, 0.5, 1.0, 1], [0.0, 0, 1.001]),
         ("max_norm_ratio", [1e-9, 1, 1e9], [0.0, 0, -1.0]),
         ("max_update_norm", [1e-9, 1, 1e9], [0.0, 0, -1.0]),
         ("codec", list(CODECS), ["codec", "fp16", "INT4", "int4 "]),
@@ -148,7 +149,9 @@ def test_the_strategy_and_transfer_keys_have_these_names_and_defaults() -> None:
         "strategy.name": "fedavgopt",
         "strategy.solver": "nelder-mead",
         "strategy.proximal-mu": 0.01,
+        "strategy.min-replies": 2,
         "strategy.max-retries": 2,
+        "strategy.max-share": 0.5,
         "strategy.max-norm-ratio": 10.0,
         "strategy.max-update-norm": 100.0,
         "communication.codec": "fp32",
@@ -182,6 +185,22 @@ def test_the_efficient_profile_changes_the_codec_alone() -> None:
     assert config == run_config(codec="int4")
     assert config.down == config.up == "int4"
     assert config.error_feedback
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "steps"),
+    [
+        (1000, {"max_steps": 10}, 10),
+        (1, {"max_steps": 10}, 10),
+        (1000, {"num_train_epochs": 2}, 126),  # 63 batches of 16
+        (1000, {"num_train_epochs": 2, "gradient_accumulation_steps": 4}, 32),
+        (1000, {"num_train_epochs": 0.5}, 32),
+        (1, {"num_train_epochs": 1, "gradient_accumulation_steps": 4}, 1),
+    ],
+)
+def test_steps_are_those_that_a_site_takes(rows: int, changes: dict[str, Any], steps: int) -> None:
+    """tests/app/test_training.py compares with Transformers."""
+    assert run_config(**{"max_steps": -1, "batch_size": 16, **changes}).steps(rows) == steps
 
 
 def test_a_config_cannot_be_changed() -> None:
@@ -226,6 +245,20 @@ def test_whatever_a_user_types_there_is_a_config_or_a_config_error(key: str, val
     except ConfigError:
         return
     assert config.flat()[key] == value
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.name)
+def test_no_profile_takes_the_adapter_of_a_single_site_for_a_round(profile: Path) -> None:
+    changes = flatten(tomllib.loads(profile.read_text(encoding="utf-8")))
+    assert RunConfig.from_flat(flat_config() | changes).min_replies >= 2
+
+
+def test_a_federation_of_one_site_is_refused_in_a_line_that_names_both_keys() -> None:
+    with pytest.raises(ConfigError, match=r"min-train-nodes = 2 is above strategy\.min-nodes = 1"):
+        run_config(min_nodes=1)
+    with pytest.raises(ConfigError, match=r"min-replies = 2 is above strategy\.min-nodes = 1"):
+        run_config(min_nodes=1, min_train_nodes=1)
+    assert run_config(min_nodes=1, min_train_nodes=1, min_replies=1).min_replies == 1
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.name)

@@ -260,6 +260,7 @@ def test_a_round_aggregates_the_replies_whatever_their_order(reverse: bool) -> N
     assert line["partitions"] == [0, 1, 2]
     assert line["alphas"] == alphas.tolist()
     assert line["num_examples"] == [10, 20, 30]
+    assert line["train_site_losses"] == [1, 2, 3]
     assert line["num_tokens"] == [4000, 4001, 4002]
     assert line["train_loss"] == pytest.approx((10 * 1 + 20 * 2 + 30 * 3) / 60)
     assert line["bytes_down"] == line["bytes_up"] == 3 * 4 * s.layout.size
@@ -418,6 +419,7 @@ BAD: dict[str, Reply] = {
     "loss is not a number": with_metric("train-loss", math.nan),
     "a loss that adds up to infinity": with_metric("train-loss", 1e308),
     "a loss below zero": with_metric("train-loss", -1.0),
+    "a loss that no model has": with_metric("train-loss", 101.0),
     "tokens without end": with_metric("num-tokens", 1e308),
     "steps backwards": with_metric("steps", -3),
     "more steps than its rows make": with_metric("steps", 11),
@@ -571,6 +573,16 @@ def test_a_site_that_fails_or_is_late_is_left_out_with_its_reason(bad: Node, why
     assert why in line["rejected"]["site-01"]
     assert line["bytes_down"] == 3 * 4 * s.layout.size
     assert line["bytes_up"] == 2 * 4 * s.layout.size
+
+
+def test_a_site_whose_key_is_rotated_in_the_middle_of_a_run_keeps_its_name() -> None:
+    s = strategy([0, 1, 2], {p: node(p) for p in range(3)}, **ALL)
+    adapter, _ = s.train_round(1, initial_adapter(s.layout, 1))
+    assert isinstance(s.grid, StandInGrid)
+    s.grid.revoked = {s.sites.node_of[1]}
+    _, line = s.train_round(2, adapter)
+    assert line["partitions"] == [0, 2]
+    assert line["rejected"] == {"site-01": REFUSED}
 
 
 def test_fewer_usable_replies_than_wanted_end_the_run_naming_everyone_who_failed() -> None:
@@ -895,7 +907,7 @@ def test_sites_of_30_times_the_steps_of_others_all_take_part_in_every_round(grow
         assert line["rejected"] == {}, server_round
 
 
-def test_steps_that_a_site_claims_make_room_for_four_times_the_length_and_no_more() -> None:
+def test_steps_that_a_site_claims_make_room_for_eight_times_the_length_and_no_more() -> None:
     s = of_the_reference(max_steps=-1, num_train_epochs=1, batch_size=2)
     s.sites.num_examples.update(dict.fromkeys(s.sites.num_examples, 10**9 - 1))
     adapter = initial_adapter(s.layout, 1)

@@ -18,6 +18,7 @@ from app.adapter import Layout, Vector, initial_adapter
 from app.base_model import find, get_adapter, load_with_lora, set_adapter
 from app.config import RunConfig
 from app.examples import IGNORED, Example, collate, encode_all
+from app.guards import Change, _expected
 from app.partition import Row
 from app.training import Trained, _AnswersOnly, _Proximal, answer_logits, evaluate, train
 from supernode.quantise import prepare_model
@@ -138,7 +139,14 @@ def test_gradient_checkpointing_changes_memory_not_results(
 
 @pytest.mark.parametrize(
     ("max_steps", "epochs", "accumulation", "steps"),
-    [(2, 5.0, 1, 2), (12, 1.0, 1, 12), (-1, 1.0, 1, 8), (-1, 2.0, 1, 16), (-1, 1.0, 2, 4)],
+    [
+        (2, 5.0, 1, 2),
+        (12, 1.0, 1, 12),
+        (-1, 1.0, 1, 8),
+        (-1, 2.0, 1, 16),
+        (-1, 1.0, 2, 4),
+        (-1, 0.5, 3, 2),
+    ],
 )
 def test_max_steps_overrides_the_epochs_unless_it_is_minus_one(
     models_dir: Path, tiny_model: Path, max_steps: int, epochs: float, accumulation: int, steps: int
@@ -151,7 +159,8 @@ def test_max_steps_overrides_the_epochs_unless_it_is_minus_one(
         gradient_accumulation_steps=accumulation,
     )
     assert len(s.examples) == 30  # 8 batches of up to 4
-    assert s.train().steps == steps
+    # The server refuses a site that says it took more.
+    assert s.train().steps == steps == s.config.steps(len(s.examples))
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -183,6 +192,24 @@ def test_the_learning_rate_is_constant_over_the_steps(models_dir: Path, tiny_mod
     s.train(lr=1e-4)
     b = np.concatenate([a.ravel() for n, a in s.layout.split(s.adapter).items() if "_B" in n])
     assert np.abs(b).max() == pytest.approx(4e-4, rel=0.05)
+
+
+def test_a_changes_length_goes_with_learning_rate_and_steps_as_the_guard_expects(
+    models_dir: Path, tiny_model: Path
+) -> None:
+    """Over the reference's range of rates, and from 2 steps to 60."""
+
+    def change(lr: float, steps: int) -> Change:
+        s = site(models_dir, tiny_model, max_steps=steps)
+        start = s.adapter
+        s.train(lr=lr)
+        return Change(float(np.linalg.norm(s.adapter - start)), lr, steps)
+
+    usual, config = change(4.88e-5, 10), run_config()
+    assert change(1e-6, 10).norm == pytest.approx(usual.norm / 48.8, rel=0.3)
+    for steps in (2, 60):
+        other = change(1e-5, steps)
+        assert 1 / 3 < other.norm / _expected(other, usual, config) < 3
 
 
 def test_a_loss_that_is_not_finite_is_an_error(models_dir: Path, tiny_model: Path) -> None:

@@ -140,6 +140,19 @@ def test_a_serverapp_has_results_and_a_secret_and_no_network_but_the_superlinks(
     assert set(gpu["serverapp"]["networks"]) == {"runtime"}
 
 
+def test_register_alone_writes_who_is_who_and_only_the_serverapps_container_reads_it(
+    gpu: dict[str, Any],
+) -> None:
+    mounts = {
+        name: (mount["target"], mount.get("read_only", False))
+        for name, service in gpu.items()
+        for mount in service.get("volumes", ())
+        if mount["source"] == "sites"
+    }
+    assert mounts == {"register": ("/sites", False), "superlink": ("/sites", True)}
+    assert all(gpu[name]["environment"]["SITES_DIR"] == "/sites" for name in mounts)
+
+
 def test_no_supernode_starts_before_its_key_is_registered_and_its_data_prepared(
     gpu: dict[str, Any],
 ) -> None:

@@ -333,6 +333,24 @@ def test_traffic_is_what_the_run_counted_cut_off_rounds_as_well() -> None:
     assert [rows[f"peft_{r}"][-1] for r in (1, 2)] == ["301.00", "302.00"]
 
 
+def test_the_held_out_curve_is_the_sites_median_and_the_mean_only_where_a_run_has_no_median() -> (
+    None
+):
+    def drawn(lines: list[dict[str, Any]]) -> str:
+        found = re.search("<b>Loss</b>.*?</svg>", page(report(1, rounds=lines)), re.DOTALL)
+        assert found
+        return found.group()
+
+    with_median = [
+        {**r, "eval_loss": 99.0, "eval_loss_before": 99.0}
+        | {"eval_loss_median": r["eval_loss"], "eval_loss_median_before": r["eval_loss_before"]}
+        for r in rounds(3)
+    ]
+    assert drawn(with_median) == drawn(rounds(3))
+    without_evaluation = [{"round": r["round"], "train_loss": r["train_loss"]} for r in rounds(3)]
+    assert drawn(without_evaluation) != drawn(rounds(3))
+
+
 def test_traffic_counts_the_held_out_evaluation() -> None:
     lines = [line | {"eval_bytes_down": ADAPTER_BYTES} for line in rounds(1)]
     assert Read(page(report(1, rounds=lines))).rows["peft_1"][-1] == "260.00"

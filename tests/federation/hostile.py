@@ -1,7 +1,8 @@
 """A compromised hospital: a SuperNode whose ClientApp runs altered code.
 
 Python imports ``sitecustomize`` at its start; that of a hostile site waits for the app's module
-that makes an upload and changes what it returns. All else at the site is real.
+that answers messages and changes what an upload or the answer to the preflight holds. All else at
+the site is real.
 """
 
 from pathlib import Path
@@ -19,17 +20,24 @@ class Hostile(MetaPathFinder):
         run = spec.loader.exec_module
         def exec_module(module):
             run(module)
+            import json
             import numpy as np
             honest = module._to_send
             def hostile(trained, received, layout, config, *rest):
                 {change}
             module._to_send = hostile
+            record = module.ConfigRecord
+            def claimed(facts):
+                {claim}
+                return record(facts)
+            module.ConfigRecord = claimed
         spec.loader.exec_module = exec_module
         return spec
 
 sys.meta_path.insert(0, Hostile())
 """
 _SEND = "return honest({}, received, layout, config, *rest)"
+# What an upload becomes.
 CHANGES = {
     "nan": "return np.full(trained.size, np.nan, '<f4').tobytes()",
     "huge": _SEND.format("received + np.float32(1e6) * (trained - received)"),
@@ -54,10 +62,19 @@ _HANGS = """import pathlib, signal, time
                         {}
                 """ + _SEND.format("trained")
 CHANGES |= {"hangs asleep": _HANGS.format("time.sleep(9)"), "hangs busy": _HANGS.format("pass")}
+# What the facts of a preflight become.
+CLAIMS = {
+    "another site": "facts['partition-id'] = 3",
+    "another site that is there": "facts['partition-id'] = 0",
+    "other weights": "facts['fingerprint'] = '\\x1b[2J\\x1b[31mbbbb\\x07' + 'b' * 10**5",
+    "50 MB of versions": "facts['versions'] = json.dumps({'python': 'x' * 50_000_000})",
+}
 
 
-def hostile(folder: Path, change: str) -> dict[str, str]:
-    """The settings that make a site's SuperNode send that change; writes into ``folder``."""
+def hostile(folder: Path, kind: str) -> dict[str, str]:
+    """The settings that make a site's SuperNode send that change, or claim that; in ``folder``."""
+    change = CHANGES.get(kind, _SEND.format("trained"))
+    code = _CODE.replace("{change}", change).replace("{claim}", CLAIMS.get(kind, "pass"))
     folder.mkdir(parents=True)
-    (folder / "sitecustomize.py").write_text(_CODE.replace("{change}", CHANGES[change]))
+    (folder / "sitecustomize.py").write_text(code)
     return {"PYTHONPATH": str(folder)}
