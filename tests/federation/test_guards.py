@@ -18,12 +18,12 @@ from tests.federation.hostile import hostile
 from tests.samples import ROWS
 
 pytestmark = pytest.mark.faults
-SITES, ROUNDS = 4, 2
-HOSTILE = {1: "nan", 2: "huge", 3: "other layout"}
+SITES, ROUNDS = 5, 2
+HOSTILE = {1: "nan", 2: "huge", 3: "other layout", 4: "too large"}
 
 
 class Infiltrated(LocalFederation):
-    """Three of the four sites send what they should not."""
+    """Four of the five sites send what they should not."""
 
     def start_node(self, number: int, **settings: str) -> None:
         if number in HOSTILE:
@@ -71,10 +71,13 @@ def test_a_run_completes_without_the_hostile_sites_and_says_why(
     for line in lines:
         print(line["rejected"])
         assert line["partitions"] == [0]
-        assert set(line["rejected"]) == {"site-01", "site-02", "site-03"}
+        assert set(line["rejected"]) == {"site-01", "site-02", "site-03", "site-04"}
         assert line["rejected"]["site-01"] == "adapter: values that are not finite"
         assert "update of norm" in line["rejected"]["site-02"]
         assert "bytes of fp32" in line["rejected"]["site-03"]
+        assert "unavailable" in line["rejected"]["site-04"].lower()  # it did not get in at all
+    log = (federation[0].work / "logs" / "superlink.log").read_text()
+    assert log.count("refused: an array of 2 pieces") == ROUNDS  # and its SuperNode went on
     for folder in rounds(run).values():
         arrays = load_file(folder / "adapter_model.safetensors").values()
         assert all(np.isfinite(a).all() and np.abs(a).max() < 10 for a in arrays)
