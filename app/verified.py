@@ -67,9 +67,10 @@ def _check_known(base: BaseModel) -> None:
 
 
 def _damaged(base: BaseModel, file: str, seen: str) -> SiteError:
+    found = seen[:12] if len(seen) == 64 else seen  # or why it cannot be read
     return SiteError(
         f"base model {base.name}: {file} is not what supernode.prepare wrote (sha256 "
-        f"{base.sha256[file][:12]} expected, {seen[:40]} found); "
+        f"{base.sha256[file][:12]} expected, {found} found); "
         f"delete {base.folder.name} and run supernode.prepare again"
     )
 
