@@ -19,6 +19,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from superlink.adapter_size import adapter_bytes
 from superlink.orders_first import orders_first
 from superlink.site_keys import fingerprint_of_pem
 
@@ -64,17 +65,9 @@ class Call:
         return rows
 
     def most_pieces(self, run_id: int) -> int:
-        """Pieces of the run's adapter in float32, than which no codec has more.
-
-        The ServerApp writes the adapter's size before it sends the first one; the answers of the
-        preflight have none.
-        """
-        try:
-            facts = json.loads((self.results / str(run_id) / "run.json").read_text())
-        except (OSError, ValueError):
-            return 0
-        size = int(facts.get("adapter_parameters", 0))
-        return ceil((4 * size + 128) / PIECE_BYTES) if size else 0  # 128: numpy's own header
+        """Pieces of the run's adapter; the answers of the preflight, before it, have none."""
+        size = adapter_bytes(self.results, run_id)
+        return ceil((size + 128) / PIECE_BYTES) if size else 0  # 128: numpy's own header
 
 
 def name_of(call: Call) -> str:

@@ -67,7 +67,8 @@ CLAIMS = {
     "another site": "facts['partition-id'] = 3",
     "another site that is there": "facts['partition-id'] = 0",
     "other weights": "facts['fingerprint'] = '\\x1b[2J\\x1b[31mbbbb\\x07' + 'b' * 10**5",
-    "50 MB of versions": "facts['versions'] = json.dumps({'python': 'x' * 50_000_000})",
+    # More than that does not pass the Fleet door.
+    "3 MB of versions": "facts['versions'] = json.dumps({'python': 'x' * 3_000_000})",
 }
 
 

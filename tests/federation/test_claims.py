@@ -23,7 +23,7 @@ LIARS = {
     4: "another site",  # the one that is offline
     5: "another site that is there",  # site-00
     6: "other weights",
-    7: "50 MB of versions",
+    7: "3 MB of versions",
 }
 HONEST = ["site-00", "site-01", "site-02"]
 

@@ -639,6 +639,27 @@ def test_killed_anywhere_a_command_is_completed_by_the_next_call(
     assert moments > (1 if command == revoked else 4)
 
 
+def test_a_reset_that_was_killed_anywhere_is_completed_by_another(tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    start.mkdir()
+    first(start)
+    old, ca = public_keys(start / "public"), ca_of(start)
+    copies = (shutil.copytree(start, tmp_path / str(n)) for n in itertools.count())
+    for federation in kills(superlink.provision.reset, copies):
+        try:
+            provision(federation, 2, ADDRESS, [])  # as `docker compose up` does
+        except ProvisionError as err:
+            assert "run superlink.provision reset" in str(err)
+        superlink.provision.reset(federation)
+        assert provision(federation, 2, ADDRESS, []) == []
+        handshake(federation, "superlink.example")
+        assert ca_of(federation) != ca
+        retired = public_keys(federation / "public" / "revoked").values()
+        assert not set(public_keys(federation / "public").values()) & {*retired, *old.values()}
+        assert set(old.values()) <= set(retired)
+        shutil.rmtree(federation)
+
+
 @pytest.mark.parametrize("command", ["rotate", "revoke"])
 def test_a_site_that_does_not_exist_is_one_error_line(
     tmp_path: Path,
