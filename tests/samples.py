@@ -63,7 +63,7 @@ def write_site_list(folder: Path, listed: Mapping[int, int]) -> Path:
 
     ``listed``: node id -> partition id.
     """
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     named = {str(node_id): site_name(p) for node_id, p in listed.items()}
     (folder / "sites.json").write_text(json.dumps(named))
     return folder

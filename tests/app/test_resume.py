@@ -57,7 +57,7 @@ def site(number: int, folder: Path, config: RunConfig) -> Node:
             facts: dict[str, Any] = {
                 "partition-id": number, "num-partitions": SITES, "num-examples": 10 + number,
                 "num-holdout": 2, "fingerprint": "aaaa", "device": "cpu", "versions": "{}",
-                "linear-layers": json.dumps(LINEAR),
+                "linear-layers": json.dumps(LINEAR), "turn": str(number),
             }  # fmt: skip
             return Message(RecordDict({"preflight": ConfigRecord(facts)}), reply_to=message)
         sent = message.content.array_records["adapter"]["payload"].numpy().tobytes()

@@ -7,14 +7,14 @@ from typing import Any
 from superlink.local import table
 
 LINE: dict[str, Any] = {
-    "round": 1, "partitions": [2, 13], "train_loss": 3.7, "bytes_down": 10**6, "bytes_up": 10**6,
+    "round": 1, "partitions": [2, 13], "train_loss": 3.7, "bytes_down": 2**20, "bytes_up": 2**20,
     "seconds": 71.4,
 }  # fmt: skip
 EVALUATED = {
     "eval_loss": 99.0, "eval_loss_before": 99.0, "eval_token_accuracy": 0.0,
     "eval_token_accuracy_before": 0.0, "eval_loss_median": 3.2, "eval_loss_median_before": 3.6,
     "eval_token_accuracy_median": 0.4, "eval_token_accuracy_median_before": 0.35,
-    "eval_bytes_down": 5 * 10**5,
+    "eval_bytes_down": 2**19,
 }  # fmt: skip
 
 
