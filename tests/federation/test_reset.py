@@ -24,7 +24,7 @@ def test_after_a_reset_no_old_key_certificate_or_registration_is_good_for_anythi
         register(scene.control, federation.public, federation.sites_dir)
         federation.start_node(0)
         scene.wait_until("site-00", "online")
-        old, half_new = scene.kit("old"), scene.kit("half-new", "site-01")
+        old, half_new = scene.kit("old", "site-00"), scene.kit("half-new", "site-01")
         scene.control.register(public_key_to_bytes(new_key().public_key()))  # an intruder's
 
         reset(federation.federation)

@@ -32,8 +32,10 @@ class Hanging(LocalFederation):
     def start_node(self, number: int, **settings: str) -> None:
         if number in HANGING:
             change, any_app = HANGING[number]
-            settings |= hostile(self.work / f"hanging-{number}", change)
-            settings |= {"ALLOW_APP_UPDATES": any_app}
+            folder = self.work / f"hanging-{number}"
+            settings |= hostile(folder, change)
+            # A host of its own: it keeps its device busy.
+            settings |= {"ALLOW_APP_UPDATES": any_app, "LOCK_DIR": str(folder)}
         super().start_node(number, **settings)
 
     def let_them_hang(self) -> None:
