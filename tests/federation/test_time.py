@@ -149,6 +149,6 @@ def test_a_resumed_run_waits_for_sites_that_are_at_work_for_the_run_before(
     resume = f'num-server-rounds=1 seed=7 strategy.node-timeout-s=15 resume="{run_id},0"'
     setting.submit(resume).join(timeout=300)
     assert setting.ended.pop() == 0
-    assert "2 nodes are silent, perhaps still at work for the run before" in capfd.readouterr().out
+    assert "2 sites are silent, perhaps still at work for the run before" in capfd.readouterr().out
     lines = (federation.results / "latest" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["partitions"] for line in lines] == [[0, 1, 2]]
