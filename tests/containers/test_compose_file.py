@@ -149,7 +149,7 @@ def test_register_alone_writes_who_is_who_and_only_the_serverapps_container_read
         for mount in service.get("volumes", ())
         if mount["source"] == "sites"
     }
-    assert mounts == {"register": ("/sites", False), "superlink": ("/sites", True)}
+    assert mounts == {"register": ("/sites", False), "serverapp": ("/sites", True)}
     assert all(gpu[name]["environment"]["SITES_DIR"] == "/sites" for name in mounts)
 
 
