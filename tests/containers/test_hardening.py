@@ -428,7 +428,9 @@ def test_a_clientapp_that_runs_out_of_memory_misses_the_round_and_no_more(
     assert few.compose("up", "-d", "serverapp", *NODES[:2]).returncode == 0
     few["supernode-01"].update(mem_limit="800m", memswap_limit="800m")
     run_config = "num-server-rounds=1 strategy.min-nodes=2 strategy.min-train-nodes=2 "
-    run_config += "strategy.fraction-evaluate=0.0 train.training-arguments.max-steps=1"
+    run_config += (
+        "strategy.min-replies=1 strategy.fraction-evaluate=0.0 train.training-arguments.max-steps=1"
+    )
     done = few.compose("run", "--rm", "-T", "submit", RUN_CONFIG=run_config)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     line = json.loads(few.shell("superlink", "cat /results/latest/metrics.jsonl"))
