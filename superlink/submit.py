@@ -95,7 +95,8 @@ def submit(app_dir: Path, overrides: list[str], control: Control, public: Path) 
     app = _app_sha256(app_dir)
     control.wait_until_up(config.node_timeout_s)
     before = _newest(control, app, flat)
-    if before and _for_good(before) and before.ended_s_ago < JUST_ENDED_S:
+    just_ended = before and _for_good(before) and before.ended_s_ago < JUST_ENDED_S
+    if before and just_ended and not config.resume:  # who names one, if only "0", wants a new run
         _say(f"run {before.run_id} of these settings has just ended: {before.state.details}")
         return 1
     if before and _cut_off(before.state) and not config.resume:
