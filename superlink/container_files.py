@@ -5,18 +5,18 @@ from pathlib import Path
 
 from superlink.certificates import write
 
-RUNTIME_SECRET = "runtime.secret"  # noqa: S105 (a file's name)
+_FILE = "runtime.secret"
 
 
 def runtime_secret(federation: Path, made: list[str], new: bool = False) -> None:
     """What the ServerApps' container shows the SuperLink, so that nobody else gets their work."""
-    own = federation / "superlink" / RUNTIME_SECRET
+    own = federation / "superlink" / _FILE
     new = new or not own.exists()
     secret = secrets.token_hex(32).encode() if new else own.read_bytes()
     if new:
         made.append("secret of the ServerApps")
     write(own, secret, 0o600)
-    write(federation / "serverapp" / RUNTIME_SECRET, secret, 0o640)  # another user of this group
+    write(federation / "serverapp" / _FILE, secret, 0o640)  # another user of this group
 
 
 def manifest_folder(federation: Path) -> None:

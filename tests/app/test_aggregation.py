@@ -281,7 +281,7 @@ def test_an_adapter_with_b_zero_changes_no_weight() -> None:
     st.lists(st.integers(1, 10**9 - 1), min_size=1, max_size=20),
     st.one_of(st.floats(0.01, 1), st.integers(1, 20).map(lambda k: 1 / k)),
 )
-def test_no_site_weighs_more_than_its_share_and_what_need_not_change_does_not(
+def test_no_site_has_more_than_its_share_and_what_need_not_change_does_not(
     counts: list[int], max_share: float
 ) -> None:
     weights = capped(counts, max_share)

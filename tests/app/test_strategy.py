@@ -960,7 +960,7 @@ def test_clipped_and_noisy_changes_are_as_long_in_round_10_as_in_round_1_and_tak
 
 @pytest.mark.parametrize("max_steps", [10, -1])
 @pytest.mark.parametrize("name", ["fedavg", "fedprox"])
-def test_a_site_that_claims_a_billion_rows_weighs_as_much_as_all_others_together_at_most(
+def test_a_site_that_claims_a_billion_rows_counts_as_much_as_all_others_together_at_most(
     name: str, max_steps: int
 ) -> None:
     config = run_config(**SITES, max_steps=max_steps)
