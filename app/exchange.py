@@ -8,6 +8,7 @@ answers, and what goes wrong with it is that site's failure alone.
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import TypeVar
 
 import httpx
@@ -50,7 +51,9 @@ def exchange(
     """
     share = Counter((turns or {}).get(key, key) for key in messages)
     lives_s = {key: timeout_s * share[(turns or {}).get(key, key)] for key in messages}
+    begun = time.monotonic()
     for key, message in messages.items():
+        message.metadata.created_at = datetime.now(UTC).timestamp()  # its life counts from now
         message.metadata.ttl = lives_s[key]
     started = time.monotonic()
     ids = list(grid.push_messages(list(messages.values())))
@@ -66,11 +69,10 @@ def exchange(
             if isinstance(reply, RecordDict):
                 contents[key] = reply
                 arrived(reply)
-            elif over:
+            elif over or (reply is not None and time.monotonic() >= begun + lives_s[key]):
                 late.add(key)
             elif reply is not None:
                 failed[key] = one_line(reply)
-        left -= contents.keys() | failed.keys()
         left -= contents.keys() | failed.keys() | late
         if not left:
             return contents, failed

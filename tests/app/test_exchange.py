@@ -1,6 +1,7 @@
 """Messages to sites and what comes back, whatever comes back."""
 
 import json
+import time
 from collections.abc import Iterable
 
 import httpx
@@ -109,8 +110,12 @@ def test_a_silent_site_is_waited_for_until_the_time_is_up_and_is_in_neither(cloc
 
 def test_a_message_lives_as_long_as_it_is_waited_for() -> None:
     grid = StandInGrid({1: says("fine"), 2: says("fine")})
-    exchange(grid, messages(1, 2), 33.0)
+    old = messages(1, 2)  # made long before they are sent
+    for message in old.values():
+        message.metadata.created_at -= 1000
+    exchange(grid, old, 33.0)
     assert [m.metadata.ttl for m in grid.sent] == [33.0, 33.0]
+    assert all(abs(time.time() - m.metadata.created_at) < 100 for m in grid.sent)
 
 
 def test_a_message_that_has_expired_is_asked_for_once_more_and_is_no_failure(clock: Clock) -> None:
@@ -127,6 +132,17 @@ def test_a_message_that_has_expired_is_asked_for_once_more_and_is_no_failure(clo
     contents, failed = exchange(Expiring({1: silent}), messages(1), 33.0)
     assert (contents, failed) == ({}, {})
     assert asked[-1] >= 33.0 > asked[-2]
+
+
+def test_a_message_that_expires_while_it_is_asked_for_is_no_failure(clock: Clock) -> None:
+    class Expiring(StandInGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            if clock.now >= 30.0:
+                clock.now = 33.1
+                (message,) = self.sent
+                yield Message(Error(code=3, reason="Message Unavailable"), reply_to=message)
+
+    assert exchange(Expiring({1: silent}), messages(1), 33.0) == ({}, {})
 
 
 def test_a_reply_is_told_when_it_comes_and_not_when_all_are_there(clock: Clock) -> None:
