@@ -94,6 +94,7 @@ def setting(
         str(REPOSITORY / "app/profiles/demo.toml"),
         f"model.name={json.dumps(str(tiny_model))} model.lora.peft-lora-r=4 train.seq-length=512",
         f"strategy.min-nodes={SITES} strategy.fraction-train=1.0 strategy.fraction-evaluate=0.0",
+        "strategy.min-replies=1",
         f"train.training-arguments.max-steps=2 strategy.round-timeout-s={ROUND_TIMEOUT_S}",
     ]
     with Hanging(work, models_dir, work / "results", SITES) as federation:
