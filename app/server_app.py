@@ -143,10 +143,8 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
         facts["bytes_sent"] = bytes_sent
         folder.write_run(facts)
 
-    origin = earlier.origin if earlier else facts["run_id"]
-    strategy = Strategy(
-        grid, config, sites, layout, origin, bytes_sent=facts["bytes_sent"], keep=keep
-    )
+    name = earlier.name(facts["run_id"]) if earlier else facts["run_id"]
+    strategy = Strategy(grid, config, sites, layout, name, facts["bytes_sent"], keep)
     if earlier:
         before = earlier.lines[-1]
         strategy.take_up(earlier.lines)

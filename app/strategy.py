@@ -40,7 +40,8 @@ class Strategy:
     """Samples, sends, collects and aggregates with seeds and deadlines of its own.
 
     Attributes:
-        run: names the run at the sites; of a resumed one, the run that it began as.
+        run: its id, which the sites keep its rests by; of a resumed one behind those of the runs
+            that it goes on from, oldest first, each with the last round of it: "11:2 12:3 13".
         bytes_sent: adapter bytes of this run so far, both ways, evaluation included; also those of
             rounds that failed or were cut off.
         keep: called with bytes_sent whenever it changes, so that a killed run's are not lost.
