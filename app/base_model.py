@@ -132,6 +132,7 @@ def load_with_lora(
         dtype=dtype,
         device_map={"": torch_device},
         attn_implementation="sdpa",
+        use_safetensors=True,
     )
     model.config.use_cache = False
     if base.bits:

@@ -322,7 +322,7 @@ def test_nothing_that_steers_a_terminal_is_passed_on(capfd: pytest.CaptureFixtur
         "\x1b]8;;http://a.example\x1b\\link\x1b]8;;\x1b\\\n"
         "\x1b[2J\x1b[1;1Hcleared\x1bc\x9b31m\n"
         "\x1bPdevice\x1b\\control\x08\x07\x00\n"
-        "turned \u202eround\u2028here\n"
+        "turned \u202eround\u2028here\u061c\n"
         "unfinished \x1b]0;\n"
         "Grüße, 10 µg – 医\n"
     )
