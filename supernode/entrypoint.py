@@ -28,6 +28,7 @@ from supernode.node_log import Joining, plain
 from supernode.pinned import ANY
 
 STOP_AFTER_S = 10
+SMI_TIMEOUT_S = 30.0  # a driver that hangs shows its GPUs in /dev; torch finds it in the preflight
 EX_TEMPFAIL = 75
 # A SuperNode that was killed counts as online for a minute, and its successor is refused.
 ACTIVATION_TIMEOUT_S, ACTIVATION_PAUSE_S = 75, 10
@@ -125,8 +126,10 @@ def set_gpu(env: dict[str, str]) -> None:
 def visible_gpus() -> int:
     """Number of NVIDIA GPUs, without importing torch (5 s and 300 MB)."""
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=SMI_TIMEOUT_S
+        )
+    except (OSError, subprocess.SubprocessError):
         return len(list(Path("/dev").glob("nvidia[0-9]*")))
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 

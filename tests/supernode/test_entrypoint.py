@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from superlink.provision import provision
+from supernode import entrypoint
 from supernode.entrypoint import (
     EX_TEMPFAIL,
     HOPELESS,
@@ -191,6 +192,14 @@ def test_a_node_with_gpus_says_which_is_its_own(
     env = {"PARTITION_ID": "7", "CUDA_VISIBLE_DEVICES": "2,GPU-abc"}
     set_gpu(env)
     assert env["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
+
+
+def test_a_driver_that_does_not_answer_does_not_keep_a_node_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvidia_smi(tmp_path, monkeypatch, "exec sleep 600")
+    monkeypatch.setattr(entrypoint, "SMI_TIMEOUT_S", 0.5)
+    assert entrypoint.visible_gpus() == len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def test_a_node_without_gpu_starts_and_leaves_the_reason_to_the_preflight(
