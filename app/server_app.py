@@ -144,7 +144,9 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
         folder.write_run(facts)
 
     name = earlier.name(facts["run_id"]) if earlier else facts["run_id"]
-    strategy = Strategy(grid, config, sites, layout, name, facts["bytes_sent"], keep)
+    strategy = Strategy(
+        grid, config, sites, layout, name, bytes_sent=facts["bytes_sent"], keep=keep
+    )
     if earlier:
         before = earlier.lines[-1]
         strategy.take_up(earlier.lines)
