@@ -40,7 +40,7 @@ def _keep_verified(models: Path, outcome: Path) -> None:
     while True:
         try:
             verify(models, outcome, known)
-        except OSError as err:
+        except (OSError, ValueError) as err:  # ValueError: a name that no file can have
             print(f"supernode: ERROR: base models not verified: {err}", file=sys.stderr, flush=True)
             time.sleep(60)
         time.sleep(LOOK_AGAIN_S)
