@@ -25,7 +25,6 @@ from app.codec import unpacked_bytes
 from app.config import MIB, RunConfig, merged_config
 from superlink.processes import LocalFederation
 from superlink.submit import submit
-from supernode.entrypoint import REFUSED
 from supernode.partitions import Split, prepare_data
 from tests.samples import REPOSITORY, ROWS
 
@@ -204,12 +203,6 @@ def test_every_process_is_gone_afterwards(done: Done) -> None:
     """The SuperLink's and SuperNodes' own children included."""
     assert _processes_of(done.work) == []
     assert not [p for p in done.processes if Path(f"/proc/{p}").exists()]
-
-
-def test_a_site_that_was_stopped_does_not_say_that_it_was_refused(done: Done) -> None:
-    logs = list((done.work / "logs").glob("site-*.log"))
-    assert len(logs) == SITES
-    assert not [p.name for p in logs if REFUSED in p.read_text(errors="replace")]
 
 
 def test_ctrl_c_in_the_middle_of_a_run_leaves_no_process_behind(
