@@ -21,6 +21,7 @@ from typing import Any
 
 from superlink.adapter_size import adapter_bytes
 from superlink.orders_first import orders_first
+from superlink.refused import RefusedError, check_words
 from superlink.site_keys import fingerprint_of_pem
 
 # Flower cuts arrays into pieces of 5 MiB. Everything else of an honest reply is far smaller; the
@@ -38,10 +39,6 @@ _array_of: dict[str, str] = {}  # reply -> its array, by their ids; the oldest f
 _SERVICER = "flwr.server.superlink.fleet.grpc_rere.fleet_servicer", "FleetServicer"
 _STATE = "flwr.server.superlink.linkstate.sql_linkstate", "SqlLinkState"
 _LIMIT = "flwr.superlink.cli.flower_superlink", "GRPC_MAX_MESSAGE_LENGTH"
-
-
-class RefusedError(Exception):
-    """Why a call is refused: one line, for the SuperLink's log and for the caller."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +122,7 @@ def _guarded(
         key = get_metadata_bytes(context.invocation_metadata(), PUBLIC_KEY_HEADER) or b""
         call = Call(request, servicer.state_factory.state(), key, results)
         try:
+            check_words(name, request)
             check(call)
         except RefusedError as err:
             _log(f"{name} of {name_of(call)} refused: {err}")
@@ -277,6 +275,8 @@ def confirm(call: Call) -> None:
 
 
 CHECKS: dict[str, Callable[[Call], None]] = {
+    "RegisterNode": lambda _: None,  # but for check_words, as for all of them
+    "GetFab": lambda _: None,
     "ActivateNode": activate,
     "PushMessages": push_message,
     "PushObject": push_object,

@@ -575,6 +575,19 @@ def test_a_site_that_fails_or_is_late_is_left_out_with_its_reason(bad: Node, why
     assert line["bytes_up"] == 2 * 4 * s.layout.size
 
 
+def test_what_a_site_sends_once_is_counted_once_whatever_it_calls_it() -> None:
+    def often(partition_id: int, adapter: Vector) -> RecordDict:
+        content = trained(partition_id, adapter)
+        record = content.array_records["adapter"]
+        for n in range(1000):
+            record[f"payload {n}"] = record["payload"]
+        return content
+
+    s = strategy([0, 1], {0: node(0), 1: node(1, often)}, **ALL)
+    _, line = s.train_round(1, initial_adapter(s.layout, 1))
+    assert line["bytes_up"] == 2 * 4 * s.layout.size
+
+
 def test_a_site_whose_key_is_rotated_in_the_middle_of_a_run_keeps_its_name() -> None:
     s = strategy([0, 1, 2], {p: node(p) for p in range(3)}, **ALL)
     adapter, _ = s.train_round(1, initial_adapter(s.layout, 1))
