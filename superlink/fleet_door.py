@@ -5,6 +5,8 @@ believes the rest of it: whose message it is, which order it answers, which key 
 does its store: whoever pushes a message says how many objects it has. Here each of these is
 compared with what the SuperLink knows, before Flower works on the call.
 
+Of a call above MAX_CALL_BYTES nothing is compared: gRPC refuses it unread, and one line says so.
+
 Of the other calls, RegisterNode and UnregisterNode are off where SuperNodes authenticate;
 DeactivateNode, SendNodeHeartbeat and PullMessages name nothing but the caller's own node; GetRun
 and GetFab give what every site of a run is sent.
@@ -22,6 +24,7 @@ from typing import Any
 from superlink.adapter_size import adapter_bytes
 from superlink.orders_first import orders_first
 from superlink.site_keys import fingerprint_of_pem
+from superlink.unread_calls import telling_unread_calls
 
 # Flower cuts arrays into pieces of 5 MiB. Everything else of an honest reply is far smaller; the
 # largest is the list of linear layers in the preflight, 1 MB for a model of 18,000.
@@ -38,6 +41,7 @@ _array_of: dict[str, str] = {}  # reply -> its array, by their ids; the oldest f
 _SERVICER = "flwr.server.superlink.fleet.grpc_rere.fleet_servicer", "FleetServicer"
 _STATE = "flwr.server.superlink.linkstate.sql_linkstate", "SqlLinkState"
 _LIMIT = "flwr.superlink.cli.flower_superlink", "GRPC_MAX_MESSAGE_LENGTH"
+_CREATE = "flwr.superlink.cli.flower_superlink", "generic_create_grpc_server"
 
 
 class RefusedError(Exception):
@@ -70,11 +74,6 @@ class Call:
         return ceil((size + 128) / PIECE_BYTES) if size else 0  # 128: numpy's own header
 
 
-def name_of(call: Call) -> str:
-    """What the caller is called in the log."""
-    return fingerprint_of_pem(call.key)
-
-
 def install(results: Path) -> None:
     """Put the door in front of this process's Fleet API.
 
@@ -88,12 +87,14 @@ def install(results: Path) -> None:
     for name in CHECKS:
         flower(*_SERVICER, name)
     store = flower(*_STATE, "store_message_and_object_tree")
+    create = flower(*_CREATE)
     flower(*_LIMIT)
     for name, check in CHECKS.items():
         setattr(servicer, name, _guarded(name, getattr(servicer, name), check, results))
     state.store_message_and_object_tree = orders_first(store)
-    # Of the Fleet API alone: the module has a name of its own for it.
+    # Of the Fleet API alone: the module has names of its own for both.
     setattr(import_module(_LIMIT[0]), _LIMIT[1], MAX_CALL_BYTES)
+    setattr(import_module(_CREATE[0]), _CREATE[1], telling_unread_calls(create, _log))
 
 
 def flower(module: str, *names: str) -> Any:
@@ -127,7 +128,7 @@ def _guarded(
         try:
             check(call)
         except RefusedError as err:
-            _log(f"{name} of {name_of(call)} refused: {err}")
+            _log(f"{name} of {fingerprint_of_pem(key)} refused: {err}")
             # No status that a SuperNode would end on, or try again for ever: it logs this line
             # and goes on with its next order.
             context.abort(StatusCode.FAILED_PRECONDITION, str(err))

@@ -24,6 +24,10 @@ REPLACED = [
         "GRPC_MAX_MESSAGE_LENGTH", "_run_fleet_api_grpc_rere",
     ),
     (
+        "superlink/fleet_door.py", "flwr.superlink.cli.flower_superlink",
+        "generic_create_grpc_server", "_run_fleet_api_grpc_rere",
+    ),
+    (
         "supernode/pinned.py", "flwr.supernode.start_client_internal", "_pull_and_store_message",
         "start_client_internal",
     ),
@@ -47,6 +51,7 @@ CALLED = [
         "flwr.server.superlink.linkstate.sql_linkstate:SqlLinkState.store_message_and_object_tree",
         ["self", "message", "object_tree", "session_id"],
     ),
+    ("flwr.supercore.grpc:generic_create_grpc_server", ["interceptors"]),
     *(
         (
             "flwr.server.superlink.fleet.grpc_rere.fleet_servicer:FleetServicer." + name,
