@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from superlink.adapter_size import adapter_bytes
+from superlink.gone_messages import with_objects
 from superlink.orders_first import orders_first
 from superlink.site_keys import fingerprint_of_pem
 from superlink.unread_calls import telling_unread_calls
@@ -87,11 +88,13 @@ def install(results: Path) -> None:
     for name in CHECKS:
         flower(*_SERVICER, name)
     store = flower(*_STATE, "store_message_and_object_tree")
+    delete = flower(*_STATE, "delete_messages")
     create = flower(*_CREATE)
     flower(*_LIMIT)
     for name, check in CHECKS.items():
         setattr(servicer, name, _guarded(name, getattr(servicer, name), check, results))
     state.store_message_and_object_tree = orders_first(store)
+    state.delete_messages = with_objects(delete)
     # Of the Fleet API alone: the module has names of its own for both.
     setattr(import_module(_LIMIT[0]), _LIMIT[1], MAX_CALL_BYTES)
     setattr(import_module(_CREATE[0]), _CREATE[1], telling_unread_calls(create, _log))
@@ -205,23 +208,25 @@ def _check_objects(call: Call, meta: Any, tree: Any) -> None:
 def _drop_earlier_replies(call: Call, meta: Any) -> None:
     """A node has one reply in store for a run: who answers anew is not waited for any more."""
     for earlier in call.rows(
-        "SELECT message_id, reply_to_message_id FROM message_res WHERE src_node_id = :node "
+        "SELECT reply_to_message_id AS id FROM message_res WHERE src_node_id = :node "
         "AND run_id = :run AND delivered_at = '' AND message_id <> :own",
         run=meta.run_id,
         own=meta.message_id,
     ):
-        call.state.delete_messages({earlier["reply_to_message_id"]})
-        call.state.object_store.delete(earlier["message_id"])
+        call.state.delete_messages({earlier["id"]})
 
 
 def push_object(call: Call) -> None:
     """A piece of an array, or something small, or the one array: the adapter."""
     replies = call.rows(
-        "SELECT root_object_id AS id FROM object_push_session_roots WHERE session_id = :session",
+        "SELECT object_id AS id FROM objects JOIN object_push_session_roots "
+        "ON object_id = root_object_id WHERE session_id = :session",
         session=call.request.session_id,
     )
     try:
         _check_object(call, replies[0]["id"] if replies else "")
+        if not replies:
+            raise RefusedError("it belongs to no reply that is waited for, or comes too late")
     except RefusedError:
         for reply in replies:  # or the ServerApp would wait for the rest of it
             call.state.object_store.delete(reply["id"])

@@ -51,6 +51,10 @@ CALLED = [
         "flwr.server.superlink.linkstate.sql_linkstate:SqlLinkState.store_message_and_object_tree",
         ["self", "message", "object_tree", "session_id"],
     ),
+    (
+        "flwr.server.superlink.linkstate.sql_linkstate:SqlLinkState.delete_messages",
+        ["self", "message_ins_ids"],
+    ),
     ("flwr.supercore.grpc:generic_create_grpc_server", ["interceptors"]),
     *(
         (
@@ -66,7 +70,7 @@ COLUMNS = {
     "message_res": {
         "message_id", "reply_to_message_id", "run_id", "src_node_id", "delivered_at",
     },
-    "objects": {"object_id"},
+    "objects": {"object_id", "ref_count"},
     "object_children": {"parent_id", "child_id"},
     "object_push_session_roots": {"session_id", "root_object_id"},
 }  # fmt: skip
