@@ -14,6 +14,8 @@ def with_objects(delete: Callable[..., None]) -> Callable[..., None]:
     """For SqlLinkState.delete_messages."""
 
     def delete_messages(state: Any, message_ins_ids: set[str]) -> None:
+        if not message_ins_ids:  # as at nearly every look
+            return
         with state.session():  # the same transaction
             gone = state.query(
                 "WITH ordered AS (SELECT value FROM json_each(:ids)) "

@@ -44,7 +44,9 @@ class UnreadCalls(grpc.ServerInterceptor):  # type: ignore[misc]
             if request is None:
                 name = details.method.rsplit("/", 1)[-1]
                 key = _shown(context.invocation_metadata())
-                self._log(f"{name} by {peer} with {key} refused unread: too large, or not whole")
+                self._log(
+                    f"{name} from {peer} with {key} unread: refused as too large, or broken off"
+                )
                 context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "no message was read")
             return handler.unary_unary(request, context)
 

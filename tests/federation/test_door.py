@@ -336,5 +336,7 @@ def test_large_calls_are_refused_before_they_are_kept(scene: Scene, known: bool)
     codes = [caller.says("PushObject", request)[0] for _ in range(2)]
     assert codes == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 2
     assert superlink.memory_info().rss - before < LARGE_BYTES / 3
-    told = f" with {fingerprint_of_pem(caller.public_key)} (not checked) refused unread: "
+    told = (
+        f" with {fingerprint_of_pem(caller.public_key)} (not checked) unread: refused as too large"
+    )
     until(lambda: scene.log.count(told) == 2, 60, "two lines in the log")

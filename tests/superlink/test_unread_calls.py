@@ -82,8 +82,8 @@ def test_a_large_call_is_one_line_with_the_key_that_it_shows(port: Port, known: 
     name = "no key"
     if key:
         name = f"{fingerprint_of_pem(public_key_to_bytes(key.public_key()))} (not checked)"
-    assert line.startswith("PushObject by ipv4:127.0.0.1:")
-    assert line.endswith(f" with {name} refused unread: too large, or not whole")
+    assert line.startswith("PushObject from ipv4:127.0.0.1:")
+    assert line.endswith(f" with {name} unread: refused as too large, or broken off")
 
 
 def test_a_call_that_is_broken_off_is_told_of_in_words_that_are_true(port: Port) -> None:
@@ -94,7 +94,7 @@ def test_a_call_that_is_broken_off_is_told_of_in_words_that_are_true(port: Port)
     assert port.lines == []
     begun.cancel()
     until(lambda: bool(port.lines), 60, "a line")
-    assert port.lines[0].endswith("refused unread: too large, or not whole")
+    assert port.lines[0].endswith(" unread: refused as too large, or broken off")
     waits.set()
 
 
