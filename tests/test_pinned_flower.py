@@ -24,6 +24,10 @@ REPLACED = [
         "GRPC_MAX_MESSAGE_LENGTH", "_run_fleet_api_grpc_rere",
     ),
     (
+        "superlink/fleet_door.py", "flwr.superlink.cli.flower_superlink",
+        "generic_create_grpc_server", "_run_fleet_api_grpc_rere",
+    ),
+    (
         "supernode/pinned.py", "flwr.supernode.start_client_internal", "_pull_and_store_message",
         "start_client_internal",
     ),
@@ -47,6 +51,11 @@ CALLED = [
         "flwr.server.superlink.linkstate.sql_linkstate:SqlLinkState.store_message_and_object_tree",
         ["self", "message", "object_tree", "session_id"],
     ),
+    (
+        "flwr.server.superlink.linkstate.sql_linkstate:SqlLinkState.delete_messages",
+        ["self", "message_ins_ids"],
+    ),
+    ("flwr.supercore.grpc:generic_create_grpc_server", ["interceptors"]),
     *(
         (
             "flwr.server.superlink.fleet.grpc_rere.fleet_servicer:FleetServicer." + name,
@@ -61,7 +70,7 @@ COLUMNS = {
     "message_res": {
         "message_id", "reply_to_message_id", "run_id", "src_node_id", "delivered_at",
     },
-    "objects": {"object_id"},
+    "objects": {"object_id", "ref_count"},
     "object_children": {"parent_id", "child_id"},
     "object_push_session_roots": {"session_id", "root_object_id"},
 }  # fmt: skip

@@ -920,6 +920,16 @@ def test_sites_of_30_times_the_steps_of_others_all_take_part_in_every_round(grow
         assert line["rejected"] == {}, server_round
 
 
+@pytest.mark.parametrize("growth", [0.75, 1.0])
+def test_a_site_of_30_times_the_steps_of_the_only_other_one_takes_part(growth: float) -> None:
+    s = strategy([0, 31], max_retries=0, max_steps=-1, num_train_epochs=1, batch_size=2)
+    replace_nodes(s, lambda p: adam(s, p, growth=growth))
+    adapter = initial_adapter(s.layout, 1)
+    for server_round in range(1, 4):
+        adapter, line = s.train_round(server_round, adapter)
+        assert line["rejected"] == {}, server_round
+
+
 def test_steps_that_a_site_claims_make_room_for_eight_times_the_length_and_no_more() -> None:
     s = of_the_reference(max_steps=-1, num_train_epochs=1, batch_size=2)
     s.sites.num_examples.update(dict.fromkeys(s.sites.num_examples, 10**9 - 1))

@@ -47,7 +47,7 @@ from superlink.certificates import Key, load_key, new_key
 from superlink.control import Control
 from superlink.processes import REPOSITORY, LocalFederation
 from superlink.provision import provision
-from superlink.site_keys import fingerprint
+from superlink.site_keys import fingerprint, fingerprint_of_pem
 from superlink.submit import submit
 from supernode.partitions import Split, prepare_data
 from tests.federation.drill import until
@@ -352,3 +352,7 @@ def test_large_calls_are_refused_before_they_are_kept(scene: Scene, known: bool)
     codes = [caller.says("PushObject", request)[0] for _ in range(2)]
     assert codes == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 2
     assert superlink.memory_info().rss - before < LARGE_BYTES / 3
+    told = (
+        f" with {fingerprint_of_pem(caller.public_key)} (not checked) unread: refused as too large"
+    )
+    until(lambda: scene.log.count(told) == 2, 60, "two lines in the log")

@@ -196,10 +196,11 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Link]:
     monkeypatch = pytest.MonkeyPatch()
     for name in fleet_door.CHECKS:  # put back what the door replaces
         monkeypatch.setattr(FleetServicer, name, getattr(FleetServicer, name))
-    name = "store_message_and_object_tree"
-    monkeypatch.setattr(SqlLinkState, name, getattr(SqlLinkState, name))
-    module = fleet_door.flower(fleet_door._LIMIT[0])
-    monkeypatch.setattr(module, fleet_door._LIMIT[1], getattr(module, fleet_door._LIMIT[1]))
+    for name in ("store_message_and_object_tree", "delete_messages"):
+        monkeypatch.setattr(SqlLinkState, name, getattr(SqlLinkState, name))
+    for where, name in (fleet_door._LIMIT, fleet_door._CREATE):
+        module = fleet_door.flower(where)
+        monkeypatch.setattr(module, name, getattr(module, name))
     results = tmp_path / "results"
     results.mkdir()
     fleet_door.install(results)
@@ -426,6 +427,71 @@ def test_a_node_has_one_reply_in_store(scene: Scene) -> None:
     assert len(link.collected(orders[2])) == len(link.collected(waiting)) == 1
 
 
+def objects(link: Link) -> int:
+    return len(link.state.object_store)
+
+
+def expire(link: Link, order: Message) -> None:
+    """Its time goes by, and the ServerApp looks once more."""
+    link.state.query(
+        "UPDATE message_ins SET ttl = 0 WHERE message_id = :id", {"id": order.metadata.message_id}
+    )
+    (gone,) = link.collected(order)
+    assert gone.has_error()
+
+
+def test_nothing_of_an_order_stays_that_nobody_fetches(scene: Scene) -> None:
+    link, run_id, node, other = scene
+    before = objects(link)
+    for seed in range(3):  # rounds
+        shared = content(ADAPTER, seed)
+        late, fetched = link.order(node, run_id, shared), link.order(other, run_id, shared)
+        link.confirm(other, run_id, fetched.metadata.message_id)
+        assert all(part in link.state.object_store for part in get_all_nested_objects(late))
+        expire(link, late)
+    assert objects(link) == before
+
+
+def test_nothing_of_an_order_stays_that_is_answered_unread(scene: Scene) -> None:
+    """As by a site that does not run this app: it answers before it has fetched anything."""
+    link, run_id, node, _ = scene
+    before = objects(link)
+    order = link.order(node, run_id, content(ADAPTER))
+    answer = reply(order, Error(1, "another app"))
+    link.push_objects(node, run_id, answer, link.push(node, answer))
+    (arrived,) = link.collected(order)
+    link.state.delete_messages({order.metadata.message_id})
+    assert arrived.metadata.message_id in link.state.object_store  # still to be fetched
+    link.state.object_store.delete(arrived.metadata.message_id)
+    assert objects(link) == before
+
+
+def test_nothing_of_a_reply_stays_that_comes_after_the_last_look(scene: Scene) -> None:
+    link, run_id, node, _ = scene
+    before = objects(link)
+    order = link.order(node, run_id)
+    link.confirm(node, run_id, order.metadata.message_id)
+    answer = reply(order, content(ADAPTER))
+    link.push_objects(node, run_id, answer, link.push(node, answer))
+    assert objects(link) > before
+    expire(link, order)
+    assert (objects(link), link.messages("res", run_id)) == (before, 0)
+
+
+def test_what_comes_after_a_reply_is_given_up_is_not_taken(scene: Scene) -> None:
+    link, run_id, node, _ = scene
+    before = objects(link)
+    order = link.order(node, run_id)
+    answer = reply(order, content(ADAPTER))
+    pushed = link.push(node, answer)
+    expire(link, order)
+    with pytest.raises(AbortedError, match="comes too late"):
+        link.push_objects(node, run_id, answer, pushed)
+    with pytest.raises(AbortedError, match="comes too late"):
+        link.push(node, answer)
+    assert objects(link) == before
+
+
 def test_a_site_cannot_spoil_an_order_that_is_still_to_come(scene: Scene) -> None:
     link, run_id, node, liar = scene
     adapter = content(ADAPTER, seed=8)  # as the first adapter, anybody can compute it
@@ -439,6 +505,9 @@ def test_a_site_cannot_spoil_an_order_that_is_still_to_come(scene: Scene) -> Non
     order = link.order(node, run_id, adapter)
     for object_id, part in get_all_nested_objects(order).items():
         assert link.pull(node, run_id, object_id) == part.deflate()
+    # Nor does what it named stay for ever.
+    link.state.cleanup_run(run_id)
+    assert lie.object_id not in link.state.object_store
 
 
 def test_a_refusal_is_one_line_with_the_keys_fingerprint(
