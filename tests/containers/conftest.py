@@ -24,7 +24,8 @@ REPOSITORY = Path(__file__).parents[2]
 CPU = ("compose.yaml", "docker/compose.cpu.yaml")
 NODES = [f"supernode-{n:02d}" for n in range(20)]
 RUN_CONFIG = (
-    "num-server-rounds=1 train.training-arguments.max-steps=2 strategy.min-evaluate-nodes=1"
+    "num-server-rounds=1 train.training-arguments.max-steps=2 strategy.fraction-evaluate=0.05 "
+    "strategy.min-evaluate-nodes=1"
 )
 RUN_TIMEOUT_S = 1200
 
