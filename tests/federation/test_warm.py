@@ -1,0 +1,115 @@
+"""Warm ClientApps in a real federation: the results of cold ones, and nobody is left behind."""
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from app.checkpoint import rounds
+from superlink.control import Control
+from superlink.processes import REPOSITORY, LocalFederation
+from superlink.submit import submit
+from supernode.partitions import Split, prepare_data
+from tests.federation.drill import until
+from tests.federation.hostile import hostile
+from tests.samples import ROWS
+
+pytestmark = pytest.mark.faults
+SITES = 2
+AS_COMPUTED = ("train_loss", "eval_loss", "eval_loss_before", "partitions", "alphas", "num_examples")
+
+
+@dataclass
+class Setting:
+    federation: LocalFederation
+    control: Control
+    config: list[str]
+
+    def submit(self) -> int:
+        return submit(REPOSITORY, self.config, self.control, self.federation.public)
+
+    def started_for(self, site: str) -> list[psutil.Process]:
+        """The site's SuperNode with all its processes."""
+        node = psutil.Process(self.federation.processes[site].pid)
+        return [node, *node.children(recursive=True)]
+
+    def restart(self, number: int, **settings: str) -> None:
+        self.federation.stop_node(number)
+        self.federation.start_node(number, **settings)
+
+
+@pytest.fixture(scope="module")
+def setting(
+    models_dir: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Setting]:
+    work = tmp_path_factory.mktemp("warm")
+    source = work / "rows.json"
+    source.write_text(json.dumps(ROWS))
+    config = [
+        str(REPOSITORY / "app/profiles/demo.toml"),
+        f"model.name={json.dumps(str(tiny_model))} model.lora.peft-lora-r=4 train.seq-length=512",
+        f"num-server-rounds=2 strategy.min-nodes={SITES} strategy.fraction-train=1.0",
+        'train.training-arguments.max-steps=2 communication.up="int8"',
+    ]
+    with LocalFederation(work, models_dir, work / "results", SITES) as federation:
+        federation.provision()
+        prepare_data(federation.federation, Split(str(source), SITES))
+        yield Setting(federation, federation.start(), config)
+
+
+def is_server(process: psutil.Process) -> bool:
+    return "supernode.warm" in process.cmdline()
+
+
+def computed(run: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    adapters = [(f / "adapter_model.safetensors").read_bytes() for f in rounds(run).values()]
+    return [{key: line.get(key) for key in AS_COMPUTED} for line in lines], adapters
+
+
+def test_a_run_of_warm_clientapps_computes_what_one_of_cold_ones_does(setting: Setting) -> None:
+    results = setting.federation.results
+    sites = [f"site-{n:02d}" for n in range(SITES)]
+    assert not [p for site in sites for p in setting.started_for(site) if is_server(p)]
+    assert setting.submit() == 0
+    warm = (results / "latest").resolve()
+    for site in sites:  # one has done it all, and waits for more with one thread
+        (server,) = (p for p in setting.started_for(site) if is_server(p))
+        assert server.num_threads() == 1
+        assert server.children() == []
+    for number in range(SITES):
+        setting.restart(number, WARM_S="0")
+    assert setting.submit() == 0
+    cold = (results / "latest").resolve()
+    assert cold != warm
+    assert not [p for site in sites for p in setting.started_for(site) if is_server(p)]
+    assert computed(warm) == computed(cold)
+    assert len(computed(warm)[1]) == 2
+
+
+@pytest.mark.parametrize(("number", "killed"), [(0, "supernode.pinned"), (1, "supernode.entrypoint")])
+def test_a_supernode_that_is_killed_at_work_leaves_nobody_behind(
+    setting: Setting, number: int, killed: str
+) -> None:
+    folder = setting.federation.work / f"late-{number}"
+    settings = hostile(folder, "late") | {"LOCK_DIR": str(folder)}
+    (folder / "slow").touch()
+    setting.restart(number, **settings)
+    follow = threading.Thread(target=setting.submit, daemon=True)
+    follow.start()
+    until((folder / "waiting").is_file, 240, "a ClientApp at work")
+    processes = setting.started_for(f"site-{number:02d}")
+    (server,) = filter(is_server, processes)
+    assert len(server.children()) == 1
+    next(p for p in processes if killed in p.cmdline()).kill()
+    _, alive = psutil.wait_procs(processes, timeout=15)
+    assert [p.cmdline() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+    setting.federation.processes.pop(f"site-{number:02d}").wait()
+    run_id = setting.control.runs()[0].run_id
+    setting.control.stop(run_id)
+    follow.join(timeout=120)
