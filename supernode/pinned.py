@@ -10,6 +10,7 @@ the site answers with Flower's own "invalid FAB" error, and no line of the code 
 
 import hashlib
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,9 @@ def main() -> None:
 
     from supernode import deadline
     from supernode.warm import orders
+    from supernode.warm.server import end_with
 
+    end_with(os.getppid(), signal.SIGTERM)  # time to sign off, as when it is asked to
     pin, site = sys.argv[2:4]
     if pin != ANY:
         install(pin, site)

@@ -1,4 +1,4 @@
-"""The fork server: takes the orders of ``program`` and forks for each a process that works on it."""
+"""The fork server: takes orders from ``program`` and forks a process for each that works on it."""
 
 import ctypes
 import json
@@ -49,9 +49,14 @@ def check_safe() -> None:
                 raise UnsafeError("a library has initialised CUDA in it")
 
 
-def end_with(parent: int) -> None:
-    """Let the kernel kill this process when its parent, of this process id, has ended."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+def end_with(parent: int, number: int = signal.SIGKILL) -> None:
+    """Let the kernel send this process a signal when its parent, of this process id, has ended.
+
+    To be exact: when the thread has that started it. Linux only; elsewhere nothing happens.
+    """
+    if sys.platform != "linux":
+        return
+    _libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != parent:  # it has ended already
         os._exit(1)
 

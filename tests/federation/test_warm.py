@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
+from flwr.proto.control_pb2 import StopRunRequest
 
 from app.checkpoint import rounds
 from superlink.control import Control
@@ -21,7 +22,14 @@ from tests.samples import ROWS
 
 pytestmark = pytest.mark.faults
 SITES = 2
-AS_COMPUTED = ("train_loss", "eval_loss", "eval_loss_before", "partitions", "alphas", "num_examples")
+AS_COMPUTED = (
+    "train_loss",
+    "eval_loss",
+    "eval_loss_before",
+    "partitions",
+    "alphas",
+    "num_examples",
+)
 
 
 @dataclass
@@ -92,24 +100,25 @@ def test_a_run_of_warm_clientapps_computes_what_one_of_cold_ones_does(setting: S
     assert len(computed(warm)[1]) == 2
 
 
-@pytest.mark.parametrize(("number", "killed"), [(0, "supernode.pinned"), (1, "supernode.entrypoint")])
-def test_a_supernode_that_is_killed_at_work_leaves_nobody_behind(
-    setting: Setting, number: int, killed: str
-) -> None:
-    folder = setting.federation.work / f"late-{number}"
-    settings = hostile(folder, "late") | {"LOCK_DIR": str(folder)}
-    (folder / "slow").touch()
-    setting.restart(number, **settings)
+def test_a_supernode_that_is_killed_at_work_leaves_nobody_behind(setting: Setting) -> None:
+    """Be it Flower's process or the one that a container or an operator has started."""
+    killed = ["supernode.pinned", "supernode.entrypoint"]
+    folders = [setting.federation.work / f"late-{number}" for number in range(SITES)]
+    for number, folder in enumerate(folders):
+        late = hostile(folder, "late")
+        (folder / "slow").touch()
+        setting.restart(number, LOCK_DIR=str(folder), **late)
     follow = threading.Thread(target=setting.submit, daemon=True)
     follow.start()
-    until((folder / "waiting").is_file, 240, "a ClientApp at work")
-    processes = setting.started_for(f"site-{number:02d}")
-    (server,) = filter(is_server, processes)
-    assert len(server.children()) == 1
-    next(p for p in processes if killed in p.cmdline()).kill()
-    _, alive = psutil.wait_procs(processes, timeout=15)
-    assert [p.cmdline() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
-    setting.federation.processes.pop(f"site-{number:02d}").wait()
-    run_id = setting.control.runs()[0].run_id
-    setting.control.stop(run_id)
-    follow.join(timeout=120)
+    for folder in folders:
+        until((folder / "waiting").is_file, 240, "a ClientApp at work")
+    for number, what in enumerate(killed):
+        processes = setting.started_for(f"site-{number:02d}")
+        (server,) = filter(is_server, processes)
+        assert len(server.children()) == 1
+        next(p for p in processes if what in p.cmdline()).kill()
+        setting.federation.processes.pop(f"site-{number:02d}").wait(30)
+        _, alive = psutil.wait_procs(processes, timeout=15)
+        assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+    setting.control._stub.StopRun(StopRunRequest(run_id=setting.control.runs()[0].run_id))
+    follow.join(timeout=60)
