@@ -17,7 +17,7 @@ _COMMON += ("transformers.modeling_utils", "transformers.models.llama.modeling_l
 _NOT_WITH_CUDA = ("bitsandbytes", "peft", "transformers.trainer")
 # transformers imports them because they are there. Rows in JSON lines need none of them, and
 # pyarrow starts a thread.
-UNUSED = ("datasets", "pandas", "pyarrow")
+UNUSED = ("datasets", "pandas", "pyarrow", "scipy")
 
 
 @contextmanager
