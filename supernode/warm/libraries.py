@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 FLOWER = "flwr.supernode.cli.flwr_clientapp"
-_COMMON = (FLOWER, "torch", "torch._inductor", "accelerate", "transformers.trainer_utils")
-_COMMON += ("transformers.modeling_utils", "transformers.models.llama.modeling_llama")
+_COMMON = (
+    FLOWER, "torch", "torch._dynamo", "accelerate", "transformers.trainer_utils",
+    "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+)  # fmt: skip
 # bitsandbytes asks for the GPU's capability; PEFT and the Trainer import it.
 _NOT_WITH_CUDA = ("bitsandbytes", "peft", "transformers.trainer")
 # transformers imports them because they are there. Rows in JSON lines need none of them, and
