@@ -1,13 +1,13 @@
-"""Warm ClientApps: one process of a SuperNode imports the libraries, each order is a fork of it.
+"""Warm ClientApps: processes that are forked from one that has imported what they need.
 
-Flower starts a program ``flwr-clientapp`` for every order, and each one would import torch and all
-the rest anew: 6 s of a CPU and 500 MB. With this package the SuperNode's PATH begins with a small
-``flwr-clientapp`` of ours (``program``), which hands the order to the fork server (``server``). The
-SuperNode starts that with its first order to train or to evaluate (``orders``), and it ends after
-WARM_S idle seconds; a preflight needs none of it. Where no fork server answers, the ordinary
-``flwr-clientapp`` runs. What is forked runs Flower's own ClientApp code, which loads the run's app
-as ever: the fork server has neither seen it nor any row.
+Flower starts a program for every order, and each would import Flower anew, 1 s of a CPU, and to
+train or evaluate torch and all the rest, 6 s and 500 MB. Here the SuperNode's SuperExec, which is
+there anyway and has Flower, forks instead (``superexec``). What is forked asks the fork server
+(``server``), which has the rest, to do the work, and does it itself where none answers. The
+SuperNode starts that server with an order to train or evaluate (``orders``), so that a preflight
+costs no memory, and it ends after WARM_S idle seconds. The work is Flower's own ClientApp code,
+which loads the run's app as ever: what forks has neither seen it nor any row.
 
-How they end: the fork server with its SuperNode, whatever is forked with the fork server
-(PR_SET_PDEATHSIG) or with the program that asked for it, by SIGKILL.
+Who ends with whom (PR_SET_PDEATHSIG, SIGKILL): SuperExec and fork server with their SuperNode, what
+is forked with who has forked it, the work also with who asked for it.
 """

@@ -1,4 +1,4 @@
-"""The fork server: takes orders from ``program`` and forks a process for each that works on it."""
+"""The fork server: takes orders (``asking``) and forks a process for each that works on it."""
 
 import ctypes
 import json
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from supernode.warm.program import PASSED_ON, TAKEN
+from supernode.warm.asking import PASSED_ON, TAKEN
 
 REQUEST_TIMEOUT_S = 5.0
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
@@ -22,7 +22,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class Order:
-    """What a program was started with."""
+    """What the process was started with that asks."""
 
     argv: list[str]
     cwd: str
@@ -47,6 +47,19 @@ def check_safe() -> None:
             # CUDA opens it, also where torch does not know of it; asking NVML does not.
             if descriptor.readlink().name == "nvidia-uvm":
                 raise UnsafeError("a library has initialised CUDA in it")
+
+
+def end_idle_threads() -> None:
+    """Libraries that keep threads end them before a fork (OpenBLAS: until it computes again)."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def name_process() -> None:
+    """What ps and top show."""
+    _libc.prctl(_PR_SET_NAME, b"flwr-clientapp", 0, 0, 0)
 
 
 def end_with(parent: int, number: int = signal.SIGKILL) -> None:
@@ -192,7 +205,7 @@ def _read(program: socket.socket) -> Order:
 
 def _become(order: Order) -> None:
     os.setsid()  # so that it can be ended with all that it starts
-    _libc.prctl(_PR_SET_NAME, b"flwr-clientapp", 0, 0, 0)  # what ps and top show
+    name_process()
     for number, stream in enumerate(order.streams):
         os.dup2(stream, number)
     os.chdir(order.cwd)

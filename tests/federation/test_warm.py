@@ -90,12 +90,15 @@ def test_a_run_of_warm_clientapps_computes_what_one_of_cold_ones_does(setting: S
         (server,) = (p for p in setting.started_for(site) if is_server(p))
         assert server.num_threads() == 1
         assert server.children() == []
+        log = (setting.federation.work / "logs" / f"{site}.log").read_text()
+        assert "cold" not in log
+        assert "no warm ClientApps" not in log
     for number in range(SITES):
         setting.restart(number, WARM_S="0")
     assert setting.submit() == 0
     cold = (results / "latest").resolve()
     assert cold != warm
-    assert not [p for site in sites for p in setting.started_for(site) if is_server(p)]
+    assert not [p for s in sites for p in setting.started_for(s) if "warm" in " ".join(p.cmdline())]
     assert computed(warm) == computed(cold)
     assert len(computed(warm)[1]) == 2
 

@@ -224,7 +224,7 @@ def test_clientapps_are_warm_unless_told_otherwise(setting: dict[str, str]) -> N
         folder = Path(env["WARM_SOCKET"]).parent
         assert env["PATH"] == f"{WARM_PROGRAMS}:/usr/bin"
         assert env["WARM_S"] == setting.get("WARM_S") or "600"
-        assert os.access(WARM_PROGRAMS / "flwr-clientapp", os.X_OK)
+        assert os.access(WARM_PROGRAMS / "flower-superexec", os.X_OK)
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert not folder.exists()
     env = {"PATH": "/usr/bin", "WARM_S": "0"}

@@ -17,12 +17,10 @@ import psutil
 import pytest
 
 import app.libraries
-from supernode.entrypoint import WARM_PROGRAMS
 from supernode.warm import libraries
 from supernode.warm.orders import Keeper
 from tests.samples import REPOSITORY
 
-PROGRAM = str(WARM_PROGRAMS / "flwr-clientapp")
 # A fork server whose orders are Python code: the first of their arguments.
 SERVER = """
 import os, socket, sys
@@ -34,7 +32,14 @@ if order is None:
     sys.exit(0)
 exec(order.argv[0], {"argv": order.argv})
 """
-ORDINARY = '#!/bin/sh\necho "ordinary $*"; exit 5\n'
+ASKING = """
+import sys
+from supernode.warm.asking import ask, end_like
+status = ask(sys.argv[1], sys.argv[2:])
+if status is None:
+    sys.exit("nobody: " + " ".join(sys.argv[2:]))
+end_like(status)
+"""
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -52,15 +57,10 @@ def gone(pid: int) -> bool:
 
 
 class Warm:
-    """A fork server in ``folder``, and the programs that ask it."""
+    """A fork server in ``folder``, and programs that ask it."""
 
     def __init__(self, folder: Path, idle_s: float = 60, before: str = "") -> None:
         self.socket = folder / "warm.socket"
-        ordinary = folder / "programs"
-        ordinary.mkdir(exist_ok=True)
-        (ordinary / "flwr-clientapp").write_text(ORDINARY)
-        (ordinary / "flwr-clientapp").chmod(0o755)
-        self.path = f"{WARM_PROGRAMS}:{ordinary}:{Path(sys.executable).parent}:{os.defpath}"
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(self.socket))
             listener.listen()
@@ -72,9 +72,10 @@ class Warm:
 
     def start(self, *arguments: str, **env: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
-            [PROGRAM, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, cwd=self.socket.parent, start_new_session=True,
-            env={"PATH": self.path, "WARM_SOCKET": str(self.socket)} | env,
+            [sys.executable, "-c", ASKING, str(self.socket), *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=self.socket.parent, start_new_session=True,
+            env={"PYTHONPATH": str(REPOSITORY)} | env,
         )  # fmt: skip
 
     def do(self, *arguments: str, said: str = "", **env: str) -> tuple[int, str, str]:
@@ -223,29 +224,16 @@ def test_the_server_ends_when_nothing_happens_and_not_while_somebody_works(tmp_p
     warm = Warm(tmp_path, idle_s=0.5)
     assert warm.do("import time; time.sleep(1.5); print('done')") == (0, "done\n", "")
     assert warm.server.wait(20) == 0
-    assert warm.do("--token", "t") == (5, "ordinary --token t\n", "")
+    assert warm.do("--token", "t") == (1, "", "nobody: --token t\n")
 
 
 # --- without a server ---
 
 
-@pytest.mark.parametrize("setting", ["", "/nowhere/warm.socket"])
-def test_where_no_server_is_the_ordinary_program_runs(warm: Warm, setting: str) -> None:
-    done = warm.do("--token", "a b", WARM_SOCKET=setting)
-    assert done == (5, "ordinary --token a b\n", "")
-
-
-def test_without_any_other_program_one_line_says_so(warm: Warm) -> None:
-    warm.path = f"{WARM_PROGRAMS}:{Path(sys.executable).parent.parent / 'lib'}:/usr/bin:/bin"
-    code, out, err = warm.do("--token", "t", WARM_SOCKET="")
-    assert (code, out) == (1, "")
-    assert err == f"supernode: ERROR: no flwr-clientapp in the PATH but {WARM_PROGRAMS}'s\n"
-
-
-def test_an_order_that_must_not_be_forked_is_done_the_ordinary_way(tmp_path: Path) -> None:
+def test_an_order_that_must_not_be_forked_is_not_taken(tmp_path: Path) -> None:
     wait = "threading.Thread(target=threading.Event().wait, daemon=True).start()"
     warm = Warm(tmp_path, before=f"import threading; {wait}")
-    assert warm.do("--token", "t") == (5, "ordinary --token t\n", "")
+    assert warm.do("--token", "t") == (1, "", "nobody: --token t\n")
     assert warm.server.wait(20) == 1
 
 
@@ -364,9 +352,9 @@ def test_without_a_place_for_its_socket_the_orders_are_done_cold(
 def imported() -> dict[str, dict[str, Any]]:
     """What a fork server's process is after it has imported everything, for cuda and for cpu."""
     code = (
-        "import json, os, sys; from supernode.warm import __main__, libraries, server\n"
+        "import json, os, sys; from supernode.warm import libraries, server\n"
         "for device in ('cuda', 'cpu'):\n"
-        "    libraries.load(device); __main__._end_idle_threads(); server.check_safe()\n"
+        "    libraries.load(device); server.end_idle_threads(); server.check_safe()\n"
         "    threads = len(os.listdir('/proc/self/task'))\n"
         "    cuda = sys.modules['torch'].cuda.is_initialized()\n"
         "    print(json.dumps([device, threads, cuda, sorted(sys.modules)]))"
