@@ -1,4 +1,4 @@
-"""The ClientApp: what a SuperNode does with a message (a new process each time).
+"""The ClientApp: what a SuperNode does with a message (in a process of its own).
 
 The site's settings come from the SuperNode's environment: SITE_DIR (its own folder),
 MODELS_DIR (prepared base models, read-only), MODELS_VERIFIED (what the SuperNode found of them),
