@@ -1,24 +1,18 @@
 """The fork server with real processes, sockets and signals; what it forks here is cheap."""
 
 import fcntl
-import json
 import os
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-import app.libraries
-from supernode.warm import libraries
-from supernode.warm.orders import Keeper
 from tests.samples import REPOSITORY
 
 # A fork server whose orders are Python code: the first of their arguments.
@@ -285,102 +279,3 @@ def test_a_process_with_two_threads_or_with_cuda_does_not_fork(tmp_path: Path) -
         assert done.stdout == "safe\n"
         assert "UnsafeError: " in done.stderr
         assert why in done.stderr.splitlines()[-1]
-
-
-# --- when there is one ---
-
-
-@pytest.fixture
-def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A line for each fork server that a Keeper has started; these end as the file ``end`` says."""
-    package = tmp_path / "supernode" / "warm"
-    package.mkdir(parents=True)
-    for folder in (package, package.parent):
-        (folder / "__init__.py").touch()
-    (package / "__main__.py").write_text(
-        "import os, pathlib, sys, time\n"
-        "here = pathlib.Path('.')\n"
-        "with (here / 'starts').open('a') as file: print(*sys.argv[1:], file=file)\n"
-        "while not (here / 'end').is_file(): time.sleep(0.02)\n"
-        "sys.exit(int((here / 'end').read_text()))"
-    )
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "starts").touch()
-    return tmp_path / "starts"
-
-
-def test_only_an_order_to_compute_starts_a_server_and_one_is_enough(
-    starts: Path, tmp_path: Path
-) -> None:
-    keeper, end = Keeper(tmp_path / "warm.socket", 7.0), tmp_path / "end"
-    keeper.order_received("query")
-    assert keeper._server is None
-    for kind in ("train", "evaluate", "train.again"):
-        keeper.order_received(kind)
-    assert keeper._server
-    until(lambda: starts.read_text().count("\n") == 1)
-    assert starts.read_text().split()[1:] == ["7.0", str(os.getpid())]
-    mode = (tmp_path / "warm.socket").stat().st_mode
-    assert stat.S_ISSOCK(mode)
-    assert stat.S_IMODE(mode) == 0o600
-    assert os.getsid(keeper._server.pid) == keeper._server.pid  # not a terminal's to interrupt
-    end.write_text("0")  # idle
-    keeper._server.wait(20)
-    end.unlink()
-    keeper.order_received("evaluate")
-    until(lambda: starts.read_text().count("\n") == 2)
-    end.write_text("1")  # it could not serve, and will not the next time
-    keeper._server.wait(20)
-    keeper.order_received("train")
-    assert keeper._server.poll() == 1
-
-
-def test_without_a_place_for_its_socket_the_orders_are_done_cold(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    Keeper(tmp_path / "gone" / "warm.socket", 7.0).order_received("train")
-    said = f"supernode: no warm ClientApps: {tmp_path}/gone/warm.socket: No such file or directory"
-    assert capfd.readouterr().out == f"{said}\n"
-    Keeper(tmp_path / ("long" * 30), 7.0).order_received("train")
-    assert "too long" in capfd.readouterr().out
-
-
-# --- the real one ---
-
-
-@pytest.fixture(scope="module")
-def imported() -> dict[str, dict[str, Any]]:
-    """What a fork server's process is after it has imported everything, for cuda and for cpu."""
-    code = (
-        "import json, os, sys; from supernode.warm import libraries, server\n"
-        "for device in ('cuda', 'cpu'):\n"
-        "    libraries.load(device); server.end_idle_threads(); server.check_safe()\n"
-        "    threads = len(os.listdir('/proc/self/task'))\n"
-        "    cuda = sys.modules['torch'].cuda.is_initialized()\n"
-        "    print(json.dumps([device, threads, cuda, sorted(sys.modules)]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
-    lines = [json.loads(text) for text in done.stdout.splitlines() if text.startswith("[")]
-    return {d: {"threads": n, "cuda": c, "modules": set(m)} for d, n, c, m in lines}
-
-
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_the_real_server_may_fork_and_has_neither_app_nor_rows(
-    imported: dict[str, dict[str, Any]], device: str
-) -> None:
-    found = imported[device]
-    assert (found["threads"], found["cuda"]) == (1, False)
-    packages = {name.partition(".")[0] for name in found["modules"]}
-    assert {"flwr", "torch", "transformers", "accelerate"} <= packages
-    assert not packages & {"app", "datasets", "pandas", "pyarrow", "scipy"}
-    # At a site with GPU, what asks CUDA something when it is imported is left to the children.
-    assert packages.isdisjoint({"bitsandbytes", "peft"}) == (device == "cuda")
-
-
-def test_what_a_clientapp_needs_is_what_the_server_has(
-    imported: dict[str, dict[str, Any]],
-) -> None:
-    assert set(app.libraries._NEEDED) <= imported["cpu"]["modules"]
-    assert app.libraries._UNUSED == libraries.UNUSED
