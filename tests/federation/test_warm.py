@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,18 @@ class Setting:
     def submit(self) -> int:
         return submit(REPOSITORY, self.config, self.control, self.federation.public)
 
-    def started_for(self, site: str) -> list[psutil.Process]:
-        """The site's SuperNode with all its processes."""
-        node = psutil.Process(self.federation.processes[site].pid)
-        return [node, *node.children(recursive=True)]
+    def started_for(self, site: str) -> dict[psutil.Process, list[str]]:
+        """The processes of the site's SuperNode, and their command lines."""
+        node, found = psutil.Process(self.federation.processes[site].pid), {}
+        for process in (node, *node.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):  # or a zombie, of which Flower keeps some
+                found[process] = process.cmdline()
+        return found
+
+    def server(self, site: str) -> psutil.Process | None:
+        """The site's fork server, if there is one."""
+        of = (p for p, words in self.started_for(site).items() if "supernode.warm" in words)
+        return next(of, None)
 
     def restart(self, number: int, **settings: str) -> None:
         self.federation.stop_node(number)
@@ -70,10 +79,6 @@ def setting(
         yield Setting(federation, federation.start(), config)
 
 
-def is_server(process: psutil.Process) -> bool:
-    return "supernode.warm" in process.cmdline()
-
-
 def computed(run: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     adapters = [(f / "adapter_model.safetensors").read_bytes() for f in rounds(run).values()]
@@ -83,11 +88,12 @@ def computed(run: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
 def test_a_run_of_warm_clientapps_computes_what_one_of_cold_ones_does(setting: Setting) -> None:
     results = setting.federation.results
     sites = [f"site-{n:02d}" for n in range(SITES)]
-    assert not [p for site in sites for p in setting.started_for(site) if is_server(p)]
+    assert not any(map(setting.server, sites))
     assert setting.submit() == 0
     warm = (results / "latest").resolve()
     for site in sites:  # one has done it all, and waits for more with one thread
-        (server,) = (p for p in setting.started_for(site) if is_server(p))
+        server = setting.server(site)
+        assert server
         assert server.num_threads() == 1
         assert server.children() == []
         log = (setting.federation.work / "logs" / f"{site}.log").read_text()
@@ -98,7 +104,7 @@ def test_a_run_of_warm_clientapps_computes_what_one_of_cold_ones_does(setting: S
     assert setting.submit() == 0
     cold = (results / "latest").resolve()
     assert cold != warm
-    assert not [p for s in sites for p in setting.started_for(s) if "warm" in " ".join(p.cmdline())]
+    assert "supernode.warm" not in str([setting.started_for(site) for site in sites])
     assert computed(warm) == computed(cold)
     assert len(computed(warm)[1]) == 2
 
@@ -117,11 +123,12 @@ def test_a_supernode_that_is_killed_at_work_leaves_nobody_behind(setting: Settin
         until((folder / "waiting").is_file, 240, "a ClientApp at work")
     for number, what in enumerate(killed):
         processes = setting.started_for(f"site-{number:02d}")
-        (server,) = filter(is_server, processes)
+        server = setting.server(f"site-{number:02d}")
+        assert server
         assert len(server.children()) == 1
-        next(p for p in processes if what in p.cmdline()).kill()
+        next(p for p, words in processes.items() if what in words).kill()
         setting.federation.processes.pop(f"site-{number:02d}").wait(30)
-        _, alive = psutil.wait_procs(processes, timeout=15)
+        _, alive = psutil.wait_procs(list(processes), timeout=15)
         assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
     setting.control._stub.StopRun(StopRunRequest(run_id=setting.control.runs()[0].run_id))
     follow.join(timeout=60)
