@@ -39,6 +39,14 @@ REPLACED = [
         "supernode/pinned.py", "flwr.supernode.start_client_internal", "FAB_VERIFICATION_ERROR",
         "_pull_and_store_message",
     ),
+    (
+        "supernode/warm/superexec.py", "flwr.supercore.superexec.executor.subprocess_executor",
+        "subprocess", "SubprocessExecutor.launch",
+    ),
+    (
+        "supernode/warm/superexec.py", "flwr.supercore.exit.exit_handler",
+        "registered_exit_handlers", "trigger_exit_handlers",
+    ),
 ]  # fmt: skip
 # What we wrap or pass on by name, and the parameters that it must have.
 CALLED = [
@@ -92,6 +100,12 @@ def test_what_we_replace_is_there_and_is_read(
     found(f"{module}:{name}")
     code = found(f"{module}:{reader}").__code__
     assert name in code.co_names, f"Flower's {module}.{reader} reads no {name}: see {ours}"
+
+
+def test_a_supernode_starts_superexec_by_its_bare_name_and_tells_who_it_is() -> None:
+    source = inspect.getsource(found("flwr.supernode.start_client_internal:start_client_internal"))
+    assert 'command = ["flower-superexec"]' in source  # the first in the PATH: supernode/warm/bin
+    assert 'command += ["--parent-pid", str(os.getpid())]' in source
 
 
 @pytest.mark.parametrize(("path", "parameters"), CALLED)

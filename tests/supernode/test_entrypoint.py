@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -19,12 +20,14 @@ from supernode.entrypoint import (
     HOPELESS,
     NOT_ACTIVATED,
     REFUSED,
+    WARM_PROGRAMS,
     NoGpuError,
     choose_gpu,
     command,
     main,
     read_site,
     set_gpu,
+    warm_client_apps,
     watch,
 )
 from tests.samples import REPOSITORY
@@ -221,6 +224,30 @@ def test_a_device_that_does_not_exist_is_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="DEVICE=tpu"):
         main()
+
+
+@pytest.mark.parametrize("setting", [{}, {"WARM_S": ""}, {"WARM_S": "45"}])
+def test_clientapps_are_warm_unless_told_otherwise(setting: dict[str, str]) -> None:
+    env = {"PATH": "/usr/bin", **setting}
+    with warm_client_apps(env):
+        folder = Path(env["WARM_SOCKET"]).parent
+        assert env["PATH"] == f"{WARM_PROGRAMS}:/usr/bin"
+        assert env["WARM_S"] == setting.get("WARM_S") or "600"
+        assert os.access(WARM_PROGRAMS / "flower-superexec", os.X_OK)
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert not folder.exists()
+    env = {"PATH": "/usr/bin", "WARM_S": "0"}
+    with warm_client_apps(env):
+        assert env == {"PATH": "/usr/bin", "WARM_S": "0"}
+
+
+@pytest.mark.parametrize("seconds", ["-1", "1.5", "ten", "1e3", " 5", "12345678"])
+def test_a_time_to_keep_the_libraries_that_is_none_is_refused(seconds: str) -> None:
+    with (
+        pytest.raises(SystemExit, match=f"supernode: WARM_S={seconds}: whole seconds, or 0"),
+        warm_client_apps({"PATH": "/usr/bin", "WARM_S": seconds}),
+    ):
+        pass
 
 
 # --- watching a real child process --------------------------------------------------------------
