@@ -829,6 +829,17 @@ def test_once_there_is_a_usual_change_even_a_site_alone_is_held_to_it() -> None:
         s.train_round(6, start)
 
 
+def test_after_a_resume_a_site_alone_is_held_to_the_lengths_of_before() -> None:
+    alone: dict[str, Any] = {"max_retries": 0, "max_update_norm": 1e9, **ALL}
+    s = strategy([0], {0: node(0)}, **alone)
+    start = initial_adapter(s.layout, 1)
+    _, line = s.train_round(1, start)
+    s = strategy([0], {0: node(0, changed(times(1e3)))}, **alone)
+    s.take_up([json.loads(json.dumps(line | s.budget()))])
+    with pytest.raises(RoundError, match=r"site-00: .*max-norm-ratio"):
+        s.train_round(2, start)
+
+
 @pytest.mark.parametrize(("factor", "used"), [(0.999, True), (1.001, False)])
 def test_no_change_may_be_longer_than_max_update_norm(factor: float, used: bool) -> None:
     step = np.full(480, factor * 3 * 480**-0.5, np.float32)
@@ -1257,6 +1268,13 @@ def test_a_minority_of_liars_cannot_move_the_median_beyond_what_honest_sites_say
         [lie if p in liars else loss for p, loss in enumerate(honest)]
     )
     assert result["eval_partitions"] == list(range(k))
+
+
+def test_one_site_of_three_does_not_decide_the_accuracy() -> None:
+    nodes = {0: node(0, scored), 1: scored_as("num-correct", 20), 2: node(2, scored)}
+    result = evaluating(nodes).evaluate(1, initial_adapter(LAYOUT, 1))
+    assert result["eval_site_accuracies"] == pytest.approx([0, 1, 2 / 30])
+    assert result["eval_token_accuracy_median"] == pytest.approx(2 / 30)
 
 
 @pytest.mark.parametrize("resumed", [False, True])
