@@ -14,14 +14,9 @@ from flwr.supercore.exit import exit_handler
 from flwr.supercore.superexec.executor import subprocess_executor
 from flwr.supernode.cli import flwr_clientapp
 
-from supernode.warm.asking import ask, end_like
-from supernode.warm.server import (
-    UnsafeError,
-    check_safe,
-    end_idle_threads,
-    end_with,
-    name_process,
-)
+from supernode.warm.asking import ask
+from supernode.warm.ending import end_at_once, end_like, end_with, name_process
+from supernode.warm.server import UnsafeError, check_safe, end_idle_threads
 
 
 class Forked(BaseException):
@@ -67,7 +62,11 @@ def work(command: list[str]) -> NoReturn:
         if status is not None:
             end_like(status)
     sys.argv = command
-    sys.exit(flwr_clientapp())  # type: ignore[func-returns-value]
+    try:
+        flwr_clientapp()
+    except SystemExit as end:
+        end_at_once(end.code)
+    sys.exit()
 
 
 def main() -> None:
