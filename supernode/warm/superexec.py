@@ -23,12 +23,12 @@ class Forked(BaseException):
     """Raised in the process that was forked to be this command: nothing of the parent goes on."""
 
 
-def start(command: list[str], **streams: int) -> None:
+def start(command: list[str], stdout: int | None = None, stderr: int | None = None) -> None:
     """In the place of ``subprocess.Popen``."""
     while _reaped():
         pass
     try:
-        if streams:
+        if stdout or stderr:
             raise UnsafeError("its output goes elsewhere")
         check_safe()
         sys.stdout.flush()
@@ -39,7 +39,7 @@ def start(command: list[str], **streams: int) -> None:
             raise Forked(*command)
     except UnsafeError as err:
         print(f"supernode: a cold ClientApp: SuperExec cannot fork: {err}", flush=True)
-        subprocess.Popen(command, **streams)
+        subprocess.Popen(command, stdout=stdout, stderr=stderr)
 
 
 def _reaped() -> bool:
@@ -75,9 +75,8 @@ def main() -> None:
     end_with(int(sys.argv[where + 1]), signal.SIGINT)
     del sys.argv[where : where + 2]
     sys.path[0] = str(Path(sys.executable).parent)  # as Flower's own programs have it
-    subprocess_executor.subprocess = SimpleNamespace(  # type: ignore[assignment]
-        Popen=start, DEVNULL=subprocess.DEVNULL
-    )
+    starts = SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
+    subprocess_executor.subprocess = starts  # type: ignore[attr-defined]
     end_idle_threads()
     gc.freeze()
     try:

@@ -40,7 +40,7 @@ def test_a_turn_is_taken_with_everything_imported(name: str) -> None:
     module = ast.parse(inspect.getsource(client_app))
     functions = (f for f in module.body if isinstance(f, ast.FunctionDef))
     handler = next(f for f in functions if f.name == name)
-    lines = {}
+    lines: dict[str, int] = {}
     for node in ast.walk(handler):
         if isinstance(node, ast.ImportFrom):
             lines["last import"] = max(lines.get("last import", 0), node.lineno)
