@@ -30,7 +30,8 @@ def passes(
     A row that has more gets a pass of its own. Yields what the model takes, and the ``labels`` [N]
     of the N logits that it will give: at the places before the answers' tokens, no others. Logits
     at a prompt's places would take most of a GPU's memory (Llama-3: 12 bytes for each of 128,256
-    values at each place) and change nothing.
+    values at each place) and change nothing. (Transformers' DataCollatorWithFlattening makes the
+    same of a whole batch, but no passes, and leaves Trainer nothing to count tokens by.)
     """
     real = batch["attention_mask"].bool()
     following = pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # a place predicts the next

@@ -111,7 +111,8 @@ def train(
     """Train the model's adapter in place with ``transformers.Trainer`` at a constant ``lr``.
 
     The loss is summed over answer tokens and divided by their number once per optimiser step
-    (Trainer's ``num_items_in_batch``), so gradient accumulation changes nothing.
+    (Trainer's ``num_items_in_batch``), so neither gradient accumulation nor the passes that a batch
+    is computed in change anything.
     ``seed`` orders the rows; pass another one each round, or a site picked again would see
     the same rows. ``proximal_mu`` above 0 keeps the adapter near the received one (FedProx).
 
@@ -129,7 +130,7 @@ def train(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             num_train_epochs=config.num_train_epochs,
             max_steps=config.max_steps,
-            activation_checkpointing=config.gradient_checkpointing,
+            activation_checkpointing=config.gradient_checkpointing is not False,
             activation_checkpointing_kwargs={"use_reentrant": False},
             bf16=compute_dtype == torch.bfloat16,
             use_cpu=on_cpu,

@@ -14,7 +14,7 @@ from app.base_model import find, get_adapter, load_with_lora
 from app.device import look
 from app.examples import encode_all
 from app.partition import Row
-from app.training import evaluate, peak_memory_mb, train
+from app.training import evaluate, peak_memory_mb, settled, train
 from supernode.quantise import prepare_model
 from tests.app.test_training import as_transformers_does_it
 from tests.samples import ROWS, run_config
@@ -108,3 +108,15 @@ def test_the_preflight_reads_name_and_memory_and_its_sum_is_no_less_than_the_pea
     weights = memory.stored(base.folder, 4, gpu.bf16)
     needed = memory.needed(weights, base.linear_layers, config) - memory.CONTEXT_BYTES
     assert 0.5 * needed < torch.cuda.max_memory_allocated() < 1.1 * needed
+
+
+def test_auto_turns_gradient_checkpointing_off_where_there_is_room_and_says_so(
+    models_dir: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = run_config(model_name=str(tiny_model), gradient_checkpointing="auto")
+    base = find(models_dir, str(tiny_model), 4)
+    layout = Layout.of(base.linear_layers, config)
+    load_with_lora(base, config, "cuda", layout, initial_adapter(layout, 1))
+    with caplog.at_level("INFO", "app"):
+        assert settled(config, base, "cuda").gradient_checkpointing is False
+    assert "gradient checkpointing off: without it a pass of 4096 tokens needs" in caplog.text

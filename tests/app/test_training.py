@@ -1,8 +1,9 @@
 """Local training with the real Trainer on the tiny model, on the CPU."""
 
+import logging
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Trainer
 
-from app import base_model, training
+from app import base_model, memory, training
 from app.adapter import Layout, Vector, initial_adapter
 from app.base_model import find, get_adapter, load_with_lora, set_adapter
 from app.config import RunConfig
@@ -21,7 +22,7 @@ from app.examples import IGNORED, Example, collate, encode_all
 from app.guards import Change, _expected
 from app.packing import can_pack, passes
 from app.partition import Row
-from app.training import Trained, _InPasses, _Proximal, evaluate, train
+from app.training import Trained, _InPasses, _Proximal, evaluate, settled, train
 from supernode.quantise import prepare_model
 from tests.samples import ROWS, run_config
 from tests.tiny_model import VOCABULARY
@@ -379,6 +380,41 @@ def test_a_training_ends_where_padded_batches_with_logits_at_every_place_lead(
     assert ours.loss == pytest.approx(exact.loss, abs=1e-5)
     assert ours.tokens == exact.tokens
     assert np.linalg.norm(adapter - expected) < 1e-4 * np.linalg.norm(expected - start)
+
+
+# --- gradient checkpointing "auto" ----------------------------------------------------------------
+
+
+def test_on_a_cpu_auto_is_off_and_true_and_false_are_kept(
+    models_dir: Path, tiny_model: Path
+) -> None:
+    base = find(models_dir, str(tiny_model), 4)
+    for said, expected in (("auto", False), (True, True), (False, False)):
+        config = run_config(gradient_checkpointing=said)
+        assert settled(config, base, "cpu") == replace(config, gradient_checkpointing=expected)
+
+
+@pytest.mark.parametrize("room", [1, 0, -1])
+def test_on_a_gpu_auto_goes_by_what_is_free_and_what_torch_holds_unused(
+    models_dir: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, room: int,
+) -> None:  # fmt: skip
+    """With stand-ins for what CUDA says of its memory."""
+    base = find(models_dir, str(tiny_model), 4)
+    config = run_config(gradient_checkpointing="auto", lora_r=4)
+    weights = memory.stored(base.folder, 4, bf16=True)
+    without = replace(config, gradient_checkpointing=False)
+    more = memory.needed(weights, base.linear_layers, without) - weights.size
+    monkeypatch.setattr(
+        training, "device_and_dtype", lambda device: (torch.device(device), torch.bfloat16)
+    )
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 5000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (more - 2000 + room, 2 * more))
+    with caplog.at_level(logging.INFO, "app"):
+        assert settled(config, base, "cuda").gradient_checkpointing is (room < 0)
+    assert len(caplog.messages) == 1
+    assert f"gradient checkpointing {'on' if room < 0 else 'off'}: without it" in caplog.text
 
 
 # --- bf16, as on a GPU that has it ----------------------------------------------------------------
