@@ -59,17 +59,19 @@ def passes(
         }
 
 
-def _grouped(lengths: list[int], max_tokens: int, packed: bool) -> Iterator[list[int]]:
-    """Numbers of the rows of each pass; alike lengths together, so that little is padded."""
-    group: list[int] = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        longer = [*group, row]
-        tokens = sum(lengths[r] for r in longer) if packed else len(longer) * lengths[row]
-        if group and tokens > max_tokens:
-            yield group
-            longer = [row]
-        group = longer
-    yield group
+def _grouped(lengths: list[int], max_tokens: int, packed: bool) -> list[list[int]]:
+    """Numbers of the rows of each pass: the longest first, each where there is room for it."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
+        for group in groups:
+            used = sum(lengths[r] for r in group)
+            padded = (len(group) + 1) * lengths[group[0]]
+            if (used + lengths[row] if packed else padded) <= max_tokens:
+                group.append(row)
+                break
+        else:
+            groups.append([row])
+    return groups
 
 
 def can_pack(model: Any) -> bool:
