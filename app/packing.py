@@ -97,8 +97,9 @@ def _obstacle(base: Any) -> str:
     base.eval()  # no dropout: no random number may be drawn that training would miss
     ids = torch.arange(7, device=base.device)[None]
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]], device=base.device)
-    embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
-    inputs = {"inputs_embeds": embedded, "position_ids": positions, "use_cache": False}
+    tokens = base.get_input_embeddings()(ids).detach().requires_grad_()
+    # A copy of them, as some models write into what they are given.
+    inputs = {"inputs_embeds": tokens.clone(), "position_ids": positions, "use_cache": False}
     try:
         with _few_layers(base), mixed_precision(base.device.type):
             second = base.base_model(**inputs)[0][:, 3:]
@@ -106,7 +107,7 @@ def _obstacle(base: Any) -> str:
         return "no position ids"
     finally:
         base.train(was_training)
-    (gradient,) = torch.autograd.grad(second.float().square().sum(), embedded)
+    (gradient,) = torch.autograd.grad(second.float().square().sum(), tokens)
     apart = gradient[:, 3:].any() and not gradient[:, :3].any()
     return "" if apart else "attention that does not stop where a row ends"
 

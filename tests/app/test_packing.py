@@ -41,6 +41,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "gemma2": WINDOW | {"head_dim": 8, "query_pre_attn_scalar": 8},
     "gemma3_text": WINDOW | {"head_dim": 8},
     "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64},
+    "ctrl": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "dff": 64},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "bamba": {  # attention, then layers with a state that no mask holds back
+        "num_hidden_layers": 4, "attn_layer_indices": [0, 1], "mamba_n_heads": 4,
+        "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8,
+    },
 }  # fmt: skip
 
 
@@ -197,13 +203,24 @@ def test_the_check_sees_what_would_let_rows_see_each_other(
 def test_where_a_model_can_pack_loss_and_gradients_are_the_padded_ones(kind: str) -> None:
     model = tiny(kind)
     model.eval()
-    assert can_pack(model) == (kind != "gemma2")
+    assert can_pack(model) == (kind not in ("gemma2", "opt", "bamba"))
     assert not model.training
     loss, exact = loss_and_gradient(model, FOUR, PLENTY, False)
     for tokens in (1, 20, PLENTY):
         ours, gradient = loss_and_gradient(model, FOUR, tokens, can_pack(model))
         assert ours == pytest.approx(loss, rel=1e-5)
         assert (gradient - exact).norm() < 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_asking_a_model_leaves_it_as_it_was_and_draws_no_random_number(training: bool) -> None:
+    model = tiny("bamba").train(training)
+    before = [(n, id(m), m.training) for n, m in model.named_modules()]
+    state = torch.random.get_rng_state()
+    can_pack(model)
+    assert [(n, id(m), m.training) for n, m in model.named_modules()] == before
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
 
 
 MODEL: list[Any] = []
