@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -86,10 +86,11 @@ def test_the_advice_is_a_shorter_pass_that_fits_and_leaves_the_recipe_as_it_is()
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 64), st.integers(16, 2048), st.integers(1, 9000), st.integers(6, 40))
-def test_what_is_advised_fits_and_another_tokens_number_is_never_above_what_was_asked(
+def test_what_is_advised_fits_and_where_nothing_is_nothing_would(
     batch: int, length: int, tokens: int, free_gb: int
 ) -> None:
     config = run_config(batch_size=batch, seq_length=length, max_tokens_per_pass=tokens)
+    assume(needed(NF4_LLAMA, LLAMA, config) > free_gb * 10**9)
     words = advice(NF4_LLAMA, LLAMA, config, free_gb * 10**9)
     if found := re.search(r"max-tokens-per-pass = (\d+) needs", words):
         then = replace(config, max_tokens_per_pass=int(found[1]))
@@ -97,7 +98,7 @@ def test_what_is_advised_fits_and_another_tokens_number_is_never_above_what_was_
         assert needed(NF4_LLAMA, LLAMA, then) < needed(NF4_LLAMA, LLAMA, config)
     else:
         least = replace(config, max_tokens_per_pass=1)
-        assert needed(NF4_LLAMA, LLAMA, least) > free_gb * 10**9 or batch == 1
+        assert needed(NF4_LLAMA, LLAMA, least) > free_gb * 10**9
 
 
 # --- gradient checkpointing "auto" ----------------------------------------------------------------
