@@ -9,7 +9,7 @@ import secrets
 import subprocess
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,16 @@ def compose(
         [*command, *arguments], cwd=REPOSITORY, env={**os.environ, **env}, check=False,
         capture_output=True, text=True,
     )  # fmt: skip
+
+
+def wait(condition: Callable[[], Any], timeout_s: float = 120) -> bool:
+    """Whether ``condition`` came true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1)
+    return True
 
 
 @dataclass
@@ -114,8 +124,8 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The one ends the federation that all share, the other changes its SuperNodes.
-    last = ["test_hardening.py", "test_gpu_host.py"]
+    # They end the federation that all share, stop most of its SuperNodes, and change the others.
+    last = ["test_hardening.py", "test_reboot.py", "test_gpu_host.py"]
     items.sort(key=lambda i: last.index(i.path.name) if i.path.name in last else -1)
     here = [i for i in items if Path(__file__).parent in Path(i.path).parents]
     for item in here:

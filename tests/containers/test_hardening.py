@@ -12,6 +12,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 
 from superlink.processes import free_port
 from superlink.submit import wait_for_nodes
-from tests.containers.conftest import CPU, NODES, RUN_TIMEOUT_S, Federation
+from tests.containers.conftest import CPU, NODES, RUN_TIMEOUT_S, Federation, wait
 
 LONG_RUNNING = ["superlink", "serverapp", *NODES]
 ONE_SHOT = {"provision", "download", "prepare", "register", "submit", "fetch"}
@@ -454,14 +455,14 @@ def test_a_run_whose_submit_and_then_superlink_are_killed_comes_to_its_end(few: 
     def up_and_wait_for(line: str) -> None:
         up = few.compose("up", "-d", "--no-deps", "submit", RUN_CONFIG=run_config)
         assert up.returncode == 0, up.stderr[-3000:]
-        assert _wait(lambda: line in few.logs("submit"), ONLINE_TIMEOUT_S), few.logs("submit")
+        assert wait(lambda: line in few.logs("submit"), ONLINE_TIMEOUT_S), few.logs("submit")
 
     up_and_wait_for("[round 2/3] training at")
     few["submit"].kill()
     up_and_wait_for("is going on; following it")
     _crash(few, "superlink")  # back in seconds: the ServerApp, in its own container, goes on
-    assert _wait(lambda: _restarts(few, "superlink") == (1, "running"))
-    assert _wait(lambda: "[round 2/3] train loss" in few.logs("submit"), RUN_TIMEOUT_S)
+    assert wait(lambda: _is_back(few, "superlink"))
+    assert wait(lambda: "[round 2/3] train loss" in few.logs("submit"), RUN_TIMEOUT_S)
     few["superlink"].stop()  # Flower gives a ServerApp up after a minute
     time.sleep(STALE_AFTER_S)
     few["superlink"].start()
@@ -554,18 +555,13 @@ def _crash(federation: Federation, service: str) -> None:
     federation[service].exec_run(["sh", "-c", kill])
 
 
-def _wait(condition: Any, timeout_s: float = 120) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(1)
-    return True
-
-
 def _restarts(federation: Federation, service: str) -> tuple[int, str]:
     attrs = federation[service].attrs
     return attrs["RestartCount"], attrs["State"]["Status"]
+
+
+def _is_back(federation: Federation, service: str) -> bool:
+    return _restarts(federation, service) == (1, "running")
 
 
 def test_up_again_changes_nothing(federation: Federation) -> None:
@@ -591,7 +587,7 @@ def test_what_crashes_on_a_busy_host_is_restarted_and_all_20_sites_are_online_ag
         )
     for service in ("supernode-05", "superlink"):
         _crash(federation, service)
-        assert _wait(lambda s=service: _restarts(federation, s) == (1, "running")), service
+        assert wait(partial(_is_back, federation, service)), service
     crashed = time.monotonic()
     public = federation.public(tmp_path)
     control = federation.control(public)
