@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.common.constant import HEARTBEAT_PATIENCE
 
 from superlink.control import Control
 from superlink.processes import free_port
@@ -23,7 +24,8 @@ REPOSITORY = Path(__file__).parents[2]
 CPU = ("compose.yaml", "docker/compose.cpu.yaml")
 NODES = [f"supernode-{n:02d}" for n in range(20)]
 RUN_CONFIG = (
-    "num-server-rounds=1 train.training-arguments.max-steps=2 strategy.min-evaluate-nodes=1"
+    "num-server-rounds=1 train.training-arguments.max-steps=2 strategy.fraction-evaluate=0.05 "
+    "strategy.min-evaluate-nodes=1"
 )
 RUN_TIMEOUT_S = 1200
 
@@ -49,6 +51,18 @@ def wait(condition: Callable[[], Any], timeout_s: float = 120) -> bool:
             return False
         time.sleep(1)
     return True
+
+
+def online_since(control: Control, moment: float) -> int:
+    """How many nodes are online and were heard of after ``moment`` (of time.time()).
+
+    Flower counts a node that is gone as online for HEARTBEAT_PATIENCE heartbeats: what it calls
+    online may be what was so before.
+    """
+    return sum(
+        n.status == "online" and n.online_until - HEARTBEAT_PATIENCE * n.heartbeat_interval > moment
+        for n in control.nodes()
+    )
 
 
 @dataclass
