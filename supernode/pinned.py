@@ -59,7 +59,7 @@ def main() -> None:
         return print(hashlib.sha256(build_fab_from_disk(Path(sys.argv[2]))).hexdigest())
     from flwr.supernode.cli import flower_supernode
 
-    from supernode import deadline
+    from supernode import deadline, polling
     from supernode.warm import orders
     from supernode.warm.ending import end_with
 
@@ -70,6 +70,7 @@ def main() -> None:
     if socket := os.environ.get("WARM_SOCKET"):
         orders.install(Path(socket), float(os.environ["WARM_S"]))
     deadline.install(site)
+    polling.install()
     sys.argv = ["flower-supernode", *sys.argv[4:]]
     flower_supernode()
 
