@@ -187,7 +187,7 @@ def test_too_little_memory_is_an_error_of_the_site_that_says_what_to_lower(
     def seen(free_gb: float) -> ConfigRecord:
         gpu = Gpu("NVIDIA Stand-in", True, 24_000_000_000, round(free_gb * 1e9))
         monkeypatch.setattr(client_app, "look", lambda state: gpu)
-        return asked(run_config(**base | {"batch_size": 1024, "max_tokens_per_pass": 2**19}))
+        return asked(run_config(**base | {"batch_size": 1024, "max_tokens_per_pass": 2**15}))
 
     wrong = run_config(**base | {"target_modules": "x_proj"})
     assert seen(23.5)["device"] == "NVIDIA Stand-in, 23.5 GB free of 24.0"

@@ -194,7 +194,11 @@ def table(args: argparse.Namespace, device: str) -> None:
         if why := left_out(lever, device):
             print(f"{lever:37} {why}", flush=True)
             continue
-        each = [in_a_process(args, lever) for _ in range(args.repeat)]
+        try:
+            each = [in_a_process(args, lever) for _ in range(args.repeat)]
+        except subprocess.CalledProcessError as err:  # out of memory, say; the others go on
+            print(f"{lever:37} ended with exit code {err.returncode}, see above", flush=True)
+            continue
         row = each[0] | {"seconds": median(r["seconds"] for r in each)}
         found[lever] = row
         print(
