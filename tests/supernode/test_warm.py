@@ -241,13 +241,12 @@ def test_another_users_program_is_turned_away(warm: Warm) -> None:
     warm.socket.chmod(0o777)
     for folder in (warm.socket.parent, *warm.socket.parent.parents[:2]):
         folder.chmod(0o755)  # as wide as a mistake could make it
-    other = os.fork()
-    if other == 0:
-        os.setuid(65534)
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(warm.socket))
-            os._exit(0 if client.recv(1) == b"" else 1)
-    assert os.waitpid(other, 0)[1] == 0
+    connect = (
+        "import os, socket, sys; os.setuid(65534); client = socket.socket(socket.AF_UNIX); "
+        "client.connect(sys.argv[1]); sys.exit(client.recv(1) != b'')"
+    )
+    command = [sys.executable, "-ISc", connect, str(warm.socket)]
+    assert subprocess.run(command, check=False, timeout=60).returncode == 0
     assert warm.do("print('still there')")[1] == "still there\n"
 
 
