@@ -76,7 +76,7 @@ def main() -> None:
     del sys.argv[where : where + 2]
     sys.path[0] = str(Path(sys.executable).parent)  # as Flower's own programs have it
     starts = SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
-    subprocess_executor.subprocess = starts  # type: ignore[attr-defined]
+    vars(subprocess_executor)["subprocess"] = starts
     end_idle_threads()
     gc.freeze()
     try:

@@ -13,7 +13,7 @@ def test_only_the_wait_for_an_order_is_shorter_and_only_for_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr(polling.time, "monotonic", lambda: now)
+    monkeypatch.setattr("time.monotonic", lambda: now)
     pauses = polling.Pauses()
     assert pauses.of(3) == 3  # before the first order
     pauses.order_done()
