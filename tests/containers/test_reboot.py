@@ -19,7 +19,7 @@ POWER = Path("/var/lib/fedllm-engine/power")  # the process id
 SITES = NODES[:4]
 RUN_CONFIG = (
     "num-server-rounds=2 strategy.min-nodes=4 strategy.fraction-evaluate=0.0 "
-    "train.training-arguments.max-steps=2"
+    "train.training-arguments.max-steps=4"  # time to see that it trains
 )
 
 
