@@ -57,7 +57,9 @@ def test_after_a_power_cut_in_round_2_the_run_goes_on_by_itself_and_its_adapter_
     submitted = federation["submit"]
     assert submitted.wait(timeout=RUN_TIMEOUT_S)["StatusCode"] == 0, federation.logs("submit")
     log = federation.logs("submit")
-    (cut_off,) = re.findall(r"run (\d+) of these settings was cut off; going on with it", log)
+    found = re.findall(r"run (\d+) of these settings was cut off; going on with it", log)
+    assert len(found) == 1, log
+    (cut_off,) = found
     facts = json.loads(federation.shell("superlink", "cat /results/latest/run.json"))
     assert facts["status"] == "completed"
     assert facts["resumed_from"] == [{"run_id": cut_off, "last_round": 1}]
