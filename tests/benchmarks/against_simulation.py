@@ -17,6 +17,8 @@ What differs: see DIFFERENCES, which is printed as well.
 
 import argparse
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -103,7 +105,11 @@ def simulation(
     job_file.write_text(json.dumps(job))
     command = [sys.executable, "-m", "tests.benchmarks.simulated", str(job_file)]
     with Watch(lambda line: "all", frozenset({"all"})) as watch:
-        _succeed(command, work / "logs" / "simulation.log", {"RAY_USAGE_STATS_ENABLED": "0"})
+        _succeed(
+            command,
+            work / "logs" / "simulation.log",
+            {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(work)},
+        )
     lines = json.loads((work / "simulated.json").read_text())
     seconds, load, train, loss = (
         [line[key] for line in lines] for key in ("seconds", "load-s", "train-s", "loss")
@@ -113,8 +119,6 @@ def simulation(
 
 
 def _succeed(command: list[str], log: Path, settings: dict[str, str]) -> None:
-    import os
-
     common = {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -145,6 +149,7 @@ def main() -> None:
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--models", type=Path, default=REPOSITORY / ".demo" / "models")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop what was started
     for quantization in ("nf4", "none"):  # the second is what the simulation quantises
         prepare_model(args.models, CACHE, args.model, quantization, None)
     arguments = "train.training-arguments"

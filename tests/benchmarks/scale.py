@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import tempfile
 import time
@@ -122,9 +123,11 @@ class Scale:
         for count, spans in times["rounds"].items():
             found[int(count)] = statistics.median(end - begin for begin, end in spans)
             print(f"  {count:>2} asked: {self._described(watch, spans)}", flush=True)
+        log = (self.work / "logs" / "superlink.log").read_text(errors="replace")
         files = (self.work / "superlink").glob("superlink.db*")
         print(
-            f"  the SuperLink's database then: {sum(f.stat().st_size for f in files) / MIB:.0f} MiB"
+            f"  the SuperLink's database then: {sum(f.stat().st_size for f in files) / MIB:.0f} "
+            f"MiB; errors in its log: {log.count('ERROR')}"
         )
         return found
 
@@ -150,6 +153,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="for each number of sites asked")
     parser.add_argument("--lora-r", type=int, default=32)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop what was started
     found: dict[int, dict[int, float]] = {}
     for nodes in map(int, args.nodes.split(",")):
         with tempfile.TemporaryDirectory() as folder:
