@@ -24,7 +24,8 @@ LAYERS = {
     for n in range(32)
     for name, out in (("q_proj", 4096), ("v_proj", 1024))
 }
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()  # flwr run looks for each name on a line of its own
 
 
 @client.query()

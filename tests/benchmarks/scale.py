@@ -32,7 +32,7 @@ from tests.benchmarks.watch import Watch, look
 from tests.samples import REPOSITORY
 
 SIDES = ("SuperLink", "ServerApp", "SuperNodes")
-IDLE_S = 15
+SETTLE_S, IDLE_S = 10, 15
 CHANGES = {  # of pyproject.toml, for the app whose sites do not train
     '"app.server_app:app"': '"noop:server"',
     '"app.client_app:app"': '"noop:client"',
@@ -89,6 +89,7 @@ class Scale:
 
     def idle(self) -> str:
         """What it takes when nobody trains."""
+        time.sleep(SETTLE_S)  # processes that have just started still import
         before = look(self.side, frozenset(SIDES))
         time.sleep(IDLE_S)
         after = look(self.side, frozenset(SIDES))
