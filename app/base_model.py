@@ -47,7 +47,7 @@ def prepared(models_dir: Path) -> list[BaseModel]:
             base = json.loads(path.read_text())
             facts = {"sha256": {}} | base | {"folder": path.parent}
             found.append(BaseModel(**{f.name: facts[f.name] for f in fields(BaseModel)}))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise SiteError(
                 f"{path.parent.name}/base.json is not what supernode.prepare wrote; delete "
                 f"{path.parent.name} and run supernode.prepare again"
@@ -132,6 +132,7 @@ def load_with_lora(
         dtype=dtype,
         device_map={"": torch_device},
         attn_implementation="sdpa",
+        use_safetensors=True,
     )
     model.config.use_cache = False
     if base.bits:

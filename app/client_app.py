@@ -1,4 +1,4 @@
-"""The ClientApp: what a SuperNode does with a message (a new process each time).
+"""The ClientApp: what a SuperNode does with a message (in a process of its own).
 
 The site's settings come from the SuperNode's environment: SITE_DIR (its own folder),
 MODELS_DIR (prepared base models, read-only), MODELS_VERIFIED (what the SuperNode found of them),
@@ -22,7 +22,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from app import memory, partition
+from app import libraries, memory, partition
 from app.adapter import Layout, Vector, initial_adapter
 from app.base_model import BaseModel, find
 from app.codec import decode, encode
@@ -177,6 +177,7 @@ def _to_send(
 @_no_data_in_errors
 def train(message: Message, context: Context) -> Message:
     """Fine-tune the received adapter on this site's rows; reply with the new one."""
+    libraries.load()
     from app import base_model, training
     from app.examples import encode_all
 
@@ -222,6 +223,7 @@ def train(message: Message, context: Context) -> Message:
 @_no_data_in_errors
 def evaluate(message: Message, context: Context) -> Message:
     """Score the received adapter on this site's held-out rows."""
+    libraries.load()
     from app import base_model, training
     from app.examples import encode_all
 

@@ -49,13 +49,13 @@ def exchange(
     Raises:
         httpx.HTTPError: the SuperLink itself fails, not only on the reply of one site.
     """
-    share = Counter((turns or {}).get(key, key) for key in messages)
-    lives_s = {key: timeout_s * share[(turns or {}).get(key, key)] for key in messages}
-    begun = time.monotonic()
+    turn_of = {key: (turns or {}).get(key, key) for key in messages}
+    share = Counter(turn_of.values())
+    lives_s = {key: timeout_s * share[turn_of[key]] for key in messages}
+    started = time.monotonic()
     for key, message in messages.items():
         message.metadata.created_at = datetime.now(UTC).timestamp()  # its life counts from now
         message.metadata.ttl = lives_s[key]
-    started = time.monotonic()
     ids = list(grid.push_messages(list(messages.values())))
     waiting = dict(zip(messages, ids, strict=True))
     failed = {key: REFUSED for key, message_id in waiting.items() if not message_id}
@@ -69,7 +69,7 @@ def exchange(
             if isinstance(reply, RecordDict):
                 contents[key] = reply
                 arrived(reply)
-            elif over or (reply is not None and time.monotonic() >= begun + lives_s[key]):
+            elif over or (reply is not None and time.monotonic() >= started + lives_s[key]):
                 late.add(key)
             elif reply is not None:
                 failed[key] = one_line(reply)

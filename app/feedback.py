@@ -4,6 +4,7 @@ Seide et al., Interspeech 2014; Karimireddy et al., arXiv 1901.09847. Quantising
 of every change, always the small ones; what is lost is added to the next change instead.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,16 @@ class Feedback:
     """
 
     def __init__(self, folder: Path, run: str, layout: Layout) -> None:
-        if not run.isdecimal():
+        """``run`` as in ``Strategy.run``. Raises ValueError if it is no such name."""
+        if not re.fullmatch(r"(\d+:\d+ )*\d+", run):
             raise ValueError(f"run {run!r} is no run id")
+        *before, own = (part.partition(":") for part in run.split())
         self._folder, self._layout = folder, layout
-        self._path = folder / f"feedback-{run}.safetensors"
+        self._path = self._of(own[0])
+        self._before = [(self._of(run_id), int(last)) for run_id, _, last in reversed(before)]
+
+    def _of(self, run_id: str) -> Path:
+        return self._folder / f"feedback-{run_id}.safetensors"
 
     def read(self, server_round: int) -> Vector:
         """The rest [layout.size] before this round; zeros where there is none of this layout."""
@@ -36,18 +43,25 @@ class Feedback:
         return earlier[max(earlier)] if earlier else np.zeros(self._layout.size, np.float32)
 
     def _earlier(self, server_round: int) -> dict[int, Vector]:
+        """By round: this run's or, while it has none, of the run that it goes on from."""
+        for path, last in ((self._path, server_round - 1), *self._before):
+            if found := self._stored(path, last):
+                return found
+        return {}
+
+    def _stored(self, path: Path, last: int) -> dict[int, Vector]:
         try:
-            stored = load(self._path.read_bytes())
+            stored = load(path.read_bytes())
         except (OSError, SafetensorError):
             return {}
-        earlier = {}
+        found = {}
         for name, rest in stored.items():
             layout, _, number = name.partition(".")
             ours = layout == self._layout.hash and number.isdecimal()
             whole = rest.shape == (self._layout.size,) and rest.dtype == np.float32
-            if ours and whole and int(number) < server_round and np.isfinite(rest).all():
-                earlier[int(number)] = rest
-        return earlier
+            if ours and whole and int(number) <= last and np.isfinite(rest).all():
+                found[int(number)] = rest
+        return found
 
     def write(self, server_round: int, rest: Vector) -> None:
         """Keep what this round left out; of other runs only the RUNS_KEPT - 1 that wrote last.

@@ -45,8 +45,7 @@ def check(lock: int) -> dict[str, Any]:
 
 
 def _line(said: object) -> str:
-    lines = str(said).split("\n")
-    return lines[0][:200]
+    return str(said).split("\n")[0][:200]
 
 
 if __name__ == "__main__":

@@ -84,8 +84,15 @@ def _rows(path: Path) -> list[Row]:
                 )
         # The flashcards keep the question in `input`; Alpaca rows may have an instruction only.
         question = record["input"].strip() or record["instruction"].strip()
-        if question and record["output"].strip():
-            rows[Row(question, record["output"].strip())] = None
+        answer = record["output"].strip()
+        try:
+            (question + answer).encode()
+        except UnicodeEncodeError:  # JSON can say it, and no tokenizer takes it
+            raise SiteError(
+                f"data/{path.name}, {where}: half a character (\\ud800 to \\udfff without its pair)"
+            ) from None
+        if question and answer:
+            rows[Row(question, answer)] = None
     return list(rows)
 
 
@@ -109,8 +116,9 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".json":
         try:
             records = json.loads(text)
-        except json.JSONDecodeError as err:
-            raise SiteError(f"data/{path.name}, line {err.lineno}: not valid JSON") from None
+        except (ValueError, RecursionError) as err:  # also a number too long, nesting too deep
+            line = f", line {err.lineno}" if isinstance(err, json.JSONDecodeError) else ""
+            raise SiteError(f"data/{path.name}{line}: not valid JSON") from None
         if not isinstance(records, list):
             raise SiteError(f"data/{path.name}: not a JSON array of rows")
         yield from ((f"row {i}", r) for i, r in enumerate(records, 1))
@@ -120,5 +128,5 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
-            except (ValueError, RecursionError):  # also a number too long, nesting too deep
+            except (ValueError, RecursionError):
                 raise SiteError(f"data/{path.name}, line {number}: not valid JSON") from None

@@ -17,10 +17,10 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from app.adapter import Layout, initial_adapter
+from app.adapter import Layout, Vector, initial_adapter
 from app.checkpoint import ResultsError, RunFolder
 from app.config import GIVEN_UP, MIB, SILENT, ConfigError, RunConfig
-from app.preflight import PreflightError, SilenceError, preflight
+from app.preflight import PreflightError, SilenceError, Sites, preflight
 from app.privacy import noise_norm
 from app.resume import adopt, bytes_before, find_earlier
 from app.site_list import SiteListError, site_name
@@ -85,67 +85,30 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
     facts["bytes_sent"] = bytes_before(folder.results, config, earlier)
     if earlier:
         facts["resumed_from"] = earlier.chain
-        folder.write_run(facts)  # before the rounds: a run that has some can be resumed
+    folder.write_run(facts)  # before the rounds: a run that has some can be resumed
+    if earlier:
         adopt(folder, earlier)
         logger.info(
             "[resume] after round %d of run %s", earlier.server_round, earlier.chain[-1]["run_id"]
         )
-    else:
-        folder.write_run(facts)
-
     sites = preflight(grid, config, Path(os.environ["SITES_DIR"]))
-    try:
-        layout = Layout.of(sites.linear_layers, config)
-    except ValueError as err:
-        raise ConfigError(str(err)) from None
-    length = noise_norm(config, layout.size)
-    if length > config.max_update_norm:
-        raise ConfigError(
-            f"run config: the noise of privacy.noise-multiplier = {config.noise_multiplier:g} on "
-            f"{layout.size} values is {length:.0f} long, and strategy.max-update-norm = "
-            f"{config.max_update_norm:g} would refuse it; raise that, or lower the noise"
-        )
+    layout = _layout(sites, config)
     done, total = earlier.server_round if earlier else 0, config.num_server_rounds
     if earlier:
         adapter = earlier.adapter(layout, sites.fingerprint)
     else:
         adapter = initial_adapter(layout, config.seed)
     folder.reserve(total - done, adapter.nbytes)
-    logger.info(
-        "[preflight] %d sites ready with %d rows; base model %s, fingerprint %s; "
-        "adapter of %d parameters, %.1f MiB",
-        len(sites.node_of),
-        sum(sites.num_examples.values()),
-        config.model_name,
-        sites.fingerprint,
-        layout.size,
-        adapter.nbytes / MIB,
-    )
-    facts |= {
-        "base_model_fingerprint": sites.fingerprint,
-        "layout": layout.hash,
-        "adapter_parameters": layout.size,
-        "sites": {
-            site_name(p): {
-                "node_id": str(sites.node_of[p]),
-                "num_examples": sites.num_examples[p],
-                "num_holdout": sites.num_holdout[p],
-                "versions": sites.versions[p],
-                "device": sites.devices[p],
-            }
-            for p in sites.node_of
-        },
-        "left_out": sites.left_out,
-    }
+    facts |= _agreed(sites, layout, config)
     folder.write_run(facts)
 
     def keep(bytes_sent: int) -> None:
         facts["bytes_sent"] = bytes_sent
         folder.write_run(facts)
 
-    origin = earlier.origin if earlier else facts["run_id"]
+    name = earlier.name(facts["run_id"]) if earlier else facts["run_id"]
     strategy = Strategy(
-        grid, config, sites, layout, origin, bytes_sent=facts["bytes_sent"], keep=keep
+        grid, config, sites, layout, name, bytes_sent=facts["bytes_sent"], keep=keep
     )
     if earlier:
         before = earlier.lines[-1]
@@ -166,26 +129,85 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
             "partitions": line["partitions"],
         }
         folder.save_round(server_round, layout, adapter, config, manifest)
-        after = strategy.evaluate(server_round, adapter)
-        if after and before.get("eval_partitions") == after["eval_partitions"]:
-            line |= {f"{key}_before": before[key] for key in COMPARED if key in before}
-        line |= after
-        before = after
-        line |= strategy.budget()
+        before = _measure(strategy, server_round, adapter, line, before)
         folder.add_metrics(line)
         per_round = (time.monotonic() - rounds_started) / (server_round - done)
-        left = per_round * (total - server_round)
-        held_out = f", held-out loss {after['eval_loss_median']:.4f}" if after else ""
-        logger.info(
-            "[round %d/%d] train loss %.4f%s; %.0f s; %.1f MiB sent, %.0f of the budget left; %s",
-            server_round,
-            total,
-            line["train_loss"],
-            held_out,
-            line["seconds"] + after.get("eval_seconds", 0.0),
-            line["mb_sent"],
-            line["mb_left"],
-            f"about {left:.0f} s left" if left else "last round",
-        )
+        _say(line, total, per_round * (total - server_round))
     facts["seconds"] = time.monotonic() - started
     logger.info("[done] %s", folder.path / f"peft_{total}")
+
+
+def _layout(sites: Sites, config: RunConfig) -> Layout:
+    """Of the run's adapter. Raises ConfigError: the sites' base model and the config do not fit."""
+    try:
+        layout = Layout.of(sites.linear_layers, config)
+    except ValueError as err:
+        raise ConfigError(str(err)) from None
+    length = noise_norm(config, layout.size)
+    if length > config.max_update_norm:
+        raise ConfigError(
+            f"run config: the noise of privacy.noise-multiplier = {config.noise_multiplier:g} on "
+            f"{layout.size} values is {length:.0f} long, and strategy.max-update-norm = "
+            f"{config.max_update_norm:g} would refuse it; raise that, or lower the noise"
+        )
+    return layout
+
+
+def _agreed(sites: Sites, layout: Layout, config: RunConfig) -> dict[str, Any]:
+    """What the preflight found, for run.json; the log gets a line of it."""
+    logger.info(
+        "[preflight] %d sites ready with %d rows; base model %s, fingerprint %s; "
+        "adapter of %d parameters, %.1f MiB",
+        len(sites.node_of),
+        sum(sites.num_examples.values()),
+        config.model_name,
+        sites.fingerprint,
+        layout.size,
+        4 * layout.size / MIB,
+    )
+    return {
+        "base_model_fingerprint": sites.fingerprint,
+        "layout": layout.hash,
+        "adapter_parameters": layout.size,
+        "sites": {
+            site_name(p): {
+                "node_id": str(sites.node_of[p]),
+                "num_examples": sites.num_examples[p],
+                "num_holdout": sites.num_holdout[p],
+                "versions": sites.versions[p],
+                "device": sites.devices[p],
+            }
+            for p in sites.node_of
+        },
+        "left_out": sites.left_out,
+    }
+
+
+def _measure(
+    strategy: Strategy,
+    server_round: int,
+    adapter: Vector,
+    line: dict[str, Any],
+    before: dict[str, Any],
+) -> dict[str, Any]:
+    """Evaluate the round's adapter; its figures, also added to ``line`` beside those of before."""
+    after = strategy.evaluate(server_round, adapter)
+    if after and before.get("eval_partitions") == after["eval_partitions"]:
+        line |= {f"{key}_before": before[key] for key in COMPARED if key in before}
+    line |= after | strategy.budget()
+    return after
+
+
+def _say(line: dict[str, Any], total: int, left_s: float) -> None:
+    held_out = f", held-out loss {line['eval_loss_median']:.4f}" if "eval_loss" in line else ""
+    logger.info(
+        "[round %d/%d] train loss %.4f%s; %.0f s; %.1f MiB sent, %.0f of the budget left; %s",
+        line["round"],
+        total,
+        line["train_loss"],
+        held_out,
+        line["seconds"] + line.get("eval_seconds", 0.0),
+        line["mb_sent"],
+        line["mb_left"],
+        f"about {left_s:.0f} s left" if left_s else "last round",
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from app.base_model import BaseModel
+from app.config import MIB
 from app.partition import SiteError
 
 # The server waits longer for the answer to its preflight (QUERY_TIMEOUT_S).
@@ -34,9 +35,9 @@ def check_verified(base: BaseModel) -> None:
     deadline = time.monotonic() + WAIT_S
     while (found := _read(outcome).get(base.folder.name, {})).get("files") != _stamps(base):
         if time.monotonic() > deadline:
-            size_mb = sum(base.files.values()) / 1e6
+            size_mib = sum(base.files.values()) / MIB
             raise SiteError(
-                f"base model {base.name}: its files are still being read ({size_mb:.0f} MB, to "
+                f"base model {base.name}: its files are still being read ({size_mib:.0f} MiB, to "
                 "compare their SHA-256); start the run again in a minute"
             )
         time.sleep(POLL_S)

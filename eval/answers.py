@@ -53,8 +53,8 @@ class Journal:
 
     def _read(self, head: str) -> list[str]:
         """The lines that hold answers, which are taken; raises EvalError under another head."""
-        first, *lines = self.path.read_text(encoding="utf-8").split("\n")
-        if first != head and (lines or not head.startswith(first)):  # else it is cut off
+        first, *lines = self.path.read_bytes().split(b"\n")
+        if first != head.encode() and (lines or not head.encode().startswith(first)):  # or cut off
             raise EvalError(f"{self.path} is not what it is called; move it away")
         kept = []
         for line in lines:
@@ -65,9 +65,9 @@ class Journal:
                 if not (isinstance(output, str) and isinstance(pick, str | None)):
                     raise ValueError
             except (ValueError, TypeError):
-                break  # a killed process left it unfinished
+                break  # a killed process left it unfinished, or it is damaged
             self.answers[index] = Answer(output, pick)
-            kept.append(line)
+            kept.append(line.decode())
         return kept
 
     def _say_what_differs(self, parts: dict[str, str]) -> None:

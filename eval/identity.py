@@ -23,13 +23,18 @@ _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers")
 _CODE = ("inference.py", "model.py")
 
 
-def files_digest(model: Path, weights: bool) -> str:
-    """SHA-256 of a model folder's settings and tokenizer and, if wanted, of its weights."""
-    digest, suffixes = hashlib.sha256(), _SETTINGS + (".safetensors",) * weights
-    for path in sorted(p for p in model.iterdir() if p.suffix in suffixes and p.is_file()):
+def settings_digest(model: Path) -> str:
+    """SHA-256 of a model folder's settings and tokenizer; a prepared one's name its weights'."""
+    return hashlib.sha256(b"".join(file_digests(model, _SETTINGS))).hexdigest()
+
+
+def file_digests(folder: Path, suffixes: tuple[str, ...]) -> list[bytes]:
+    """Name and SHA-256 of each file of these kinds, sorted by name."""
+    parts = []
+    for path in sorted(p for p in folder.iterdir() if p.suffix in suffixes and p.is_file()):
         with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+            parts.append(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return parts
 
 
 def of_model(base: "Base", adapter: "Adapter | None") -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from app.base_model import check_files, device_and_dtype, prepared
 from app.verified import check_contents
 from eval import EvalError
-from eval.identity import files_digest
+from eval.identity import file_digests, settings_digest
 
 # --quantization -> how weights are stored. 4 is what the leaderboard asks for: bitsandbytes'
 # defaults, FP4 computed in float32 (eval.py of its evaluation).
@@ -69,42 +69,22 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
     else:
         dtype = {"4": torch.float32, "8": torch.float16}.get(quantization, fast)
     matches = [b for b in prepared(models) if (b.name, b.kind) == (name, kind)]
-    if matches and not Path(name).is_dir():
-        check_files(matches[0])
-        check_contents(matches[0])
-        source = matches[0].folder
-        fingerprints = {kind: matches[0].fingerprint}
-        files = files_digest(source, weights=True)  # what is recorded may not hold any more
+    made = matches[0] if matches and not Path(name).is_dir() else None
+    if made:
+        check_files(made)
+        check_contents(made)
+        source, fingerprints = made.folder, {kind: made.fingerprint}
     else:
         source = Path(name) if Path(name).is_dir() else _source(name, quantization, models, cache)
         fingerprints = _fingerprints(source)
-        files = files_digest(source, weights=False)
-    disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(source)
-        stored, how = getattr(config, "quantization_config", None), None
-        if stored and not (matches and source == matches[0].folder):
-            raise EvalError(f"{source} is quantised already; give the original weights")
-        if stored and kind in ("nf4", "fp4"):  # at preparation, maybe for another kind of device
-            stored["bnb_4bit_compute_dtype"] = str(dtype).split(".")[1]
-        elif not stored and kind in _SETTINGS:
-            settings = _SETTINGS[kind] | {"bnb_4bit_compute_dtype": dtype}
-            how = {"quantization_config": BitsAndBytesConfig(**settings)}
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            device_map={"": torch_device},
-            attn_implementation="sdpa",
-            **(how or {}),
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, tokenizer = _loaded(source, made is not None, kind, dtype, torch_device)
     except torch.OutOfMemoryError:
         raise EvalError(
             f"the GPU is too small for {name} with --quantization {quantization}; "
             "use nf4-bf16, or free its memory"
         ) from None
-    except (OSError, ValueError, KeyError, SafetensorError) as err:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as err:
         first = str(err).strip().split("\n")[0]
         raise EvalError(f"{source} does not load as a causal language model: {first}") from None
     layers = {
@@ -112,8 +92,6 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
         for n, m in model.named_modules()
         if isinstance(m, torch.nn.Linear)
     }
-    if stored:
-        _cast(model, dtype)
     if device == "cpu" and kind != "none":
         model = model.dequantize()
     facts = {
@@ -122,10 +100,38 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
         "kind": kind,
         "compute_dtype": str(dtype).split(".")[1],
         "fingerprint": fingerprints[kind],
-        "files_sha256": files,
+        "files_sha256": settings_digest(source),
         "device": torch.cuda.get_device_name(0) if device == "cuda" else "cpu",
     }
     return Base(model.eval(), tokenizer, name, layers, set(fingerprints.values()), facts)
+
+
+def _loaded(
+    source: Path, made: bool, kind: str, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, Any]:
+    """Model and tokenizer; ``made``: the folder is prepared in this kind. Raises many errors."""
+    disable_progress_bar()
+    config = AutoConfig.from_pretrained(source)
+    stored, how = getattr(config, "quantization_config", None), None
+    if stored and not made:
+        raise EvalError(f"{source} is quantised already; give the original weights")
+    if stored and kind in ("nf4", "fp4"):  # at preparation, maybe for another kind of device
+        stored["bnb_4bit_compute_dtype"] = str(dtype).split(".")[1]
+    elif not stored and kind in _SETTINGS:
+        settings = _SETTINGS[kind] | {"bnb_4bit_compute_dtype": dtype}
+        how = {"quantization_config": BitsAndBytesConfig(**settings)}
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source,
+        config=config,
+        dtype=dtype,
+        device_map={"": device},
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        **(how or {}),
+    )
+    if stored:
+        _cast(model, dtype)
+    return model, AutoTokenizer.from_pretrained(source)
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
@@ -160,11 +166,7 @@ def _source(name: str, quantization: str, models: Path, cache: Path) -> Path:
 
 def _fingerprints(source: Path) -> dict[str, str]:
     """What base.json would hold for these weights in each quantisation (supernode.quantise)."""
-    parts = []
-    names = (".safetensors", ".json", ".model", ".txt", ".jinja")
-    for path in sorted(p for p in source.iterdir() if p.suffix in names and p.is_file()):
-        with path.open("rb") as file:
-            parts.append(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    parts = file_digests(source, (".safetensors", ".json", ".model", ".txt", ".jinja"))
     if not any(b".safetensors" in part for part in parts):
         raise EvalError(f"{source} holds no .safetensors file")
     content = b"".join(parts)

@@ -6,7 +6,7 @@
 | STATE_DIR      | (required)      | folder of the SQLite database                       |
 | RESULTS_DIR    | (required)      | where the ServerApp writes checkpoints              |
 | FLEET_ADDRESS  | 0.0.0.0:9092    | SuperNodes connect here (gRPC, TLS)                 |
-| CONTROL_ADDRESS| 0.0.0.0:9093    | flwr connects here (gRPC, TLS, no user login)       |
+| CONTROL_ADDRESS| 127.0.0.1:9093  | flwr connects here (gRPC, TLS, no user login)       |
 | RUNTIME_ADDRESS| (none)          | superlink.serverapp connects here (TLS, secret); if |
 |                |                 | unset, ServerApps are child processes and use       |
 | RUNTIME_PORT   | 9091            | on 127.0.0.1 only                                   |
@@ -48,7 +48,7 @@ def arguments(env: dict[str, str]) -> list[str]:
                 "change its owner or set another folder"
             )
     fleet = env.get("FLEET_ADDRESS", "0.0.0.0:9092")
-    control = env.get("CONTROL_ADDRESS", "0.0.0.0:9093")
+    control = env.get("CONTROL_ADDRESS", "127.0.0.1:9093")
     runtime = apart or f"127.0.0.1:{env.get('RUNTIME_PORT', '9091')}"
     health = f"127.0.0.1:{env.get('HEALTH_PORT', '9190')}"
     for name, address in (

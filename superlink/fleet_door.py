@@ -5,6 +5,8 @@ believes the rest of it: whose message it is, which order it answers, which key 
 does its store: whoever pushes a message says how many objects it has. Here each of these is
 compared with what the SuperLink knows, before Flower works on the call.
 
+Of a call above MAX_CALL_BYTES nothing is compared: gRPC refuses it unread, and one line says so.
+
 Of the other calls, RegisterNode and UnregisterNode are off where SuperNodes authenticate;
 DeactivateNode, SendNodeHeartbeat and PullMessages name nothing but the caller's own node; GetRun
 and GetFab give what every site of a run is sent.
@@ -20,8 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from superlink.adapter_size import adapter_bytes
+from superlink.gone_messages import with_objects
 from superlink.orders_first import orders_first
+from superlink.refused import RefusedError, check_words
 from superlink.site_keys import fingerprint_of_pem
+from superlink.unread_calls import telling_unread_calls
 
 # Flower cuts arrays into pieces of 5 MiB. Everything else of an honest reply is far smaller; the
 # largest is the list of linear layers in the preflight, 1 MB for a model of 18,000.
@@ -38,10 +43,7 @@ _array_of: dict[str, str] = {}  # reply -> its array, by their ids; the oldest f
 _SERVICER = "flwr.server.superlink.fleet.grpc_rere.fleet_servicer", "FleetServicer"
 _STATE = "flwr.server.superlink.linkstate.sql_linkstate", "SqlLinkState"
 _LIMIT = "flwr.superlink.cli.flower_superlink", "GRPC_MAX_MESSAGE_LENGTH"
-
-
-class RefusedError(Exception):
-    """Why a call is refused: one line, for the SuperLink's log and for the caller."""
+_CREATE = "flwr.superlink.cli.flower_superlink", "generic_create_grpc_server"
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,6 @@ class Call:
         return ceil((size + 128) / PIECE_BYTES) if size else 0  # 128: numpy's own header
 
 
-def name_of(call: Call) -> str:
-    """What the caller is called in the log."""
-    return fingerprint_of_pem(call.key)
-
-
 def install(results: Path) -> None:
     """Put the door in front of this process's Fleet API.
 
@@ -88,12 +85,16 @@ def install(results: Path) -> None:
     for name in CHECKS:
         flower(*_SERVICER, name)
     store = flower(*_STATE, "store_message_and_object_tree")
+    delete = flower(*_STATE, "delete_messages")
+    create = flower(*_CREATE)
     flower(*_LIMIT)
     for name, check in CHECKS.items():
         setattr(servicer, name, _guarded(name, getattr(servicer, name), check, results))
     state.store_message_and_object_tree = orders_first(store)
-    # Of the Fleet API alone: the module has a name of its own for it.
+    state.delete_messages = with_objects(delete)
+    # Of the Fleet API alone: the module has names of its own for both.
     setattr(import_module(_LIMIT[0]), _LIMIT[1], MAX_CALL_BYTES)
+    setattr(import_module(_CREATE[0]), _CREATE[1], telling_unread_calls(create, _log))
 
 
 def flower(module: str, *names: str) -> Any:
@@ -125,9 +126,10 @@ def _guarded(
         key = get_metadata_bytes(context.invocation_metadata(), PUBLIC_KEY_HEADER) or b""
         call = Call(request, servicer.state_factory.state(), key, results)
         try:
+            check_words(name, request)
             check(call)
         except RefusedError as err:
-            _log(f"{name} of {name_of(call)} refused: {err}")
+            _log(f"{name} of {fingerprint_of_pem(key)} refused: {err}")
             # No status that a SuperNode would end on, or try again for ever: it logs this line
             # and goes on with its next order.
             context.abort(StatusCode.FAILED_PRECONDITION, str(err))
@@ -204,23 +206,25 @@ def _check_objects(call: Call, meta: Any, tree: Any) -> None:
 def _drop_earlier_replies(call: Call, meta: Any) -> None:
     """A node has one reply in store for a run: who answers anew is not waited for any more."""
     for earlier in call.rows(
-        "SELECT message_id, reply_to_message_id FROM message_res WHERE src_node_id = :node "
+        "SELECT reply_to_message_id AS id FROM message_res WHERE src_node_id = :node "
         "AND run_id = :run AND delivered_at = '' AND message_id <> :own",
         run=meta.run_id,
         own=meta.message_id,
     ):
-        call.state.delete_messages({earlier["reply_to_message_id"]})
-        call.state.object_store.delete(earlier["message_id"])
+        call.state.delete_messages({earlier["id"]})
 
 
 def push_object(call: Call) -> None:
     """A piece of an array, or something small, or the one array: the adapter."""
     replies = call.rows(
-        "SELECT root_object_id AS id FROM object_push_session_roots WHERE session_id = :session",
+        "SELECT object_id AS id FROM objects JOIN object_push_session_roots "
+        "ON object_id = root_object_id WHERE session_id = :session",
         session=call.request.session_id,
     )
     try:
         _check_object(call, replies[0]["id"] if replies else "")
+        if not replies:
+            raise RefusedError("it belongs to no reply that is waited for, or comes too late")
     except RefusedError:
         for reply in replies:  # or the ServerApp would wait for the rest of it
             call.state.object_store.delete(reply["id"])
@@ -277,6 +281,8 @@ def confirm(call: Call) -> None:
 
 
 CHECKS: dict[str, Callable[[Call], None]] = {
+    "RegisterNode": lambda _: None,  # but for check_words, as for all of them
+    "GetFab": lambda _: None,
     "ActivateNode": activate,
     "PushMessages": push_message,
     "PushObject": push_object,

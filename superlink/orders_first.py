@@ -28,4 +28,10 @@ def _drop_if_false(state: Any, part: Any) -> None:
     children = "SELECT child_id FROM object_children WHERE parent_id = :id"
     known = {row["child_id"] for row in state.query(children, named)}
     if known != {child.object_id for child in part.children}:
+        # Or what it named as its parts would count as in use for ever.
+        state.query(
+            "UPDATE objects SET ref_count = ref_count - 1 WHERE object_id IN "
+            "(SELECT child_id FROM object_children WHERE parent_id = :id)",
+            named,
+        )
         state.query("DELETE FROM objects WHERE object_id = :id", named)

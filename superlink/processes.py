@@ -154,10 +154,12 @@ class LocalFederation:
         """
         impatience = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         old = {n: signal.signal(n, signal.SIG_IGN) for n in impatience}  # leave nothing behind
-        # ServerApp and ClientApps run in sessions of their own. They go first, while there is a
-        # SuperLink to tell, so that run.json does not say "running" for ever.
         children = [c for p in self.processes.values() for c in _children(p.pid)]
-        _end(children, psutil.Process.terminate)
+        # The ServerApp has a session of its own. It goes first, while there is a SuperLink to tell,
+        # so that run.json does not say "running" for ever. (Not the SuperNodes: their entrypoints
+        # would take it for a refusal.)
+        groups = {p.pid for p in self.processes.values()}
+        _end([c for c in children if _group(c) not in groups], psutil.Process.terminate)
         superlink = self.processes.pop("superlink", None)
         for group in (list(self.processes.values()), [superlink] if superlink else []):
             for process in group:
@@ -180,6 +182,13 @@ def _children(pid: int) -> list[psutil.Process]:
         return list(psutil.Process(pid).children(recursive=True))
     except psutil.NoSuchProcess:
         return []
+
+
+def _group(process: psutil.Process) -> int | None:
+    try:
+        return os.getpgid(process.pid)
+    except ProcessLookupError:
+        return None
 
 
 def _end(processes: list[psutil.Process], how: Callable[[psutil.Process], None]) -> None:

@@ -12,6 +12,7 @@ import base64
 import hashlib
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -85,8 +86,12 @@ def fingerprint(pub: Path) -> str:
 
 def fingerprint_of_pem(key: bytes) -> str:
     """The same of a public key as Flower sends it. Raises ValueError: it is none."""
+    loaded = serialization.load_pem_public_key(key)
     form = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    return _fingerprint(_blob_of(serialization.load_pem_public_key(key).public_bytes(*form)))
+    try:
+        return _fingerprint(_blob_of(loaded.public_bytes(*form)))
+    except (ValueError, UnsupportedAlgorithm):  # a curve that OpenSSH does not know
+        return "no site's key"
 
 
 def _fingerprint(blob: bytes) -> str:

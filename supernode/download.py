@@ -48,12 +48,14 @@ def prepared(models: Path, name: str, kind: str) -> Path:
 
 
 def is_prepared(folder: Path) -> dict[str, Any]:
-    """What its base.json says, or nothing: it is not there, or an older version made it.
+    """What its base.json says, or nothing: it is not there, damaged, or an older version's.
 
     That one has no "sha256": nobody could see a flipped bit.
     """
-    kept = folder / "base.json"
-    base: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+    try:
+        base: dict[str, Any] = json.loads((folder / "base.json").read_text())
+    except (OSError, ValueError):
+        return {}
     return base if "sha256" in base else {}
 
 

@@ -12,6 +12,7 @@
 | HEALTH_PORT  | (none)           | liveness, on 127.0.0.1 only                              |
 | APP_SHA256   | from app.sha256  | the app (FAB) that runs may bring; app.sha256 is the image's |
 | ALLOW_APP_UPDATES | (none)      | 1: run whatever app a run brings                         |
+| WARM_S       | 600              | idle seconds that the loaded libraries are kept; 0: not at all |
 """
 
 import os
@@ -19,8 +20,11 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from supernode import verify
@@ -28,9 +32,11 @@ from supernode.node_log import Joining, plain
 from supernode.pinned import ANY
 
 STOP_AFTER_S = 10
+SMI_TIMEOUT_S = 30.0  # a driver that hangs shows its GPUs in /dev; torch finds it in the preflight
 EX_TEMPFAIL = 75
 # A SuperNode that was killed counts as online for a minute, and its successor is refused.
 ACTIVATION_TIMEOUT_S, ACTIVATION_PAUSE_S = 75, 10
+WARM_PROGRAMS = Path(__file__).parent / "warm" / "bin"
 
 NOT_ACTIVATED = "Failed to activate SuperNode"
 # What Flower gives as the reason when joining can't work, and what to tell the hospital. Flower
@@ -125,8 +131,10 @@ def set_gpu(env: dict[str, str]) -> None:
 def visible_gpus() -> int:
     """Number of NVIDIA GPUs, without importing torch (5 s and 300 MB)."""
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=SMI_TIMEOUT_S
+        )
+    except (OSError, subprocess.SubprocessError):
         return len(list(Path("/dev").glob("nvidia[0-9]*")))
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
@@ -169,6 +177,30 @@ def command(env: dict[str, str]) -> list[str]:
     ]  # fmt: skip
 
 
+@contextmanager
+def warm_client_apps(env: dict[str, str]) -> Iterator[None]:
+    """Have the ClientApps forked from a process that has the libraries (``supernode.warm``).
+
+    Its socket lies in a folder that is this user's and this SuperNode's alone.
+
+    Raises:
+        SystemExit: WARM_S is no number of seconds.
+    """
+    seconds = env.get("WARM_S") or "600"
+    if not re.fullmatch(r"\d{1,7}", seconds):
+        raise SystemExit(
+            f"supernode: WARM_S={seconds}: whole seconds, or 0 so that every ClientApp loads its "
+            "libraries anew"
+        )
+    if seconds == "0" or sys.platform != "linux":
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="supernode-") as folder:  # mode 0700
+        env["PATH"] = f"{WARM_PROGRAMS}{os.pathsep}{env['PATH']}"
+        env |= {"WARM_S": seconds, "WARM_SOCKET": f"{folder}/warm.socket"}
+        yield
+
+
 def main() -> int:
     env = read_site(dict(os.environ))
     device = env.setdefault("DEVICE", "cuda")
@@ -187,11 +219,12 @@ def main() -> int:
     }
     argv = command(env)
     deadline = time.monotonic() + ACTIVATION_TIMEOUT_S
-    while True:
-        code = watch(argv, env)
-        if code != EX_TEMPFAIL or time.monotonic() > deadline:
-            return code
-        time.sleep(ACTIVATION_PAUSE_S)
+    with warm_client_apps(env):
+        while True:
+            code = watch(argv, env)
+            if code != EX_TEMPFAIL or time.monotonic() > deadline:
+                return code
+            time.sleep(ACTIVATION_PAUSE_S)
 
 
 def watch(argv: list[str], env: dict[str, str]) -> int:

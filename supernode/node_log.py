@@ -10,7 +10,7 @@ import re
 # characters that break a line or turn its direction.
 _NO_TEXT = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]?"
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
 _JOINED = re.compile(r"INFO\b.*: +SuperNode ID: \d+\n?")
 _NOT_JOINED = re.compile(r"ERROR\b.*: +<_InactiveRpcError of RPC that terminated with:\n?")

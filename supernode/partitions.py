@@ -54,7 +54,7 @@ def prepare_data(
         PrepareError: the source cannot be read or split, or a site's own data is in the way.
     """
     manifest_file = federation / "prepared" / "data.json"
-    old = json.loads(manifest_file.read_text()) if manifest_file.exists() else {}
+    old = _manifest(manifest_file)
     wanted = asdict(split) | {"source_sha256": _source_sha256(split.source)}
     intact = _check_intact(federation, old.get("files", {}))
     # Where "notes" are missing, a site's own file was split with its repeats.
@@ -117,6 +117,22 @@ def _halves(dataset: Any, split: Split, shared: set[str]) -> dict[str, Any]:
 def _said(manifest: dict[str, Any]) -> list[str]:
     lines = [f"{name}: {facts['rows']} rows" for name, facts in manifest["files"].items()]
     return [*lines, *manifest.get("notes", [])]
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """What the last call wrote; empty where there was none. Raises PrepareError: it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        if {"split", "files"} <= manifest.keys():
+            return manifest
+    except (ValueError, AttributeError):
+        pass
+    raise PrepareError(
+        f"{path} is not what supernode.prepare wrote: move it and the sites' data/ files away to "
+        "have the partitions made"
+    )
 
 
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:

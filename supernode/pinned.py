@@ -9,6 +9,8 @@ the site answers with Flower's own "invalid FAB" error, and no line of the code 
 """
 
 import hashlib
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,10 +60,15 @@ def main() -> None:
     from flwr.supernode.cli import flower_supernode
 
     from supernode import deadline
+    from supernode.warm import orders
+    from supernode.warm.server import end_with
 
+    end_with(os.getppid(), signal.SIGTERM)  # time to sign off, as when it is asked to
     pin, site = sys.argv[2:4]
     if pin != ANY:
         install(pin, site)
+    if socket := os.environ.get("WARM_SOCKET"):
+        orders.install(Path(socket), float(os.environ["WARM_S"]))
     deadline.install(site)
     sys.argv = ["flower-supernode", *sys.argv[4:]]
     flower_supernode()

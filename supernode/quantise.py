@@ -34,7 +34,7 @@ def prepare_model(models: Path, cache: Path, name: str, kind: str, token: str | 
     target = prepared(models, name, kind)
     local = Path(name) if Path(name).is_dir() else None
     base = is_prepared(target)
-    if base and (not local or base["fingerprint"] == fingerprint(local, kind)):
+    if base and (not local or base.get("fingerprint") == fingerprint(local, kind)):
         return target
     source = model_folder(cache, name, token)
     models.mkdir(parents=True, exist_ok=True)
@@ -87,16 +87,23 @@ def _convert(source: Path, target: Path, name: str, kind: str) -> None:
         "int8": {"load_in_8bit": True},
         "none": None,
     }[kind]
-    on_gpu = torch.cuda.is_available()
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        # What is not quantised stays as exact as the source has it.
-        dtype="auto",
-        device_map={"": 0 if on_gpu else "cpu"},
-        quantization_config=BitsAndBytesConfig(**settings) if settings else None,
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            # What is not quantised stays as exact as the source has it.
+            dtype="auto",
+            device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+            quantization_config=BitsAndBytesConfig(**settings) if settings else None,
+            use_safetensors=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as err:  # whatever the libraries make of a damaged file
+        first = str(err).strip().split("\n")[0]
+        raise PrepareError(
+            f"{source} does not load as a causal language model: {type(err).__name__}: {first}"
+        ) from None
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    tokenizer.save_pretrained(target)
     files = sorted(p for p in target.rglob("*") if p.is_file())
     for path in files:
         path.chmod(0o644)  # SuperNodes may run as another user

@@ -40,7 +40,7 @@ def _keep_verified(models: Path, outcome: Path) -> None:
     while True:
         try:
             verify(models, outcome, known)
-        except OSError as err:
+        except (OSError, ValueError) as err:  # ValueError: a name that no file can have
             print(f"supernode: ERROR: base models not verified: {err}", file=sys.stderr, flush=True)
             time.sleep(60)
         time.sleep(LOOK_AGAIN_S)
@@ -56,37 +56,33 @@ def verify(models: Path, outcome: Path, known: dict[str, Any]) -> None:
         folder = path.parent
         try:
             base = json.loads(path.read_text())
-            expected = dict(base["sha256"])
-        except (OSError, ValueError, KeyError, TypeError):
+            name, expected = base["name"], dict(base["sha256"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # the ClientApp says what is wrong with it
-        files = {name: stamp(folder / name) for name in ("base.json", *expected)}
+        files = {n: stamp(folder / n) for n in ("base.json", *expected)}
         if known.get(folder.name, {}).get("files") == files:
             continue
         started = time.monotonic()
-        found_sums = {name: _sha256(folder / name) for name in expected}
-        wrong = {n: found for n, found in found_sums.items() if found != expected[n]}
-        known[folder.name] = {"files": files, "wrong": wrong}
-        _write(outcome, known)
-        _tell(folder, base, wrong, sum(f[0] for f in files.values() if f), started)
-
-
-def _tell(
-    folder: Path, base: dict[str, Any], wrong: dict[str, str], size: int, started: float
-) -> None:
-    if wrong:
-        print(
-            f"supernode: ERROR: base model {base['name']}: {', '.join(wrong)} in {folder} is not "
-            "what supernode.prepare wrote",
-            file=sys.stderr,
-            flush=True,
-        )
-    else:
-        took_s = time.monotonic() - started
-        print(
-            f"supernode: base model {base['name']} is what supernode.prepare wrote "
-            f"({size / 1e6:.0f} MB read in {took_s:.0f} s)",
-            flush=True,
-        )
+        sums = {n: _sha256(folder / n) for n in expected}
+        wrong = {n: found for n, found in sums.items() if found != expected[n]}
+        if wrong:
+            print(
+                f"supernode: ERROR: base model {name}: {', '.join(wrong)} in {folder} is not what "
+                "supernode.prepare wrote",
+                file=sys.stderr,
+                flush=True,
+            )
+        else:
+            size_mib = sum(f[0] for f in files.values() if f) / 2**20
+            took_s = time.monotonic() - started
+            print(
+                f"supernode: base model {name} is what supernode.prepare wrote "
+                f"({size_mib:.0f} MiB read in {took_s:.0f} s)",
+                flush=True,
+            )
+        outcomes = known | {folder.name: {"files": files, "wrong": wrong}}
+        _write(outcome, outcomes)
+        known.update(outcomes)  # only now: what cannot be written is to be found again
 
 
 def stamp(path: Path) -> list[int] | None:

@@ -24,6 +24,10 @@ REPLACED = [
         "GRPC_MAX_MESSAGE_LENGTH", "_run_fleet_api_grpc_rere",
     ),
     (
+        "superlink/fleet_door.py", "flwr.superlink.cli.flower_superlink",
+        "generic_create_grpc_server", "_run_fleet_api_grpc_rere",
+    ),
+    (
         "supernode/pinned.py", "flwr.supernode.start_client_internal", "_pull_and_store_message",
         "start_client_internal",
     ),
@@ -34,6 +38,14 @@ REPLACED = [
     (
         "supernode/pinned.py", "flwr.supernode.start_client_internal", "FAB_VERIFICATION_ERROR",
         "_pull_and_store_message",
+    ),
+    (
+        "supernode/warm/superexec.py", "flwr.supercore.superexec.executor.subprocess_executor",
+        "subprocess", "SubprocessExecutor.launch",
+    ),
+    (
+        "supernode/warm/superexec.py", "flwr.supercore.exit.exit_handler",
+        "registered_exit_handlers", "trigger_exit_handlers",
     ),
 ]  # fmt: skip
 # What we wrap or pass on by name, and the parameters that it must have.
@@ -47,6 +59,11 @@ CALLED = [
         "flwr.server.superlink.linkstate.sql_linkstate:SqlLinkState.store_message_and_object_tree",
         ["self", "message", "object_tree", "session_id"],
     ),
+    (
+        "flwr.server.superlink.linkstate.sql_linkstate:SqlLinkState.delete_messages",
+        ["self", "message_ins_ids"],
+    ),
+    ("flwr.supercore.grpc:generic_create_grpc_server", ["interceptors"]),
     *(
         (
             "flwr.server.superlink.fleet.grpc_rere.fleet_servicer:FleetServicer." + name,
@@ -61,7 +78,7 @@ COLUMNS = {
     "message_res": {
         "message_id", "reply_to_message_id", "run_id", "src_node_id", "delivered_at",
     },
-    "objects": {"object_id"},
+    "objects": {"object_id", "ref_count"},
     "object_children": {"parent_id", "child_id"},
     "object_push_session_roots": {"session_id", "root_object_id"},
 }  # fmt: skip
@@ -83,6 +100,12 @@ def test_what_we_replace_is_there_and_is_read(
     found(f"{module}:{name}")
     code = found(f"{module}:{reader}").__code__
     assert name in code.co_names, f"Flower's {module}.{reader} reads no {name}: see {ours}"
+
+
+def test_a_supernode_starts_superexec_by_its_bare_name_and_tells_who_it_is() -> None:
+    source = inspect.getsource(found("flwr.supernode.start_client_internal:start_client_internal"))
+    assert 'command = ["flower-superexec"]' in source  # the first in the PATH: supernode/warm/bin
+    assert 'command += ["--parent-pid", str(os.getpid())]' in source
 
 
 @pytest.mark.parametrize(("path", "parameters"), CALLED)

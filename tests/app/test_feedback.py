@@ -38,7 +38,7 @@ def rest_of(seed: int) -> Vector:
     return np.random.default_rng(seed).standard_normal(N).astype(np.float32)
 
 
-def feedback(folder: Path, run_id: int = RUN, layout: Layout = LAYOUT) -> Feedback:
+def feedback(folder: Path, run_id: int | str = RUN, layout: Layout = LAYOUT) -> Feedback:
     return Feedback(folder, str(run_id), layout)
 
 
@@ -208,7 +208,32 @@ def test_a_round_that_is_repeated_starts_from_the_rest_it_started_from(tmp_path:
     assert feedback(tmp_path).read(10).tobytes() == rest_of(1).tobytes()
 
 
-@pytest.mark.parametrize("name", ["../../other", "", "7/8", "latest"])
+def test_branches_of_one_run_start_from_its_rest_and_keep_their_own(tmp_path: Path) -> None:
+    for server_round in (2, 3, 4):
+        feedback(tmp_path, 1).write(server_round, rest_of(server_round))
+    left, right, again = "1:3 2", "1:3 3", "1:3 2:5 4"  # round 4 of run 1 was cut off
+    for branch in (left, right):
+        assert feedback(tmp_path, branch).read(4).tobytes() == rest_of(3).tobytes()
+        assert feedback(tmp_path, branch).read(9).tobytes() == rest_of(3).tobytes()
+    for server_round, (run, seed) in itertools.product((4, 5, 6), ((left, 20), (right, 30))):
+        feedback(tmp_path, run).write(server_round, rest_of(seed + server_round))
+    assert feedback(tmp_path, left).read(7).tobytes() == rest_of(26).tobytes()
+    assert feedback(tmp_path, right).read(7).tobytes() == rest_of(36).tobytes()
+    assert feedback(tmp_path, again).read(6).tobytes() == rest_of(25).tobytes()
+    assert feedback(tmp_path, 1).read(5).tobytes() == rest_of(4).tobytes()
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_a_rest_of_a_resumed_run_that_is_damaged_is_taken_from_the_run_before(
+    tmp_path: Path, kind: str
+) -> None:
+    folder = tmp_path / "state"
+    UNUSABLE[kind](folder)
+    feedback(folder, 1).write(1, rest_of(1))
+    assert feedback(folder, f"1:1 {RUN}").read(next(ROUNDS)).tobytes() == rest_of(1).tobytes()
+
+
+@pytest.mark.parametrize("name", ["../../other", "", "7/8", "latest", "7:1", "../7:1 8", "7:x 8"])
 def test_a_run_is_a_number_not_a_path(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="no run id"):
         Feedback(tmp_path, name, LAYOUT)

@@ -209,13 +209,38 @@ def test_a_line_that_is_not_json_is_named_by_its_number_never_by_its_text(
     assert "Lindqvist" not in message
 
 
-def test_a_json_file_that_breaks_off_is_named_by_the_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (f'[\n{{"instruction": "",\n"input": "{MARKER}" "output": ""}}\n]', ", line 3"),
+        (f'["{MARKER}", ' + "9" * 5000 + "]", ""),
+        (f'["{MARKER}", ' + "[" * 100_000, ""),
+    ],
+    ids=["breaks off", "number of 5000 digits", "nested too deep"],
+)
+def test_a_json_file_that_is_none_is_named_and_where_json_tells_by_the_line(
+    tmp_path: Path, text: str, place: str
+) -> None:
     path = tmp_path / "data" / "train.json"
     path.parent.mkdir()
-    path.write_text(f'[\n{{"instruction": "",\n"input": "{MARKER}" "output": ""}}\n]')
+    path.write_text(text)
     message = error_of(tmp_path)
-    assert "train.json, line 3" in message
+    assert f"train.json{place}: not valid JSON" in message
     assert MARKER not in message
+
+
+@pytest.mark.parametrize(("suffix", "place"), [(".jsonl", "line 2"), (".json", "row 2")])
+@pytest.mark.parametrize("column", ["instruction", "input", "output"])
+def test_half_a_character_that_no_tokenizer_takes_is_found_before_training(
+    tmp_path: Path, suffix: str, place: str, column: str
+) -> None:
+    bad = GOOD | {"input": "" if column == "instruction" else "Why?"} | {column: f"{MARKER} ?"}
+    path = write(tmp_path, [GOOD, bad], suffix)
+    path.write_text(path.read_text().replace(f"{MARKER} ?", f"{MARKER} \\ud83d"))
+    message = error_of(tmp_path)
+    assert f"train{suffix}, {place}: " in message
+    assert "\\ud800" in message
+    assert "Lindqvist" not in message
 
 
 @pytest.mark.parametrize("value", [{"rows": [GOOD]}, MARKER, 3, None])

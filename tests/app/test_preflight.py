@@ -155,6 +155,15 @@ def test_a_site_with_another_base_model_than_most_is_left_out_alone(
             compare(answers, {}, config(min_nodes, strict))
 
 
+def test_whatever_else_a_site_writes_is_kept_as_one_short_line() -> None:
+    odd = "\x1b[31mx\ny" + "z" * 10**6
+    answers = {1: answer(0), 2: answer(1, device=odd, turn=odd), 3: broken(2, odd)}
+    sites = compare(answers, {}, config(strict=False))
+    kept = sites.devices[1], sites.turns[1], sites.left_out["site-02"]
+    assert all(re.fullmatch(r"\[31mx yz{90,500}", text) for text in kept), kept
+    assert max(map(len, kept)) <= 500
+
+
 @pytest.mark.parametrize("told", [answer(3), broken(3, "no data"), answer(19)])
 def test_a_site_that_says_it_is_another_is_left_out_alone_under_its_true_name(
     told: dict[str, Any],

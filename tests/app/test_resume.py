@@ -153,6 +153,17 @@ def test_a_run_killed_anywhere_and_resumed_is_the_uninterrupted_run(
     assert lines(broken, run_id) == lines(whole, 1)
 
 
+def test_runs_that_go_on_from_the_same_one_each_end_as_if_they_were_alone(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    wanted = config(codec="int4", min_train_nodes=SITES)
+    start(whole, wanted, 1)
+    with pytest.raises(Killed):
+        start(broken, wanted, 11, 8 + 2 * 2 * SITES + 1)  # in round 3
+    for run_id in (12, 13):
+        start(broken, replace(wanted, resume="11"), run_id)
+        assert adapters(broken, run_id) == adapters(whole, 1)
+
+
 def test_the_chain_of_runs_is_recorded_and_no_round_is_lost_but_the_one_in_work(
     tmp_path: Path,
 ) -> None:

@@ -575,6 +575,19 @@ def test_a_site_that_fails_or_is_late_is_left_out_with_its_reason(bad: Node, why
     assert line["bytes_up"] == 2 * 4 * s.layout.size
 
 
+def test_what_a_site_sends_once_is_counted_once_whatever_it_calls_it() -> None:
+    def often(partition_id: int, adapter: Vector) -> RecordDict:
+        content = trained(partition_id, adapter)
+        record = content.array_records["adapter"]
+        for n in range(1000):
+            record[f"payload {n}"] = record["payload"]
+        return content
+
+    s = strategy([0, 1], {0: node(0), 1: node(1, often)}, **ALL)
+    _, line = s.train_round(1, initial_adapter(s.layout, 1))
+    assert line["bytes_up"] == 2 * 4 * s.layout.size
+
+
 def test_a_site_whose_key_is_rotated_in_the_middle_of_a_run_keeps_its_name() -> None:
     s = strategy([0, 1, 2], {p: node(p) for p in range(3)}, **ALL)
     adapter, _ = s.train_round(1, initial_adapter(s.layout, 1))
@@ -816,6 +829,17 @@ def test_once_there_is_a_usual_change_even_a_site_alone_is_held_to_it() -> None:
         s.train_round(6, start)
 
 
+def test_after_a_resume_a_site_alone_is_held_to_the_lengths_of_before() -> None:
+    alone: dict[str, Any] = {"max_retries": 0, "max_update_norm": 1e9, **ALL}
+    s = strategy([0], {0: node(0)}, **alone)
+    start = initial_adapter(s.layout, 1)
+    _, line = s.train_round(1, start)
+    s = strategy([0], {0: node(0, changed(times(1e3)))}, **alone)
+    s.take_up([json.loads(json.dumps(line | s.budget()))])
+    with pytest.raises(RoundError, match=r"site-00: .*max-norm-ratio"):
+        s.train_round(2, start)
+
+
 @pytest.mark.parametrize(("factor", "used"), [(0.999, True), (1.001, False)])
 def test_no_change_may_be_longer_than_max_update_norm(factor: float, used: bool) -> None:
     step = np.full(480, factor * 3 * 480**-0.5, np.float32)
@@ -903,6 +927,16 @@ def test_sites_of_30_times_the_steps_of_others_all_take_part_in_every_round(grow
     s = of_the_reference(32, growth, max_steps=-1, num_train_epochs=1, batch_size=2)
     adapter = initial_adapter(s.layout, 1)
     for server_round in range(1, 11):
+        adapter, line = s.train_round(server_round, adapter)
+        assert line["rejected"] == {}, server_round
+
+
+@pytest.mark.parametrize("growth", [0.75, 1.0])
+def test_a_site_of_30_times_the_steps_of_the_only_other_one_takes_part(growth: float) -> None:
+    s = strategy([0, 31], max_retries=0, max_steps=-1, num_train_epochs=1, batch_size=2)
+    replace_nodes(s, lambda p: adam(s, p, growth=growth))
+    adapter = initial_adapter(s.layout, 1)
+    for server_round in range(1, 4):
         adapter, line = s.train_round(server_round, adapter)
         assert line["rejected"] == {}, server_round
 
@@ -1234,6 +1268,13 @@ def test_a_minority_of_liars_cannot_move_the_median_beyond_what_honest_sites_say
         [lie if p in liars else loss for p, loss in enumerate(honest)]
     )
     assert result["eval_partitions"] == list(range(k))
+
+
+def test_one_site_of_three_does_not_decide_the_accuracy() -> None:
+    nodes = {0: node(0, scored), 1: scored_as("num-correct", 20), 2: node(2, scored)}
+    result = evaluating(nodes).evaluate(1, initial_adapter(LAYOUT, 1))
+    assert result["eval_site_accuracies"] == pytest.approx([0, 1, 2 / 30])
+    assert result["eval_token_accuracy_median"] == pytest.approx(2 / 30)
 
 
 @pytest.mark.parametrize("resumed", [False, True])

@@ -9,12 +9,13 @@ import secrets
 import subprocess
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.common.constant import HEARTBEAT_PATIENCE
 
 from superlink.control import Control
 from superlink.processes import free_port
@@ -23,7 +24,8 @@ REPOSITORY = Path(__file__).parents[2]
 CPU = ("compose.yaml", "docker/compose.cpu.yaml")
 NODES = [f"supernode-{n:02d}" for n in range(20)]
 RUN_CONFIG = (
-    "num-server-rounds=1 train.training-arguments.max-steps=2 strategy.min-evaluate-nodes=1"
+    "num-server-rounds=1 train.training-arguments.max-steps=2 strategy.fraction-evaluate=0.05 "
+    "strategy.min-evaluate-nodes=1"
 )
 RUN_TIMEOUT_S = 1200
 
@@ -39,6 +41,28 @@ def compose(
         [*command, *arguments], cwd=REPOSITORY, env={**os.environ, **env}, check=False,
         capture_output=True, text=True,
     )  # fmt: skip
+
+
+def wait(condition: Callable[[], Any], timeout_s: float = 120) -> bool:
+    """Whether ``condition`` came true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1)
+    return True
+
+
+def online_since(control: Control, moment: float) -> int:
+    """How many nodes are online and were heard of after ``moment`` (of time.time()).
+
+    Flower counts a node that is gone as online for HEARTBEAT_PATIENCE heartbeats: what it calls
+    online may be what was so before.
+    """
+    return sum(
+        n.status == "online" and n.online_until - HEARTBEAT_PATIENCE * n.heartbeat_interval > moment
+        for n in control.nodes()
+    )
 
 
 @dataclass
@@ -114,8 +138,8 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The one ends the federation that all share, the other changes its SuperNodes.
-    last = ["test_hardening.py", "test_gpu_host.py"]
+    # They end the federation that all share, stop most of its SuperNodes, and change the others.
+    last = ["test_hardening.py", "test_reboot.py", "test_gpu_host.py"]
     items.sort(key=lambda i: last.index(i.path.name) if i.path.name in last else -1)
     here = [i for i in items if Path(__file__).parent in Path(i.path).parents]
     for item in here:

@@ -75,6 +75,20 @@ def test_whatever_a_killed_process_left_of_the_last_line_is_dropped(tmp_path: Pa
         assert read(tmp_path) == ANSWERS
 
 
+def test_from_a_damaged_line_on_answers_are_asked_again(tmp_path: Path) -> None:
+    write(tmp_path, ANSWERS)
+    path = journal_of(tmp_path)
+    head, *lines = path.read_bytes().split(b"\n")
+    for n in range(len(ANSWERS)):
+        damaged = bytearray(lines[n])
+        damaged[len(damaged) // 2] ^= 0x80  # no UTF-8
+        path.write_bytes(b"\n".join([head, *lines[:n], bytes(damaged), *lines[n + 1 :]]))
+        assert list(read(tmp_path)) == list(ANSWERS)[:n]
+    path.write_bytes(b"\xff" + head[1:] + b"\n" + lines[0])
+    with pytest.raises(EvalError, match="is not what it is called; move it away"):
+        read(tmp_path)
+
+
 def test_half_a_first_line_starts_anew(tmp_path: Path) -> None:
     write(tmp_path, {})
     path = journal_of(tmp_path)

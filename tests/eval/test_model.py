@@ -202,6 +202,25 @@ def test_a_source_without_safetensors_is_refused(tiny_model: Path, tmp_path: Pat
     assert str(folder) in str(caught.value)
 
 
+def test_weights_that_only_a_pickle_holds_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    torch.save({n: torch.from_numpy(w) for n, w in weights.items()}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    with pytest.raises(EvalError, match=r"model\.safetensors"):
+        load(folder, "0", tmp_path)
+
+
+def test_weights_of_another_shape_than_the_config_says_are_refused(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"hidden_size": 64', '"hidden_size": 128'))
+    with pytest.raises(EvalError, match="does not load as a causal language model"):
+        load(folder, "0", tmp_path)
+
+
 def test_a_quantised_source_is_refused(models_dir: Path, tmp_path: Path) -> None:
     (folder,) = models_dir.glob("*-nf4")
     with pytest.raises(EvalError, match="quantised already"):

@@ -159,7 +159,8 @@ def client_app(supernode: int) -> psutil.Process | None:
     """The ClientApp that works for the SuperNode of this process id now, if one does."""
     for child in psutil.Process(supernode).children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # or ended meanwhile
-            if "flwr-clientapp" in " ".join(child.cmdline()):
+            # Forked ones have the name, others are Flower's program.
+            if child.name() == "flwr-clientapp" or "flwr-clientapp" in " ".join(child.cmdline()):
                 return child
     return None
 

@@ -22,10 +22,12 @@ from flwr.app.message.message import remove_content_from_message
 from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     PullMessagesRequest,
     PushMessagesRequest,
+    RegisterNodeFleetRequest,
 )
 from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.proto.message_pb2 import (
@@ -45,7 +47,7 @@ from superlink.certificates import Key, load_key, new_key
 from superlink.control import Control
 from superlink.processes import REPOSITORY, LocalFederation
 from superlink.provision import provision
-from superlink.site_keys import fingerprint
+from superlink.site_keys import fingerprint, fingerprint_of_pem
 from superlink.submit import submit
 from supernode.partitions import Split, prepare_data
 from tests.federation.drill import until
@@ -55,6 +57,7 @@ pytestmark = pytest.mark.faults
 SITES, HONEST, LIAR, WANTED, ROUNDS = 4, 2, 2, 3, 2
 LARGE_BYTES = 150 * 10**6
 NAN, ORDER = float("nan"), "0" * 64
+FORGED = "x\n\x1b[31m[door] PushMessages of SHA256:somebody else refused: "
 Answer = tuple[grpc.StatusCode, str]
 
 
@@ -244,6 +247,7 @@ def attack(scene: Scene, liar: Caller) -> None:
         "a long message": ("PushMessages", pushed(me, own, group_id="x" * 5 * 2**20)),
         "an object for no session": ("PushObject", PushObjectRequest(
             **at, object_id=ORDER, object_content=b"x")),
+        "a forged log line": ("GetFab", GetFabRequest(**at, hash_str=FORGED)),
         "a large object": ("PushObject", PushObjectRequest(
             **at, session_id="any", object_id=ORDER, object_content=bytes(5 * 2**20))),
         "an array of many pieces": ("PushObject", PushObjectRequest(
@@ -276,6 +280,7 @@ WHY = {
     "a crowd of objects": "100 objects, where a reply of run",
     "a long message": "bytes beside its objects",
     "an object for no session": "without the session",
+    "a forged log line": "should be a SHA-256 is none",
     "a large object": "no piece of an array",
     "an array of many pieces": "an array of 9999 pieces",
     "their order's content": "belongs to no order of this run to the caller",
@@ -325,6 +330,17 @@ def test_a_stranger_does_not_activate_the_site_whose_pub_file_it_has(scene: Scen
     until(lambda: scene.status(WANTED) == "online", 120, "the site itself online")
 
 
+def test_a_stranger_writes_nothing_into_the_log_but_that_it_was_refused(scene: Scene) -> None:
+    stranger, before = Caller(scene.federation, new_key()), len(scene.log)
+    code, _ = stranger.says(
+        "RegisterNode", RegisterNodeFleetRequest(public_key=b"written by a stranger " * 10_000)
+    )
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    said = scene.log[before:]
+    assert "[door] RegisterNode of SHA256:" in said
+    assert "written by a stranger" not in said
+
+
 @pytest.mark.parametrize("known", [False, True])
 def test_large_calls_are_refused_before_they_are_kept(scene: Scene, known: bool) -> None:
     caller = Caller(scene.federation, scene.key(LIAR) if known else new_key())
@@ -336,3 +352,7 @@ def test_large_calls_are_refused_before_they_are_kept(scene: Scene, known: bool)
     codes = [caller.says("PushObject", request)[0] for _ in range(2)]
     assert codes == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 2
     assert superlink.memory_info().rss - before < LARGE_BYTES / 3
+    told = (
+        f" with {fingerprint_of_pem(caller.public_key)} (not checked) unread: refused as too large"
+    )
+    until(lambda: scene.log.count(told) == 2, 60, "two lines in the log")

@@ -122,6 +122,7 @@ def test_a_clientapp_that_hangs_is_ended_with_its_order_and_its_site_is_in_the_n
     replies = setting.stored("SELECT count(*) FROM message_res")
     follow.join(timeout=200)
     assert setting.ended.pop() == 0
+    assert setting.stored("SELECT count(*) FROM objects") == 0  # of the whole run
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     why = f"no reply within strategy.round-timeout-s = {ROUND_TIMEOUT_S}"
     assert lines[0]["rejected"] == {f"site-{n:02d}": why for n in HANGING}

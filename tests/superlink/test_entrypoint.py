@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from superlink import serverapp
+from superlink import entrypoint, serverapp
 from superlink.entrypoint import arguments
 from superlink.processes import free_port
 from superlink.provision import provision
@@ -54,6 +54,15 @@ def test_serverapps_are_child_processes_unless_a_runtime_address_is_set(
     assert len({Path(f["--superexec-auth-secret-file"]).read_bytes() for f in secrets}) == 1
     assert theirs["--runtime-api-address"] == address
     assert Path(theirs["--root-certificates"]).is_file()
+
+
+def test_what_asks_for_no_login_is_on_the_loopback_unless_somebody_says_otherwise(
+    env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entrypoint, "_check_free", lambda *_: None)  # the port's real number
+    given = flags(arguments({k: v for k, v in env.items() if k != "CONTROL_ADDRESS"}))
+    hosts = {flag: given[flag].split(":")[0] for flag in ("--control-api-address", "--host")}
+    assert set(hosts.values()) == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The door in front of Flower's own servicer and database: what passes, and what does not."""
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
@@ -19,7 +21,12 @@ from flwr.app.message.message import remove_content_from_message
 from flwr.common.constant import NOOP_FLWR_AID, PUBLIC_KEY_HEADER, SUPERLINK_NODE_ID
 from flwr.common.serde import message_to_proto
 from flwr.proto import fleet_pb2_grpc
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
+from flwr.proto.fab_pb2 import GetFabRequest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    PushMessagesRequest,
+    RegisterNodeFleetRequest,
+)
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
     ObjectTree,
@@ -45,9 +52,9 @@ from superlink.certificates import new_key
 from superlink.site_keys import fingerprint
 
 ADAPTER = 3_000_000  # parameters: 12 MB in float32, three pieces
+FORGED = "\n\x1b[31m[door] PushMessages of SHA256:somebody else refused".ljust(64, ".")
 CHECKED_BY_FLOWER = {  # see the door's docstring
-    "RegisterNode", "UnregisterNode", "DeactivateNode", "SendNodeHeartbeat", "PullMessages",
-    "GetRun", "GetFab",
+    "UnregisterNode", "DeactivateNode", "SendNodeHeartbeat", "PullMessages", "GetRun",
 }  # fmt: skip
 
 
@@ -105,9 +112,13 @@ class Link:
         folder.mkdir()
         (folder / "run.json").write_text(json.dumps({"adapter_parameters": ADAPTER}))
 
-    def order(self, node_id: int, run_id: int, content: RecordDict | None = None) -> Message:
+    def order(
+        self, node_id: int, run_id: int, content: RecordDict | None = None, ttl: float = 600
+    ) -> Message:
         """As the ServerApp's push does it."""
-        message = Message(content or RecordDict(), dst_node_id=node_id, message_type="train")
+        message = Message(
+            content or RecordDict(), dst_node_id=node_id, message_type="train", ttl=ttl
+        )
         message.metadata.__dict__["_run_id"] = run_id
         message.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
         message.metadata.__dict__["_message_id"] = message.object_id
@@ -185,10 +196,11 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Link]:
     monkeypatch = pytest.MonkeyPatch()
     for name in fleet_door.CHECKS:  # put back what the door replaces
         monkeypatch.setattr(FleetServicer, name, getattr(FleetServicer, name))
-    name = "store_message_and_object_tree"
-    monkeypatch.setattr(SqlLinkState, name, getattr(SqlLinkState, name))
-    module = fleet_door.flower(fleet_door._LIMIT[0])
-    monkeypatch.setattr(module, fleet_door._LIMIT[1], getattr(module, fleet_door._LIMIT[1]))
+    for name in ("store_message_and_object_tree", "delete_messages"):
+        monkeypatch.setattr(SqlLinkState, name, getattr(SqlLinkState, name))
+    for where, name in (fleet_door._LIMIT, fleet_door._CREATE):
+        module = fleet_door.flower(where)
+        monkeypatch.setattr(module, name, getattr(module, name))
     results = tmp_path / "results"
     results.mkdir()
     fleet_door.install(results)
@@ -267,6 +279,10 @@ def test_an_error_and_an_answer_before_the_adapter_is_known_pass(link: Link) -> 
         ({"message_id": "0" * 64}, "its objects are not its own"),
         ({"message_object_trees": []}, "1 messages with 0 object trees"),
         ({"message_object_trees": [ObjectTree(object_id="a" * 64)]}, "are not its own"),
+        (
+            {"message_id": FORGED, "message_object_trees": [ObjectTree(object_id=FORGED)]},
+            "SHA-256 is none",
+        ),
     ],
 )
 def test_a_reply_that_says_what_it_may_not_is_refused(
@@ -411,6 +427,71 @@ def test_a_node_has_one_reply_in_store(scene: Scene) -> None:
     assert len(link.collected(orders[2])) == len(link.collected(waiting)) == 1
 
 
+def objects(link: Link) -> int:
+    return len(link.state.object_store)
+
+
+def expire(link: Link, order: Message) -> None:
+    """Its time goes by, and the ServerApp looks once more."""
+    link.state.query(
+        "UPDATE message_ins SET ttl = 0 WHERE message_id = :id", {"id": order.metadata.message_id}
+    )
+    (gone,) = link.collected(order)
+    assert gone.has_error()
+
+
+def test_nothing_of_an_order_stays_that_nobody_fetches(scene: Scene) -> None:
+    link, run_id, node, other = scene
+    before = objects(link)
+    for seed in range(3):  # rounds
+        shared = content(ADAPTER, seed)
+        late, fetched = link.order(node, run_id, shared), link.order(other, run_id, shared)
+        link.confirm(other, run_id, fetched.metadata.message_id)
+        assert all(part in link.state.object_store for part in get_all_nested_objects(late))
+        expire(link, late)
+    assert objects(link) == before
+
+
+def test_nothing_of_an_order_stays_that_is_answered_unread(scene: Scene) -> None:
+    """As by a site that does not run this app: it answers before it has fetched anything."""
+    link, run_id, node, _ = scene
+    before = objects(link)
+    order = link.order(node, run_id, content(ADAPTER))
+    answer = reply(order, Error(1, "another app"))
+    link.push_objects(node, run_id, answer, link.push(node, answer))
+    (arrived,) = link.collected(order)
+    link.state.delete_messages({order.metadata.message_id})
+    assert arrived.metadata.message_id in link.state.object_store  # still to be fetched
+    link.state.object_store.delete(arrived.metadata.message_id)
+    assert objects(link) == before
+
+
+def test_nothing_of_a_reply_stays_that_comes_after_the_last_look(scene: Scene) -> None:
+    link, run_id, node, _ = scene
+    before = objects(link)
+    order = link.order(node, run_id)
+    link.confirm(node, run_id, order.metadata.message_id)
+    answer = reply(order, content(ADAPTER))
+    link.push_objects(node, run_id, answer, link.push(node, answer))
+    assert objects(link) > before
+    expire(link, order)
+    assert (objects(link), link.messages("res", run_id)) == (before, 0)
+
+
+def test_what_comes_after_a_reply_is_given_up_is_not_taken(scene: Scene) -> None:
+    link, run_id, node, _ = scene
+    before = objects(link)
+    order = link.order(node, run_id)
+    answer = reply(order, content(ADAPTER))
+    pushed = link.push(node, answer)
+    expire(link, order)
+    with pytest.raises(AbortedError, match="comes too late"):
+        link.push_objects(node, run_id, answer, pushed)
+    with pytest.raises(AbortedError, match="comes too late"):
+        link.push(node, answer)
+    assert objects(link) == before
+
+
 def test_a_site_cannot_spoil_an_order_that_is_still_to_come(scene: Scene) -> None:
     link, run_id, node, liar = scene
     adapter = content(ADAPTER, seed=8)  # as the first adapter, anybody can compute it
@@ -424,6 +505,9 @@ def test_a_site_cannot_spoil_an_order_that_is_still_to_come(scene: Scene) -> Non
     order = link.order(node, run_id, adapter)
     for object_id, part in get_all_nested_objects(order).items():
         assert link.pull(node, run_id, object_id) == part.deflate()
+    # Nor does what it named stay for ever.
+    link.state.cleanup_run(run_id)
+    assert lie.object_id not in link.state.object_store
 
 
 def test_a_refusal_is_one_line_with_the_keys_fingerprint(
@@ -441,6 +525,37 @@ def test_a_refusal_is_one_line_with_the_keys_fingerprint(
     (line,) = lines
     assert line.startswith(f"PushMessages of {fingerprint(tmp_path / 'site.pub')} refused: ")
     assert line.isprintable()
+
+
+def test_nothing_that_flower_would_log_as_it_came_gets_past(scene: Scene) -> None:
+    link, run_id, _, liar = scene
+    context = Context(link.keys[liar])
+    fab = GetFabRequest(node=Node(node_id=liar), hash_str=FORGED, run_id=run_id)
+    with pytest.raises(AbortedError, match="SHA-256 is none"):
+        link.servicer.GetFab(fab, context)
+    with pytest.raises(AbortedError, match="SHA-256 is none"):
+        link.push_object(liar, run_id, "any", FORGED, b"x")
+    with pytest.raises(AbortedError, match=r"superlink\.register"):
+        link.servicer.RegisterNode(RegisterNodeFleetRequest(public_key=b"x" * 10**6), context)
+
+
+def test_a_refused_key_that_ssh_has_no_name_for_is_named_all_the_same(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(fleet_door, "_log", lines.append)
+    odd = public_key_to_bytes(ec.generate_private_key(ec.SECP256K1()).public_key())
+    with pytest.raises(AbortedError, match="another than the caller's"):
+        link.servicer.ActivateNode(ActivateNodeRequest(public_key=b""), Context(odd))
+    assert [line.split(" refused: ")[0] for line in lines] == ["ActivateNode of no site's key"]
+
+
+def test_an_expired_order_takes_no_reply(scene: Scene) -> None:
+    link, run_id, node, _ = scene
+    order = link.order(node, run_id, ttl=1)
+    time.sleep(1.1)
+    link.push(node, reply(order, Error(3, "late")), created_at=time.time(), ttl=1000)
+    assert (link.messages("res", run_id), link.collected(order)[0].has_content()) == (0, False)
 
 
 def test_every_call_of_the_fleet_api_is_thought_of() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -13,17 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from superlink.provision import provision
+from supernode import entrypoint
 from supernode.entrypoint import (
     EX_TEMPFAIL,
     HOPELESS,
     NOT_ACTIVATED,
     REFUSED,
+    WARM_PROGRAMS,
     NoGpuError,
     choose_gpu,
     command,
     main,
     read_site,
     set_gpu,
+    warm_client_apps,
     watch,
 )
 from tests.samples import REPOSITORY
@@ -193,6 +197,14 @@ def test_a_node_with_gpus_says_which_is_its_own(
     assert env["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
 
 
+def test_a_driver_that_does_not_answer_does_not_keep_a_node_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvidia_smi(tmp_path, monkeypatch, "exec sleep 600")
+    monkeypatch.setattr(entrypoint, "SMI_TIMEOUT_S", 0.5)
+    assert entrypoint.visible_gpus() == len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
 def test_a_node_without_gpu_starts_and_leaves_the_reason_to_the_preflight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,6 +224,30 @@ def test_a_device_that_does_not_exist_is_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="DEVICE=tpu"):
         main()
+
+
+@pytest.mark.parametrize("setting", [{}, {"WARM_S": ""}, {"WARM_S": "45"}])
+def test_clientapps_are_warm_unless_told_otherwise(setting: dict[str, str]) -> None:
+    env = {"PATH": "/usr/bin", **setting}
+    with warm_client_apps(env):
+        folder = Path(env["WARM_SOCKET"]).parent
+        assert env["PATH"] == f"{WARM_PROGRAMS}:/usr/bin"
+        assert env["WARM_S"] == setting.get("WARM_S") or "600"
+        assert os.access(WARM_PROGRAMS / "flower-superexec", os.X_OK)
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert not folder.exists()
+    env = {"PATH": "/usr/bin", "WARM_S": "0"}
+    with warm_client_apps(env):
+        assert env == {"PATH": "/usr/bin", "WARM_S": "0"}
+
+
+@pytest.mark.parametrize("seconds", ["-1", "1.5", "ten", "1e3", " 5", "12345678"])
+def test_a_time_to_keep_the_libraries_that_is_none_is_refused(seconds: str) -> None:
+    with (
+        pytest.raises(SystemExit, match=f"supernode: WARM_S={seconds}: whole seconds, or 0"),
+        warm_client_apps({"PATH": "/usr/bin", "WARM_S": seconds}),
+    ):
+        pass
 
 
 # --- watching a real child process --------------------------------------------------------------
@@ -322,7 +358,7 @@ def test_nothing_that_steers_a_terminal_is_passed_on(capfd: pytest.CaptureFixtur
         "\x1b]8;;http://a.example\x1b\\link\x1b]8;;\x1b\\\n"
         "\x1b[2J\x1b[1;1Hcleared\x1bc\x9b31m\n"
         "\x1bPdevice\x1b\\control\x08\x07\x00\n"
-        "turned \u202eround\u2028here\n"
+        "turned \u202eround\u2028here\u061c\n"
         "unfinished \x1b]0;\n"
         "Grüße, 10 µg – 医\n"
     )

@@ -165,6 +165,19 @@ def test_another_split_replaces_partitions_that_nobody_touched(
     assert Counter(inputs(federation, 5)) == Counter(r["input"] for r in numbered(100))
 
 
+@pytest.mark.parametrize("content", [b"", b'{"split": ', b"[]", b'{"files": {}}', b"\xff"])
+def test_a_damaged_manifest_is_one_line_and_nothing_is_overwritten(
+    tmp_path: Path, federation: Path, content: bytes
+) -> None:
+    manifest = federation / "prepared" / "data.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_bytes(content)
+    own = write_jsonl(federation / "site-00" / "data" / "train.jsonl", [ROWS[0]])
+    with pytest.raises(PrepareError, match=r"^[^\n]*data\.json is not what[^\n]*$"):
+        prepare_data(federation, Split(str(tmp_path / "any.jsonl"), 3))
+    assert own.read_text() == json.dumps(ROWS[0]) + "\n"
+
+
 @pytest.mark.parametrize("name", ["train.jsonl", "holdout.jsonl"])
 @pytest.mark.parametrize("seed", [2025, 9])
 def test_a_file_that_was_changed_is_never_overwritten(

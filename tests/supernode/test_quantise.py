@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -164,16 +165,22 @@ def test_what_is_no_part_of_a_model_changes_no_fingerprint(
     assert fingerprint(other, "nf4") == fingerprint(tiny_model, "nf4")
 
 
-def test_a_model_that_an_older_version_prepared_is_prepared_again(
-    models_dir: Path, tiny_model: Path, tmp_path: Path
+@pytest.mark.parametrize("damage", ["an older version's", "cut", "empty", "a list", "no text"])
+def test_a_model_whose_base_json_does_not_say_enough_is_prepared_again(
+    models_dir: Path, tiny_model: Path, tmp_path: Path, damage: str
 ) -> None:
     models = shutil.copytree(models_dir, tmp_path / "models")
     file = prepare(models, tiny_model, "none") / "base.json"
-    facts = json.loads(file.read_text())
-    sums = facts.pop("sha256")
-    file.write_text(json.dumps(facts))
+    before = file.read_text()
+    damaged = {
+        "an older version's": before.replace('"sha256"', '"md5"'),
+        "cut": before[:-9],
+        "a list": "[]",
+        "no text": "\udcff",
+    }
+    file.write_text(damaged.get(damage, ""), errors="surrogateescape")
     prepare(models, tiny_model, "none")
-    assert json.loads(file.read_text())["sha256"].keys() == sums.keys()
+    assert file.read_text() == before
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
@@ -218,10 +225,38 @@ def test_an_interrupted_preparation_is_neither_found_nor_in_the_way(
     assert [p.name for p in (tmp_path / "models").iterdir()] == [half.name]
 
 
-def test_a_failed_conversion_leaves_nothing_behind(tiny_model: Path, tmp_path: Path) -> None:
+def cut(file: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:-100])
+
+
+def pickled(folder: Path) -> None:
+    """Weights that only a pickle holds: who wrote it would run code here."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def of_another_width(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"hidden_size": 64', '"hidden_size": 128'))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut("model.safetensors"),
+        cut("config.json"),
+        cut("tokenizer.json"),
+        pickled,
+        of_another_width,
+    ],
+    ids=["weights", "config", "tokenizer", "pickled", "of another width"],
+)
+def test_a_source_that_does_not_load_is_named_in_one_line_and_leaves_nothing_behind(
+    tiny_model: Path, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
     broken = shutil.copytree(tiny_model, tmp_path / "broken")
-    (broken / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(Exception, match=r"\w"):
+    damage(broken)
+    with pytest.raises(PrepareError, match=rf"^{broken} does not load as [^\n]*$"):
         prepare(tmp_path / "models", broken, "none")
     assert list((tmp_path / "models").iterdir()) == []
 

@@ -136,16 +136,36 @@ def test_a_model_without_sha256_is_to_be_prepared_again(
     assert said.endswith("run supernode.prepare again")
 
 
-@pytest.mark.parametrize("damage", ["cut", "another key"])
-def test_a_damaged_base_json_is_named(
+@pytest.mark.parametrize("damage", ["cut", "another key", "no name", "deep"])
+def test_a_damaged_base_json_is_named_and_the_other_models_are_verified(
     models: Path, base: BaseModel, tiny_model: Path, outcome: Path, damage: str
 ) -> None:
-    file = base.folder / "base.json"
+    file, other = base.folder / "base.json", find(models, str(tiny_model), 0)
     text = file.read_text()
-    file.write_text(text[:-20] if damage == "cut" else text.replace('"files"', '"filez"'))
+    damaged = {
+        "cut": text[:-20],
+        "another key": text.replace('"files"', '"filez"'),
+        "no name": text.replace('"name"', '"nama"'),
+        "deep": "[" * 100_000,
+    }
+    file.write_text(damaged[damage])
     verify.verify(models, outcome, {})
+    check_verified(other)
     with pytest.raises(SiteError, match=rf"{base.folder.name}/base\.json is not what"):
         find(models, str(tiny_model), 4)
+
+
+def test_an_outcome_that_could_not_be_written_is_written_the_next_time(
+    models: Path, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: dict[str, Any] = {}
+    outcome = tmp_path / "full" / "models-verified.json"
+    monkeypatch.setenv("MODELS_VERIFIED", str(outcome))
+    with pytest.raises(OSError, match="full"):  # as a disk that is full is: for a while
+        verify.verify(models, outcome, known)
+    outcome.parent.mkdir()
+    verify.verify(models, outcome, known)
+    check_verified(base)
 
 
 def test_a_supernode_that_verifies_nothing_is_named(

@@ -1,0 +1,92 @@
+"""Flower's SuperExec, but its ClientApps are forked: it has Flower's libraries already."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
+
+from flwr.supercore.cli import flower_superexec
+from flwr.supercore.exit import exit_handler
+from flwr.supercore.superexec.executor import subprocess_executor
+from flwr.supernode.cli import flwr_clientapp
+
+from supernode.warm.asking import ask, end_like
+from supernode.warm.server import (
+    UnsafeError,
+    check_safe,
+    end_idle_threads,
+    end_with,
+    name_process,
+)
+
+
+class Forked(BaseException):
+    """Raised in the process that was forked to be this command: nothing of the parent goes on."""
+
+
+def start(command: list[str], **streams: int) -> None:
+    """In the place of ``subprocess.Popen``."""
+    while _reaped():
+        pass
+    try:
+        if streams:
+            raise UnsafeError("its output goes elsewhere")
+        check_safe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        own = os.getpid()
+        if os.fork() == 0:
+            end_with(own)
+            raise Forked(*command)
+    except UnsafeError as err:
+        print(f"supernode: a cold ClientApp: SuperExec cannot fork: {err}", flush=True)
+        subprocess.Popen(command, **streams)
+
+
+def _reaped() -> bool:
+    """Whether there was a child that has ended; Flower waits for none."""
+    try:
+        return os.waitpid(-1, os.WNOHANG)[0] != 0
+    except ChildProcessError:
+        return False
+
+
+def work(command: list[str]) -> NoReturn:
+    """Be Flower's program of this command line, or let the fork server be it."""
+    for number in (signal.SIGTERM, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    exit_handler.registered_exit_handlers.clear()
+    name_process()
+    if socket := os.environ.get("WARM_SOCKET"):
+        status = ask(socket, command)
+        if status is not None:
+            end_like(status)
+    sys.argv = command
+    sys.exit(flwr_clientapp())  # type: ignore[func-returns-value]
+
+
+def main() -> None:
+    # Flower's own look at its parent is a second thread.
+    where = sys.argv.index("--parent-pid")
+    end_with(int(sys.argv[where + 1]), signal.SIGINT)
+    del sys.argv[where : where + 2]
+    sys.path[0] = str(Path(sys.executable).parent)  # as Flower's own programs have it
+    subprocess_executor.subprocess = SimpleNamespace(  # type: ignore[assignment]
+        Popen=start, DEVNULL=subprocess.DEVNULL
+    )
+    end_idle_threads()
+    gc.freeze()
+    try:
+        sys.exit(flower_superexec())  # type: ignore[func-returns-value]
+    except Forked as forked:
+        command = list(forked.args)
+    work(command)
+
+
+if __name__ == "__main__":
+    main()
