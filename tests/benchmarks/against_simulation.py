@@ -172,9 +172,11 @@ def main() -> None:
         prepare_data(work / "federation", Split(args.data, args.sites))
         for _ in range(args.repeat):
             run, partitions = ours(args, overrides, work)
-            for done in (run, simulation(args, config, work, partitions)):
-                runs[done.name].append(done)
-                print(done, flush=True)
+            print(run, flush=True)
+            runs["ours"].append(run)
+            run = simulation(args, config, work, partitions)
+            print(run, flush=True)
+            runs["simulation"].append(run)
     round_s, peak = {}, {}
     for name, of_it in runs.items():
         counted = [s for run in of_it for s in run.seconds[1:]]

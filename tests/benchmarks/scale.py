@@ -73,7 +73,8 @@ class Scale:
         control = self.local.start_superlink()
         register(control, self.local.public, self.local.sites_dir)
         for number in range(self.nodes):
-            self.local.start_node(number, APP_SHA256=pin)
+            # Nor are the libraries loaded that these ClientApps do without.
+            self.local.start_node(number, APP_SHA256=pin, WARM_S="0")
         self.home.mkdir()
         write_connection(self.home, control.address, self.local.public / "ca.crt")
         while list(control.node_status().values()).count("online") < self.nodes:

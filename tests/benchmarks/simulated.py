@@ -84,8 +84,8 @@ def fit(message: Message, context: Context) -> Message:
     metrics = MetricRecord(
         {"num-examples": len(examples), "loss": loss, "load-s": load_s, "train-s": train_s}
     )
-    content = {"arrays": ArrayRecord(get_peft_model_state_dict(model)), "metrics": metrics}
-    return Message(RecordDict(content), reply_to=message)
+    trained = ArrayRecord(get_peft_model_state_dict(model))
+    return Message(RecordDict({"arrays": trained, "metrics": metrics}), reply_to=message)
 
 
 def _train(
@@ -146,8 +146,10 @@ class _FedAvg(FedAvg):  # type: ignore[misc]
         self.started = time.monotonic()  # round 1 has waited for the engine
         messages = []
         for message, number in zip(sampled, self.partitions[server_round - 1], strict=True):
-            order = {"server-round": server_round, "partition-id": number, "job": self.job_file}
-            content = RecordDict({"arrays": arrays, "config": ConfigRecord(order)})
+            order = ConfigRecord(
+                {"server-round": server_round, "partition-id": number, "job": self.job_file}
+            )
+            content = RecordDict({"arrays": arrays, "config": order})
             to = message.metadata.dst_node_id
             messages.append(Message(content, dst_node_id=to, message_type="train"))
         return messages
@@ -181,7 +183,7 @@ def main() -> None:
     from flwr.simulation import run_simulation
 
     job, _ = _read(sys.argv[1])
-    cores = os.cpu_count()
+    cores = os.cpu_count() or 1
     run_simulation(
         server_app=server,
         client_app=client,
