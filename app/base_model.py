@@ -108,6 +108,14 @@ def device_and_dtype(device: str) -> "tuple[torch.device, torch.dtype]":
     )
 
 
+def mixed_precision(device: str) -> "torch.autocast":
+    """Where a forward pass runs: matrix products in the compute dtype, sums in float32."""
+    import torch
+
+    _, dtype = device_and_dtype(device)
+    return torch.autocast(device, dtype, enabled=dtype != torch.float32)
+
+
 def load_with_lora(
     base: BaseModel, config: RunConfig, device: str, layout: Layout, adapter: Vector
 ) -> "tuple[PeftModel, Any]":
@@ -131,9 +139,8 @@ def load_with_lora(
         config=settings,
         dtype=dtype,
         device_map={"": torch_device},
-        attn_implementation="sdpa",
         use_safetensors=True,
-    )
+    )  # with SDPA where the model has it, else eager attention
     model.config.use_cache = False
     if base.bits:
         _unquantised_dtypes(model, dtype)

@@ -58,7 +58,7 @@ def _no_data_in_errors(handler: Handler) -> Handler:
             logger.error("%s in\n%s", type(err).__name__, frames)
             told = f"{type(err).__name__} (the site's log says where)"
             if type(err).__name__ == "OutOfMemoryError":
-                told += "; lower per-device-train-batch-size and raise gradient-accumulation-steps"
+                told += "; lower train.max-tokens-per-pass"
         raise SiteError(told)
 
     return guarded
@@ -189,6 +189,7 @@ def train(message: Message, context: Context) -> Message:
     _take_turn(message, context)
     started = time.monotonic()
     model, tokenizer = base_model.load_with_lora(base, config, device(), layout, vector)
+    config = training.settled(config, base, device())
     examples = encode_all(rows, tokenizer, config.seq_length)
     if not examples:
         raise SiteError(f"no row keeps an answer within {config.seq_length} tokens")
@@ -232,7 +233,7 @@ def evaluate(message: Message, context: Context) -> Message:
     _take_turn(message, context)
     model, tokenizer = base_model.load_with_lora(base, config, device(), layout, vector)
     examples = encode_all(partition.load(_site_dir(), "holdout"), tokenizer, config.seq_length)
-    result = training.evaluate(model, examples, config.batch_size)
+    result = training.evaluate(model, examples, config)
     metrics = MetricRecord(
         {
             "partition-id": int(context.node_config["partition-id"]),

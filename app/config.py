@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 STRATEGIES = ("fedavgopt", "fedavg", "fedavgopt-delta", "fedprox")
 CODECS = ("fp32", "bf16", "int8", "int4")
@@ -79,7 +79,10 @@ class RunConfig:
     quantization: int = _key(
         "model.quantization", "4 or 8 (bits), or 0 for none", lambda v: v in (0, 4, 8)
     )
-    gradient_checkpointing: bool = _key("model.gradient-checkpointing", *_YES_NO)
+    # auto: on at a site whose GPU would have too little memory without it.
+    gradient_checkpointing: bool | str = _key(
+        "model.gradient-checkpointing", "true, false or auto", lambda v: v in (True, False, "auto")
+    )
     lora_r: int = _key("model.lora.peft-lora-r", *_whole_from(1))
     lora_alpha: int = _key("model.lora.peft-lora-alpha", *_whole_from(1))
     lora_dropout: float = _key(
@@ -91,6 +94,9 @@ class RunConfig:
     lr_max: float = _key("train.learning-rate-max", *_POSITIVE)
     lr_min: float = _key("train.learning-rate-min", *_FROM_0)
     seq_length: int = _key("train.seq-length", *_whole_from(16))
+    # A batch of more goes through the model in several passes, of whole rows, and one longer row
+    # alone: this decides about a GPU's memory and changes nothing else.
+    max_tokens_per_pass: int = _key("train.max-tokens-per-pass", *_whole_from(1))
     batch_size: int = _key(_ARGS + "per-device-train-batch-size", *_whole_from(1))
     gradient_accumulation_steps: int = _key(_ARGS + "gradient-accumulation-steps", *_whole_from(1))
     num_train_epochs: float = _key(_ARGS + "num-train-epochs", *_POSITIVE)
@@ -177,7 +183,7 @@ class RunConfig:
             given = values[key]
             # Flower hands over what the user typed: 1 for a number that may have a fraction.
             value = float(given) if f.type is float and type(given) is int else given
-            if type(value) is not f.type or not f.metadata["check"](value):
+            if type(value) not in (get_args(f.type) or (f.type,)) or not f.metadata["check"](value):
                 allowed = f.metadata["allowed"]
                 raise ConfigError(f"run config: {key} = {given!r} must be {allowed}; {WHERE}")
             checked[f.name] = value

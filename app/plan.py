@@ -60,8 +60,8 @@ def gpu_memory(config: RunConfig, layers: dict[str, list[int]], models: Path) ->
             weights = memory.stored(base.folder, base.bits, bf16=True)
     needed = memory.needed(weights, layers, config)
     return (
-        f"a GPU: {needed / 1e9:.1f} GB, computed for {config.batch_size} rows of "
-        f"{config.seq_length} tokens that are all answer; {weights.size / 1e9:.1f} GB of it weights"
+        f"a GPU: {needed / 1e9:.1f} GB, computed for passes of {memory.pass_tokens(config)} tokens "
+        f"that are all answer; {weights.size / 1e9:.1f} GB of it weights"
     )
 
 

@@ -5,16 +5,18 @@ import math
 import resource
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from app.base_model import device_and_dtype
+from app import memory
+from app.base_model import BaseModel, device_and_dtype, mixed_precision
 from app.config import MIB, RunConfig
-from app.examples import IGNORED, Example, collate
+from app.examples import Example, collate
+from app.packing import can_pack, passes
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,24 @@ class Trained:
     seconds: float
 
 
+def settled(config: RunConfig, base: BaseModel, device: str) -> RunConfig:
+    """The config with true or false for gradient checkpointing "auto"; the log says why.
+
+    Asked when the model is loaded. Where there is no GPU to run out of memory, it is off.
+    """
+    if config.gradient_checkpointing != "auto":
+        return config
+    on = False
+    if device == "cuda":
+        bf16 = device_and_dtype(device)[1] == torch.bfloat16
+        weights = memory.stored(base.folder, base.bits, bf16)
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free = torch.cuda.mem_get_info()[0] + unused
+        on, why = memory.checkpointing(weights, base.linear_layers, config, free)
+        logger.info("%s", why)
+    return replace(config, gradient_checkpointing=on)
+
+
 class _Progress(TrainerCallback):  # type: ignore[misc]
     """One line a step: number, loss, seconds. The loss is a mean over tokens, no text."""
 
@@ -39,15 +59,28 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
             )
 
 
-class _AnswersOnly(Trainer):  # type: ignore[misc]
-    """The model's own loss, with logits at the answers' places only (``answer_logits``)."""
+class _InPasses(Trainer):  # type: ignore[misc]
+    """Each batch in passes without padding (``app.packing``); their gradients add up."""
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        logits, labels = answer_logits(model, inputs)
-        loss_sum = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-        return loss_sum / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+    def __init__(self, max_tokens: int, packed: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs, compute_loss_func=_loss)
+        self.max_tokens, self.packed = max_tokens, packed
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        loss = torch.zeros((), device=self.args.device)
+        for one in passes(inputs, self.max_tokens, self.packed):
+            loss += super().training_step(model, one, num_items_in_batch)
+        return loss
+
+
+def _loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+    """Of one pass, by the number of answer tokens in all passes of the optimiser step."""
+    loss: torch.Tensor = _loss_sum(outputs.logits.float(), labels) / num_items_in_batch
+    return loss
+
+
+def _loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
 
 
 class _Proximal(TrainerCallback):  # type: ignore[misc]
@@ -78,7 +111,8 @@ def train(
     """Train the model's adapter in place with ``transformers.Trainer`` at a constant ``lr``.
 
     The loss is summed over answer tokens and divided by their number once per optimiser step
-    (Trainer's ``num_items_in_batch``), so gradient accumulation changes nothing.
+    (Trainer's ``num_items_in_batch``), so neither gradient accumulation nor the passes that a batch
+    is computed in change anything.
     ``seed`` orders the rows; pass another one each round, or a site picked again would see
     the same rows. ``proximal_mu`` above 0 keeps the adapter near the received one (FedProx).
 
@@ -96,7 +130,7 @@ def train(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             num_train_epochs=config.num_train_epochs,
             max_steps=config.max_steps,
-            activation_checkpointing=config.gradient_checkpointing,
+            activation_checkpointing=config.gradient_checkpointing is not False,
             activation_checkpointing_kwargs={"use_reentrant": False},
             bf16=compute_dtype == torch.bfloat16,
             use_cpu=on_cpu,
@@ -110,7 +144,9 @@ def train(
             remove_unused_columns=False,
             dataloader_pin_memory=not on_cpu,
         )
-        trainer = _AnswersOnly(
+        trainer = _InPasses(
+            config.max_tokens_per_pass,
+            can_pack(model),
             model=model,
             args=arguments,
             train_dataset=examples,
@@ -127,23 +163,6 @@ def train(
     return Trained(result.training_loss, result.global_step, tokens, seconds)
 
 
-def answer_logits(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [N, vocabulary] in float32 of the batch's N answer tokens, and their labels [N].
-
-    A prompt's tokens and the padding have no labels. Their logits would take most of a GPU's
-    memory (Llama-3: 12 bytes for each of 128,256 values at each place) and change nothing.
-    """
-    labels = batch["labels"][:, 1:]  # a place predicts the token after it
-    picked = labels != IGNORED
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        use_cache=False,
-        logits_to_keep=torch.nn.functional.pad(picked, (0, 1)),
-    ).logits
-    return logits.float(), labels[picked]
-
-
 @dataclass(frozen=True)
 class Evaluated:
     """Sums over a holdout's answer tokens, so that the server can add sites up."""
@@ -153,22 +172,22 @@ class Evaluated:
     num_tokens: int
 
 
-@torch.inference_mode()
-def evaluate(model: Any, examples: list[Example], batch_size: int) -> Evaluated:
+def evaluate(model: Any, examples: list[Example], config: RunConfig) -> Evaluated:
     """Loss and next-token hits over the answers' tokens, EOS included."""
+    packed = can_pack(model)
     model.eval()
-    _, dtype = device_and_dtype(model.device.type)
     loss_sum, num_correct, num_tokens = 0.0, 0, 0
-    ordered = sorted(examples, key=lambda e: len(e.input_ids))  # alike lengths: little padding
-    for start in range(0, len(ordered), batch_size):
-        batch = collate(ordered[start : start + batch_size])
-        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-            logits, labels = answer_logits(
-                model, {name: values.to(model.device) for name, values in batch.items()}
-            )
-        loss_sum += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        num_correct += int((logits.argmax(-1) == labels).sum())
-        num_tokens += len(labels)
+    ordered = sorted(examples, key=lambda e: len(e.input_ids))  # alike lengths together
+    for start in range(0, len(ordered), config.batch_size):
+        batch = collate(ordered[start : start + config.batch_size])
+        batch = {name: values.to(model.device) for name, values in batch.items()}
+        for one in passes(batch, config.max_tokens_per_pass, packed):
+            labels = one.pop("labels")
+            with torch.inference_mode(), mixed_precision(model.device.type):
+                logits = model(**one).logits.float()
+                loss_sum += float(_loss_sum(logits, labels))
+                num_correct += int((logits.argmax(-1) == labels).sum())
+            num_tokens += len(labels)
     return Evaluated(loss_sum, num_correct, num_tokens)
 
 

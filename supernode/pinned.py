@@ -61,7 +61,7 @@ def main() -> None:
 
     from supernode import deadline
     from supernode.warm import orders
-    from supernode.warm.server import end_with
+    from supernode.warm.ending import end_with
 
     end_with(os.getppid(), signal.SIGTERM)  # time to sign off, as when it is asked to
     pin, site = sys.argv[2:4]

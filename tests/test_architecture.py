@@ -13,7 +13,7 @@ from tests.samples import REPOSITORY
 OURS = ("app", "superlink", "supernode", "eval")
 HEAVY = {"torch", "transformers", "peft"}
 HEAVY_FILES = {
-    "app/examples.py", "app/base_model.py", "app/gpu_check.py", "app/training.py",
+    "app/examples.py", "app/base_model.py", "app/gpu_check.py", "app/packing.py", "app/training.py",
     "supernode/download.py", "supernode/quantise.py",
 }  # fmt: skip
 # An import costs seconds in every process: in these only where it is used.

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from supernode.warm import libraries
-from supernode.warm.server import Server, UnsafeError, end_idle_threads, end_with
+from supernode.warm.ending import end_at_once, end_with
+from supernode.warm.server import Server, UnsafeError, end_idle_threads
 
 
 def main() -> int:
@@ -26,7 +27,10 @@ def main() -> int:
         return 0
     sys.argv = order.argv
     sys.path[0] = str(Path(sys.executable).parent)  # as Flower's own programs have it
-    importlib.import_module(libraries.FLOWER).flwr_clientapp()
+    try:
+        importlib.import_module(libraries.FLOWER).flwr_clientapp()
+    except SystemExit as end:
+        end_at_once(end.code)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Has the fork server do the work that a process is there for, and lets that process end as it did.
+"""Has the fork server do the work that a process is there for.
 
 Arguments, folder, environment and the three streams go over its socket, signals follow; back comes
 how the work ended. Once the fork server has taken it, nobody else may: it could be done twice.
@@ -6,10 +6,8 @@ how the work ended. Once the fork server has taken it, nobody else may: it could
 
 import json
 import os
-import resource
 import signal
 import socket
-import sys
 from pathlib import Path
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -39,14 +37,3 @@ def ask(path: str, argv: list[str]) -> int | None:
         for number in PASSED_ON:
             signal.signal(number, signal.SIG_DFL)
     return int.from_bytes(status, "big") if len(status) == 4 else _LOST
-
-
-def end_like(status: int) -> None:
-    """End as a process of this wait status did."""
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        if number != signal.SIGKILL:
-            signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-    sys.exit(os.waitstatus_to_exitcode(status))

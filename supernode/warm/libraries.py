@@ -12,11 +12,11 @@ from contextlib import contextmanager
 
 FLOWER = "flwr.supernode.cli.flwr_clientapp"
 _COMMON = (
-    FLOWER, "torch", "torch._dynamo", "accelerate", "transformers.trainer_utils",
+    FLOWER, "torch", "torch._dynamo", "torch._inductor.compile_fx", "accelerate",
     "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",
 )  # fmt: skip
-# bitsandbytes asks for the GPU's capability; PEFT and the Trainer import it.
+# bitsandbytes asks for the GPU's capability when it is imported; PEFT and the Trainer import it.
 _NOT_WITH_CUDA = ("bitsandbytes", "peft", "transformers.trainer")
 # transformers imports them because they are there. Rows in JSON lines need none of them, and
 # pyarrow starts a thread.

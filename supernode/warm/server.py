@@ -1,6 +1,5 @@
 """The fork server: takes orders (``asking``) and forks a process for each that works on it."""
 
-import ctypes
 import json
 import os
 import selectors
@@ -14,10 +13,9 @@ from pathlib import Path
 from typing import cast
 
 from supernode.warm.asking import PASSED_ON, TAKEN
+from supernode.warm.ending import end_with, name_process
 
 REQUEST_TIMEOUT_S = 5.0
-_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -55,23 +53,6 @@ def end_idle_threads() -> None:
     if child == 0:
         os._exit(0)
     os.waitpid(child, 0)
-
-
-def name_process() -> None:
-    """What ps and top show."""
-    _libc.prctl(_PR_SET_NAME, b"flwr-clientapp", 0, 0, 0)
-
-
-def end_with(parent: int, number: int = signal.SIGKILL) -> None:
-    """Let the kernel send this process a signal when its parent, of this process id, has ended.
-
-    To be exact: when the thread has that started it. Linux only; elsewhere nothing happens.
-    """
-    if sys.platform != "linux":
-        return
-    _libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
-    if os.getppid() != parent:  # it has ended already
-        os._exit(1)
 
 
 class Server:

@@ -14,26 +14,21 @@ from flwr.supercore.exit import exit_handler
 from flwr.supercore.superexec.executor import subprocess_executor
 from flwr.supernode.cli import flwr_clientapp
 
-from supernode.warm.asking import ask, end_like
-from supernode.warm.server import (
-    UnsafeError,
-    check_safe,
-    end_idle_threads,
-    end_with,
-    name_process,
-)
+from supernode.warm.asking import ask
+from supernode.warm.ending import end_at_once, end_like, end_with, name_process
+from supernode.warm.server import UnsafeError, check_safe, end_idle_threads
 
 
 class Forked(BaseException):
     """Raised in the process that was forked to be this command: nothing of the parent goes on."""
 
 
-def start(command: list[str], **streams: int) -> None:
+def start(command: list[str], stdout: int | None = None, stderr: int | None = None) -> None:
     """In the place of ``subprocess.Popen``."""
     while _reaped():
         pass
     try:
-        if streams:
+        if stdout or stderr:
             raise UnsafeError("its output goes elsewhere")
         check_safe()
         sys.stdout.flush()
@@ -44,7 +39,7 @@ def start(command: list[str], **streams: int) -> None:
             raise Forked(*command)
     except UnsafeError as err:
         print(f"supernode: a cold ClientApp: SuperExec cannot fork: {err}", flush=True)
-        subprocess.Popen(command, **streams)
+        subprocess.Popen(command, stdout=stdout, stderr=stderr)
 
 
 def _reaped() -> bool:
@@ -67,7 +62,11 @@ def work(command: list[str]) -> NoReturn:
         if status is not None:
             end_like(status)
     sys.argv = command
-    sys.exit(flwr_clientapp())  # type: ignore[func-returns-value]
+    try:
+        flwr_clientapp()
+    except SystemExit as end:
+        end_at_once(end.code)
+    sys.exit()
 
 
 def main() -> None:
@@ -76,9 +75,8 @@ def main() -> None:
     end_with(int(sys.argv[where + 1]), signal.SIGINT)
     del sys.argv[where : where + 2]
     sys.path[0] = str(Path(sys.executable).parent)  # as Flower's own programs have it
-    subprocess_executor.subprocess = SimpleNamespace(  # type: ignore[assignment]
-        Popen=start, DEVNULL=subprocess.DEVNULL
-    )
+    starts = SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
+    subprocess_executor.subprocess = starts  # type: ignore[attr-defined]
     end_idle_threads()
     gc.freeze()
     try:

@@ -187,15 +187,14 @@ def test_too_little_memory_is_an_error_of_the_site_that_says_what_to_lower(
     def seen(free_gb: float) -> ConfigRecord:
         gpu = Gpu("NVIDIA Stand-in", True, 24_000_000_000, round(free_gb * 1e9))
         monkeypatch.setattr(client_app, "look", lambda state: gpu)
-        return asked(run_config(**base | {"batch_size": 1024}))
+        return asked(run_config(**base | {"batch_size": 1024, "max_tokens_per_pass": 2**19}))
 
     wrong = run_config(**base | {"target_modules": "x_proj"})
     assert seen(23.5)["device"] == "NVIDIA Stand-in, 23.5 GB free of 24.0"
     refused = str(seen(6.25)["error"])
     assert re.fullmatch(
         r"GPU 1 \(NVIDIA Stand-in\) has 6\.2 GB free of 24\.0, this run needs about \d+\.\d GB; "
-        r"train\.training-arguments\.per-device-train-batch-size = \d+ with "
-        r"gradient-accumulation-steps = \d+ needs \d\.\d GB",
+        r"train\.max-tokens-per-pass = \d+ needs \d\.\d GB and trains the same",
         refused,
     ), refused
     assert "'x_proj' is no linear layer" in str(asked(wrong)["error"])

@@ -19,6 +19,7 @@ WRONG: dict[Any, list[object]] = {
     int: [True, 1.0, "1", None, [1]],
     float: [True, "0.5", None, math.nan, math.inf],
     bool: [0, 1, "true", 1.0, None],
+    bool | str: [0, 1, 1.0, None, "", "true", "on", b"auto"],
     str: [1, True, b"x", None, "", "  "],
 }
 
@@ -78,6 +79,8 @@ def test_an_unknown_key_is_refused_and_a_known_one_is_suggested(key: str, hint: 
         ("lr_max", [1e-6, 1.0], [0.0, -1e-3]),
         ("lr_min", [0.0, 0], [-1e-9]),
         ("seq_length", [16], [15, 0]),
+        ("max_tokens_per_pass", [1, 10**6], [0, -1]),
+        ("gradient_checkpointing", [True, False, "auto"], ["Auto", "auto "]),
         ("batch_size", [1], [0]),
         ("gradient_accumulation_steps", [1], [0]),
         ("num_train_epochs", [0.5, 1, 2], [0, -1.0]),

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM
 
 from app import memory
 from app.adapter import Layout, initial_adapter
@@ -14,8 +14,9 @@ from app.base_model import find, get_adapter, load_with_lora
 from app.device import look
 from app.examples import encode_all
 from app.partition import Row
-from app.training import _AnswersOnly, evaluate, peak_memory_mb, train
+from app.training import evaluate, peak_memory_mb, settled, train
 from supernode.quantise import prepare_model
+from tests.app.test_training import as_transformers_does_it
 from tests.samples import ROWS, run_config
 
 pytestmark = [
@@ -35,9 +36,9 @@ def test_training_on_a_gpu_lowers_the_loss_and_moves_the_adapter(
     model, tokenizer = load_with_lora(base, config, "cuda", layout, start)
     rows = [Row(r["input"], r["output"]) for r in ROWS]
     examples = encode_all(rows, tokenizer, config.seq_length)
-    before = evaluate(model, examples, 8)
+    before = evaluate(model, examples, config)
     trained = train(model, examples, config, lr=1e-2, seed=3)
-    after = evaluate(model, examples, 8)
+    after = evaluate(model, examples, config)
     assert trained.steps == 20
     assert after.loss_sum < before.loss_sum
     moved = get_adapter(model, layout)
@@ -63,7 +64,7 @@ def test_a_bf16_models_embeddings_and_head_stay_bf16_and_it_learns_as_in_float32
         assert kept == (torch.bfloat16 if name == source and bf16 else torch.float32)
         examples = encode_all([Row(r["input"], r["output"]) for r in ROWS], tokenizer, 512)
         losses.append(train(model, examples, config, lr=1e-3, seed=3).loss)
-        evaluate(model, examples, 8)
+        evaluate(model, examples, config)
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
@@ -76,7 +77,7 @@ def test_logits_at_the_answers_only_take_less_memory_and_give_the_same_loss(
     results = []
     for everywhere in (False, True):
         if everywhere:
-            monkeypatch.setattr(_AnswersOnly, "compute_loss", Trainer.compute_loss)
+            as_transformers_does_it(monkeypatch)
         model, tokenizer = load_with_lora(base, config, "cuda", layout, initial_adapter(layout, 1))
         rows = [Row(r["input"] * 6, r["output"]) for r in ROWS]  # long prompts, short answers
         examples = encode_all(rows, tokenizer, 512)
@@ -107,3 +108,15 @@ def test_the_preflight_reads_name_and_memory_and_its_sum_is_no_less_than_the_pea
     weights = memory.stored(base.folder, 4, gpu.bf16)
     needed = memory.needed(weights, base.linear_layers, config) - memory.CONTEXT_BYTES
     assert 0.5 * needed < torch.cuda.max_memory_allocated() < 1.1 * needed
+
+
+def test_auto_turns_gradient_checkpointing_off_where_there_is_room_and_says_so(
+    models_dir: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = run_config(model_name=str(tiny_model), gradient_checkpointing="auto")
+    base = find(models_dir, str(tiny_model), 4)
+    layout = Layout.of(base.linear_layers, config)
+    load_with_lora(base, config, "cuda", layout, initial_adapter(layout, 1))
+    with caplog.at_level("INFO", "app"):
+        assert settled(config, base, "cuda").gradient_checkpointing is False
+    assert "gradient checkpointing off: without it a pass of 4096 tokens needs" in caplog.text

@@ -1,13 +1,17 @@
 """The memory that a run needs on a GPU, against what was seen and what can be counted here."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -15,7 +19,9 @@ from app import memory, plan
 from app.adapter import Layout
 from app.base_model import find
 from app.config import RunConfig
-from app.memory import CONTEXT_BYTES, Weights, advice, estimated, needed, stored
+from app.examples import IGNORED, Example, collate
+from app.memory import CONTEXT_BYTES, Weights, advice, checkpointing, estimated, needed, stored
+from app.packing import passes
 from tests.samples import run_config
 
 NOWHERE = Path("/nowhere")
@@ -31,26 +37,35 @@ def test_the_peak_seen_on_an_h100_is_what_the_sum_gives_for_what_ran_there() -> 
     """
     table = prod(LLAMA["lm_head"])
     weights = Weights(NF4_LLAMA.size + 2 * 2 * table, head_copy=2 * table)
-    seen = needed(weights, LLAMA, RECIPE) - CONTEXT_BYTES
+    padded = run_config(max_tokens_per_pass=16 * 512)
+    seen = needed(weights, LLAMA, padded) - CONTEXT_BYTES
     assert seen == pytest.approx(26.1e9, rel=0.01)
 
 
 def test_what_the_recipe_needs_now() -> None:
     assert NF4_LLAMA.size == pytest.approx(5.7e9, rel=0.01)
-    assert needed(NF4_LLAMA, LLAMA, RECIPE) == pytest.approx(23.6e9, rel=0.005)
-    half = run_config(batch_size=8, gradient_accumulation_steps=2)
-    assert needed(NF4_LLAMA, LLAMA, half) < 16e9
+    assert needed(NF4_LLAMA, LLAMA, RECIPE) == pytest.approx(15.0e9, rel=0.005)
+    # In one pass it is what a batch padded to 512 tokens a row needed.
+    whole = run_config(max_tokens_per_pass=16 * 512)
+    assert needed(NF4_LLAMA, LLAMA, whole) == pytest.approx(23.6e9, rel=0.005)
 
 
 @pytest.mark.parametrize(
     ("change", "more"),
     [
-        ({"batch_size": 32}, True),
-        ({"seq_length": 1024}, True),
+        ({"batch_size": 32}, None),  # in passes
+        ({"batch_size": 4}, False),
+        ({"seq_length": 1024}, None),
+        ({"seq_length": 5000}, True),  # a row is never cut in two
+        ({"seq_length": 255}, False),
+        ({"max_tokens_per_pass": 4097}, True),
+        ({"max_tokens_per_pass": 4095}, False),
+        ({"max_tokens_per_pass": 8192, "batch_size": 8}, None),
+        ({"max_tokens_per_pass": 1}, False),
         ({"lora_r": 64}, True),
         ({"gradient_checkpointing": False}, True),
         ({"target_modules": "all-linear"}, True),
-        ({"seq_length": 256}, False),
+        ({"gradient_checkpointing": "auto"}, None),  # the least that it can do with
         ({"max_steps": 99, "gradient_accumulation_steps": 4, "num_server_rounds": 1}, None),
     ],
 )
@@ -61,15 +76,46 @@ def test_what_takes_memory_counts_and_nothing_else(
     assert (after > before, after < before) == (more is True, more is False)
 
 
-def test_the_advice_is_a_batch_that_fits_and_leaves_the_recipe_as_it_is() -> None:
-    words = advice(NF4_LLAMA, LLAMA, RECIPE, 16_000_000_000)
-    assert words.startswith(
-        "train.training-arguments.per-device-train-batch-size = 8 with "
-        "gradient-accumulation-steps = 2 needs 15.0 GB"
-    )
-    uneven = advice(NF4_LLAMA, LLAMA, run_config(batch_size=20), 9_000_000_000)
-    assert "batch-size = 2 with gradient-accumulation-steps = 10" in uneven
+def test_the_advice_is_a_shorter_pass_that_fits_and_leaves_the_recipe_as_it_is() -> None:
+    words = advice(NF4_LLAMA, LLAMA, RECIPE, 12_000_000_000)
+    assert words == "train.max-tokens-per-pass = 2048 needs 10.8 GB and trains the same"
+    small = run_config(batch_size=3, seq_length=600)  # 1800 tokens, then 900, then one row
+    assert "max-tokens-per-pass = 600 needs" in advice(NF4_LLAMA, LLAMA, small, 7_900_000_000)
     assert "a larger GPU" in advice(NF4_LLAMA, LLAMA, RECIPE, 5_000_000_000)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 64), st.integers(16, 2048), st.integers(1, 9000), st.integers(6, 40))
+def test_what_is_advised_fits_and_where_nothing_is_nothing_would(
+    batch: int, length: int, tokens: int, free_gb: int
+) -> None:
+    config = run_config(batch_size=batch, seq_length=length, max_tokens_per_pass=tokens)
+    assume(needed(NF4_LLAMA, LLAMA, config) > free_gb * 10**9)
+    words = advice(NF4_LLAMA, LLAMA, config, free_gb * 10**9)
+    if found := re.search(r"max-tokens-per-pass = (\d+) needs", words):
+        then = replace(config, max_tokens_per_pass=int(found[1]))
+        assert needed(NF4_LLAMA, LLAMA, then) <= free_gb * 10**9
+        assert needed(NF4_LLAMA, LLAMA, then) < needed(NF4_LLAMA, LLAMA, config)
+    else:
+        least = replace(config, max_tokens_per_pass=1)
+        assert needed(NF4_LLAMA, LLAMA, least) > free_gb * 10**9
+
+
+# --- gradient checkpointing "auto" ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [512, 2048, 4096, 8192])
+def test_checkpointing_is_on_exactly_where_the_pass_would_not_fit_without(tokens: int) -> None:
+    config = run_config(gradient_checkpointing="auto", max_tokens_per_pass=tokens)
+    without = needed(NF4_LLAMA, LLAMA, replace(config, gradient_checkpointing=False))
+    beside = without - NF4_LLAMA.size
+    assert needed(NF4_LLAMA, LLAMA, config) < without
+    for free, on in ((beside, False), (beside - 1, True)):
+        decided, why = checkpointing(NF4_LLAMA, LLAMA, config, free)
+        assert decided == on
+        assert why.startswith(f"gradient checkpointing {'on' if on else 'off'}: ")
+        assert f"a pass of {tokens} tokens needs about {beside / 1e9:.1f} GB" in why
+        assert f"{free / 1e9:.1f} GB are free" in why
 
 
 # --- prepared models ------------------------------------------------------------------------------
@@ -110,25 +156,28 @@ def kept_bytes(model: Any) -> Iterator[list[int]]:
     total.append(sum(t.untyped_storage().nbytes() for t in saved.values()))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("batch", [2, 16])  # of these 1024 tokens the mask is a tenth
+@pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("targets", ["q_proj,v_proj", "all-linear"])
 def test_what_a_layer_keeps_for_the_backward_pass_is_what_is_counted(
-    tmp_path: Path, checkpointing: bool, targets: str
+    tmp_path: Path, checkpointed: bool, targets: str, batch: int
 ) -> None:
-    hidden, mlp, keys, batch, length = 256, 896, 64, 2, 64
+    hidden, mlp, keys, length = 256, 896, 64, 64
     config = run_config(
         target_modules=targets, batch_size=batch, seq_length=length,
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=checkpointed,
     )  # fmt: skip
     kept, counted = [], []
     for layers in (2, 4):
         model, linear = _llama(tmp_path / str(layers), layers, hidden, mlp, keys, config)
-        ids = torch.zeros((batch, length), dtype=torch.long)
+        batch_of_rows = collate([Example([1] * length, [IGNORED] * (length - 1) + [1])] * batch)
+        (one,) = passes(batch_of_rows, batch * length, True)
+        del one["labels"]
         with torch.autocast("cpu", torch.bfloat16), kept_bytes(model) as total:
-            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+            model(**one)
         kept.append(total[0])
         counted.append(_terms(linear, config))
-    assert counted[1] - counted[0] == pytest.approx(kept[1] - kept[0], rel=0.1)
+    assert counted[1] - counted[0] == pytest.approx(kept[1] - kept[0], rel=0.05)
 
 
 def _llama(

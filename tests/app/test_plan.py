@@ -77,7 +77,7 @@ def test_the_reference_recipe_costs_what_the_leaderboard_says(
     assert "at most" not in "\n".join(lines)
     assert any("1.04 % of communication.budget-mb" in x for x in lines)
     assert number(lines, "checkpoints:") == 520
-    assert number(lines, "a GPU:") == 23.6  # tests/app/test_memory.py
+    assert number(lines, "a GPU:") == 15.0  # tests/app/test_memory.py
     assert lines[0] == f"model: {LLAMA}, 4 bits"
 
 

@@ -1,8 +1,9 @@
 """Local training with the real Trainer on the tiny model, on the CPU."""
 
+import logging
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Trainer
 
-from app import base_model, training
+from app import base_model, memory, training
 from app.adapter import Layout, Vector, initial_adapter
 from app.base_model import find, get_adapter, load_with_lora, set_adapter
 from app.config import RunConfig
 from app.examples import IGNORED, Example, collate, encode_all
 from app.guards import Change, _expected
+from app.packing import can_pack, passes
 from app.partition import Row
-from app.training import Trained, _AnswersOnly, _Proximal, answer_logits, evaluate, train
+from app.training import Trained, _InPasses, _Proximal, evaluate, settled, train
 from supernode.quantise import prepare_model
 from tests.samples import ROWS, run_config
 from tests.tiny_model import VOCABULARY
@@ -72,10 +74,10 @@ def test_training_lowers_the_loss_on_its_rows(
     learner, judge, judge_after = (
         site(models_dir, tiny_model, bits, max_steps=15) for _ in range(3)
     )
-    before = evaluate(judge.model, judge.examples, 8)
+    before = evaluate(judge.model, judge.examples, judge.config)
     trained = learner.train()
     set_adapter(judge_after.model, learner.layout, learner.adapter)
-    after = evaluate(judge_after.model, judge_after.examples, 8)
+    after = evaluate(judge_after.model, judge_after.examples, judge.config)
     assert after.num_tokens == before.num_tokens
     assert after.loss_sum < before.loss_sum * 0.95
     # The mean over the steps lies between where it began and where it ended.
@@ -233,7 +235,7 @@ def test_a_training_that_diverges_is_an_error(models_dir: Path, tiny_model: Path
 def test_evaluation_adds_up_what_a_loop_by_hand_adds_up(
     models_dir: Path, tiny_model: Path, bits: int, batch_size: int
 ) -> None:
-    s = site(models_dir, tiny_model, bits, rows=12, max_steps=20)
+    s = site(models_dir, tiny_model, bits, rows=12, max_steps=20, batch_size=batch_size)
     s.train()  # so that some tokens are right
     s.model.eval()
     loss_sum, correct, tokens = 0.0, 0, 0
@@ -247,7 +249,7 @@ def test_evaluation_adds_up_what_a_loop_by_hand_adds_up(
                     correct += int(row.argmax()) == e.labels[place]
                     tokens += 1
     assert correct > 5
-    result = evaluate(s.model, s.examples, batch_size)
+    result = evaluate(s.model, s.examples, s.config)
     assert result.num_tokens == tokens == sum(e.num_labels for e in s.examples)
     # bitsandbytes computes in bf16 on some CPUs, and padding then changes more than last digits.
     assert result.loss_sum == pytest.approx(loss_sum, rel=1e-3 if bits else 1e-5)
@@ -258,7 +260,7 @@ def test_evaluation_ignores_dropout_and_changes_nothing(models_dir: Path, tiny_m
     s = site(models_dir, tiny_model, lora_dropout=0.9)
     s.train()  # leaves the model in training mode
     before = s.adapter
-    first, second = evaluate(s.model, s.examples, 4), evaluate(s.model, s.examples, 4)
+    first, second = (evaluate(s.model, s.examples, s.config) for _ in range(2))
     assert first == second
     assert s.adapter.tobytes() == before.tobytes()
 
@@ -271,9 +273,10 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 
 
 @BITS
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("masked", [0, 1, 3], ids=["no", "one", "three"])
 def test_loss_and_gradients_are_those_of_the_logits_at_every_place(
-    models_dir: Path, tiny_model: Path, bits: int, masked: int
+    models_dir: Path, tiny_model: Path, bits: int, masked: int, packed: bool
 ) -> None:
     s = site(models_dir, tiny_model, bits)
     rows = sorted(s.examples, key=lambda e: len(e.input_ids))[::7]  # unequal
@@ -289,7 +292,9 @@ def test_loss_and_gradients_are_those_of_the_logits_at_every_place(
         if every_place:
             loss = s.model(**collate(rows)).loss
         else:
-            logits, labels = answer_logits(s.model, collate(rows))
+            (one,) = passes(collate(rows), 10_000, packed)
+            labels = one.pop("labels")
+            logits = s.model(**one).logits
             assert logits.shape == (sum(e.num_labels for e in rows), VOCABULARY)
             loss = torch.nn.functional.cross_entropy(logits, labels)
         loss.backward()
@@ -315,30 +320,101 @@ def test_the_head_computes_no_logits_of_prompts_and_padding(
     s.train()
     assert sum(places) == answers
     places.clear()
-    evaluate(s.model, s.examples, 7)
+    evaluate(s.model, s.examples, s.config)
     assert sum(places) == answers
 
 
+@pytest.mark.parametrize("tokens", [1, 200, 4096])
+def test_no_layer_computes_padding_nor_more_tokens_in_a_pass_than_allowed(
+    models_dir: Path, tiny_model: Path, tokens: int
+) -> None:
+    s = site(
+        models_dir, tiny_model, max_steps=-1, num_train_epochs=1.0, batch_size=7,
+        max_tokens_per_pass=tokens,
+    )  # fmt: skip
+    lengths = [len(e.input_ids) for e in s.examples]
+    computed: list[int] = []
+    s.model.get_base_model().model.norm.register_forward_hook(
+        lambda _, inputs, output: computed.append(output.shape[0] * output.shape[1])
+    )
+    assert can_pack(s.model)  # asked once, of 7 tokens
+    for work in (s.train, lambda: evaluate(s.model, s.examples, s.config)):
+        computed.clear()
+        work()
+        assert sum(computed) == sum(lengths)
+        assert all(n <= tokens or n in lengths for n in computed)
+        assert len(computed) == {1: len(lengths), 4096: math.ceil(len(lengths) / 7)}.get(
+            tokens, len(computed)
+        )
+
+
+def as_transformers_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded batches, logits at every place, the model's own loss."""
+
+    def init(self: Any, max_tokens: int, packed: bool, **kwargs: Any) -> None:
+        Trainer.__init__(self, **kwargs)
+
+    monkeypatch.setattr(_InPasses, "__init__", init)
+    monkeypatch.setattr(_InPasses, "training_step", Trainer.training_step)
+
+
+@pytest.mark.parametrize("tokens", [1, 150, 4096])
 @pytest.mark.parametrize("mu", [0.0, 20.0], ids=["", "fedprox"])
 @pytest.mark.parametrize("accumulation", [1, 3])
 @BITS
-def test_a_training_ends_where_the_logits_at_every_place_lead(
+def test_a_training_ends_where_padded_batches_with_logits_at_every_place_lead(
     models_dir: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch,
-    bits: int, accumulation: int, mu: float,
+    bits: int, accumulation: int, mu: float, tokens: int,
 ) -> None:  # fmt: skip
     results: list[tuple[Trained, Vector]] = []
     for every_place in (False, True):
         if every_place:
-            monkeypatch.setattr(_AnswersOnly, "compute_loss", Trainer.compute_loss)
+            as_transformers_does_it(monkeypatch)
         s = site(
-            models_dir, tiny_model, bits, max_steps=4, gradient_accumulation_steps=accumulation
-        )
+            models_dir, tiny_model, bits, max_steps=4, gradient_accumulation_steps=accumulation,
+            max_tokens_per_pass=tokens,
+        )  # fmt: skip
         start = s.adapter
         results.append((train(s.model, s.examples, s.config, LR, 1, mu), s.adapter))
     (ours, adapter), (exact, expected) = results
     assert ours.loss == pytest.approx(exact.loss, abs=1e-5)
     assert ours.tokens == exact.tokens
     assert np.linalg.norm(adapter - expected) < 1e-4 * np.linalg.norm(expected - start)
+
+
+# --- gradient checkpointing "auto" ----------------------------------------------------------------
+
+
+def test_on_a_cpu_auto_is_off_and_true_and_false_are_kept(
+    models_dir: Path, tiny_model: Path
+) -> None:
+    base = find(models_dir, str(tiny_model), 4)
+    for said, expected in (("auto", False), (True, True), (False, False)):
+        config = run_config(gradient_checkpointing=said)
+        assert settled(config, base, "cpu") == replace(config, gradient_checkpointing=expected)
+
+
+@pytest.mark.parametrize("room", [1, 0, -1])
+def test_on_a_gpu_auto_goes_by_what_is_free_and_what_torch_holds_unused(
+    models_dir: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, room: int,
+) -> None:  # fmt: skip
+    """With stand-ins for what CUDA says of its memory."""
+    base = find(models_dir, str(tiny_model), 4)
+    config = run_config(gradient_checkpointing="auto", lora_r=4)
+    weights = memory.stored(base.folder, 4, bf16=True)
+    without = replace(config, gradient_checkpointing=False)
+    more = memory.needed(weights, base.linear_layers, without) - weights.size
+    monkeypatch.setattr(
+        training, "device_and_dtype", lambda device: (torch.device(device), torch.bfloat16)
+    )
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 5000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (more - 2000 + room, 2 * more))
+    with caplog.at_level(logging.INFO, "app"):
+        assert settled(config, base, "cuda").gradient_checkpointing is (room < 0)
+    assert len(caplog.messages) == 1
+    assert f"gradient checkpointing {'on' if room < 0 else 'off'}: without it" in caplog.text
 
 
 # --- bf16, as on a GPU that has it ----------------------------------------------------------------
@@ -376,7 +452,7 @@ def test_in_bf16_embeddings_and_head_stay_as_stored_and_norms_and_adapter_are_fl
     assert set(dtypes(site(models_dir, tiny_model, 4)).values()) == {torch.float32}
     trained = mixed.train()
     assert trained.loss == pytest.approx(exact.loss, rel=0.01)
-    before, after = (evaluate(s.model, s.examples, 8) for s in (judge, mixed))
+    before, after = (evaluate(s.model, s.examples, s.config) for s in (judge, mixed))
     assert after.num_tokens == before.num_tokens
     assert after.loss_sum < before.loss_sum * 0.95
 

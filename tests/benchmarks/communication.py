@@ -115,7 +115,7 @@ class Federation:
     def loss(self, adapter: Vector) -> float:
         """Mean over the answer tokens of all sites' held-out rows."""
         set_adapter(self.judge, self.layout, adapter)
-        result = training.evaluate(self.judge, self.holdout, 16)
+        result = training.evaluate(self.judge, self.holdout, self.config("", 0))
         return result.loss_sum / result.num_tokens
 
     def run(self, changes: str, seed: int, run_id: int) -> dict[str, float]:

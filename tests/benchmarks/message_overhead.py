@@ -23,8 +23,7 @@ import psutil
 from superlink.control import Control
 from superlink.processes import REPOSITORY, LocalFederation
 from superlink.submit import submit
-from supernode.partitions import Split, prepare_data
-from supernode.prepare import BUNDLED
+from supernode.partitions import BUNDLED, Split, prepare_data
 
 KINDS = {"cold": "0", "warm": "600"}
 
@@ -42,7 +41,7 @@ class Cost:
 def cpu_s(node: psutil.Process) -> float:
     """Of a SuperNode's processes and of their children that have ended."""
     times = [p.cpu_times() for p in (node, *node.children(recursive=True))]
-    return sum(t.user + t.system + t.children_user + t.children_system for t in times)
+    return float(sum(t.user + t.system + t.children_user + t.children_system for t in times))
 
 
 def lines(run: Path) -> list[dict[str, Any]]:

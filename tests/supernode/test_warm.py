@@ -18,7 +18,8 @@ from tests.samples import REPOSITORY
 # A fork server whose orders are Python code: the first of their arguments.
 SERVER = """
 import os, socket, sys
-from supernode.warm.server import Server, end_with
+from supernode.warm.ending import end_with
+from supernode.warm.server import Server
 end_with(int(sys.argv[3]))
 {before}
 order = Server(socket.socket(fileno=int(sys.argv[1])), float(sys.argv[2])).run()
@@ -28,7 +29,8 @@ exec(order.argv[0], {"argv": order.argv})
 """
 ASKING = """
 import sys
-from supernode.warm.asking import ask, end_like
+from supernode.warm.asking import ask
+from supernode.warm.ending import end_like
 status = ask(sys.argv[1], sys.argv[2:])
 if status is None:
     sys.exit("nobody: " + " ".join(sys.argv[2:]))
@@ -45,7 +47,7 @@ def until(true: Callable[[], bool]) -> None:
 
 def gone(pid: int) -> bool:
     try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
 
