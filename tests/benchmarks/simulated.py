@@ -48,7 +48,7 @@ def build(folder: str, config: RunConfig) -> tuple[Any, Any]:
         device_map={"": "cpu"},
     )
     model = prepare_model_for_kbit_training(
-        model, use_gradient_checkpointing=config.gradient_checkpointing
+        model, use_gradient_checkpointing=bool(config.gradient_checkpointing)
     )
     lora = LoraConfig(
         task_type="CAUSAL_LM",
