@@ -6,8 +6,8 @@ A real SuperLink and real SuperNodes as processes of one host, with TLS, keys, t
 the pinned app; the app is the real one, but its sites do not train (tests/benchmarks/noop.py). What
 travels is an adapter of Llama-3 8B's shape in fp32 (``--lora-r 1``: a 32nd of it). Seconds of a
 round are those of metrics.jsonl, from the sampling to the aggregated adapter, medians; CPU is that
-of all processes of a side, the ClientApps' with the SuperNodes'. A host takes about 200 MiB for
-each SuperNode, and as much again and four adapters for each that is asked. Ratio last.
+of all processes of a side, the ClientApps' with the SuperNodes'. Each SuperNode
+takes about 200 MiB, and its ClientApp comes on top. Ratio last.
 """
 
 import argparse
