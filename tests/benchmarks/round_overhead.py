@@ -100,6 +100,13 @@ def rounds_s(control: Control, home: Path, app: Path, arrays: int, size: int, ro
     """Median seconds of a round. Raises RuntimeError if the run fails."""
     out = home / "seconds.json"
     config = f"arrays={arrays} bytes={size} rounds={rounds} out={json.dumps(str(out))}"
+    run_app(control, home, app, config)
+    seconds: list[float] = json.loads(out.read_text())
+    return statistics.median(seconds)
+
+
+def run_app(control: Control, home: Path, app: Path, config: str) -> None:
+    """Submit the app with ``flwr run`` and wait for its end. RuntimeError if it fails."""
     flwr = str(Path(sys.executable).with_name("flwr"))
     done = subprocess.run(
         [flwr, "run", str(app), "deployment", "--run-config", config, "--format", "json"],
@@ -114,8 +121,6 @@ def rounds_s(control: Control, home: Path, app: Path, arrays: int, size: int, ro
         time.sleep(1)
     if state.status != "finished:completed":
         raise RuntimeError(f"{state.status}: {state.details}")
-    seconds: list[float] = json.loads(out.read_text())
-    return statistics.median(seconds)
 
 
 def main() -> None:
