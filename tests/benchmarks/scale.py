@@ -8,6 +8,8 @@ travels is an adapter of Llama-3 8B's shape in fp32 (``--lora-r 1``: a 32nd of i
 round are those of metrics.jsonl, from the sampling to the aggregated adapter, medians; CPU is that
 of all processes of a side, the ClientApps' with the SuperNodes'. Each SuperNode
 takes about 200 MiB, and its ClientApp comes on top. Ratio last.
+
+Not yet run to its end: no figure of it is quoted anywhere.
 """
 
 import argparse
