@@ -98,7 +98,7 @@ class Server:
         program.settimeout(REQUEST_TIMEOUT_S)
         try:
             order = _read(program)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             program.close()
             return None
         try:
@@ -178,7 +178,7 @@ def _read(program: socket.socket) -> Order:
             missing, text = missing - len(part), text + part
         order = json.loads(text)
         return Order(order["argv"], order["cwd"], order["env"], tuple(streams))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         for stream in streams:
             os.close(stream)
         raise

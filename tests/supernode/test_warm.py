@@ -250,7 +250,9 @@ def test_another_users_program_is_turned_away(warm: Warm) -> None:
     assert warm.do("print('still there')")[1] == "still there\n"
 
 
-@pytest.mark.parametrize("sent", [b"", b"\0", b"\0\0\0\4[]{}", b"\0\0\0\2{}", b"\xff\xff\xff\xff"])
+@pytest.mark.parametrize(
+    "sent", [b"", b"\0", b"\0\0\0\4[]{}", b"\0\0\0\2{}", b"\0\0\0\2[]", b"\xff\xff\xff\xff"]
+)
 def test_what_is_no_order_ends_nothing(warm: Warm, sent: bytes) -> None:
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(warm.socket))
