@@ -8,6 +8,6 @@ SuperNode starts that server with an order to train or evaluate (``orders``), so
 costs no memory, and it ends after WARM_S idle seconds. The work is Flower's own ClientApp code,
 which loads the run's app as ever: what forks has neither seen it nor any row.
 
-Who ends with whom (PR_SET_PDEATHSIG, SIGKILL): SuperExec and fork server with their SuperNode, what
+Who ends with whom (PR_SET_PDEATHSIG): SuperExec and fork server with their SuperNode, what
 is forked with who has forked it, the work also with who asked for it.
 """

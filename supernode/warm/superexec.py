@@ -72,7 +72,7 @@ def work(command: list[str]) -> NoReturn:
 def main() -> None:
     # Flower's own look at its parent is a second thread.
     where = sys.argv.index("--parent-pid")
-    end_with(int(sys.argv[where + 1]), signal.SIGINT)
+    end_with(int(sys.argv[where + 1]), signal.SIGTERM)
     del sys.argv[where : where + 2]
     sys.path[0] = str(Path(sys.executable).parent)  # as Flower's own programs have it
     starts = SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)

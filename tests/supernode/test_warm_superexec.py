@@ -78,3 +78,40 @@ def test_with_another_thread_the_clientapp_is_a_cold_one_and_the_log_says_so(
     own, said, cold = run(tmp_path, THREAD="1")
     assert said == "supernode: a cold ClientApp: SuperExec cannot fork: it has 2 threads"
     assert cold == f"cold {COMMAND} {own.split()[1]}"
+
+
+# What Flower does in SuperExec when its SuperNode no longer answers; the SuperNode ends meanwhile.
+ENDING = """
+import os, signal, subprocess, sys, time
+if len(sys.argv) == 1:
+    subprocess.Popen([sys.executable, "-c", os.environ["ENDING"], "--parent-pid", str(os.getpid())])
+    os.close(1), os.close(2)
+    sys.stdin.readline()
+    os._exit(0)
+from flwr.supercore.exit import register_signal_handlers
+from supernode.warm import superexec
+
+def flower_superexec():
+    def tell():
+        print("ending", flush=True)
+        time.sleep(30)
+    register_signal_handlers(event_type=None, exit_handlers=[tell])
+    os.kill(os.getpid(), signal.SIGINT)
+
+superexec.flower_superexec = flower_superexec
+superexec.main()
+"""
+
+
+def test_one_whose_supernode_ends_while_it_ends_itself_writes_no_traceback() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDING], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, cwd=REPOSITORY,
+        env={"PATH": "/usr/bin:/bin", "FLWR_TELEMETRY_ENABLED": "0", "ENDING": ENDING},
+    ) as supernode:  # fmt: skip
+        assert supernode.stdout
+        said = supernode.stdout.readline()
+        # Only SuperExec has these streams: they end with it.
+        _, errors = supernode.communicate("end\n", timeout=20)
+    assert said == "ending\n", errors
+    assert "Traceback" not in errors
