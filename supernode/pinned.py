@@ -60,7 +60,7 @@ def main() -> None:
     from flwr.supernode.cli import flower_supernode
 
     from supernode import deadline, polling
-    from supernode.warm import orders
+    from supernode.warm import lost, orders
     from supernode.warm.ending import end_with
 
     end_with(os.getppid(), signal.SIGTERM)  # time to sign off, as when it is asked to
@@ -69,6 +69,7 @@ def main() -> None:
         install(pin, site)
     if socket := os.environ.get("WARM_SOCKET"):
         orders.install(Path(socket), float(os.environ["WARM_S"]))
+        lost.install(Path(socket).parent)
     deadline.install(site)
     polling.install()
     sys.argv = ["flower-supernode", *sys.argv[4:]]

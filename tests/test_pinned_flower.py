@@ -63,6 +63,11 @@ CALLED = [
         "flwr.server.superlink.linkstate.sql_linkstate:SqlLinkState.delete_messages",
         ["self", "message_ins_ids"],
     ),
+    (
+        "flwr.supernode.nodestate.in_memory_nodestate:InMemoryNodeState."
+        "_cleanup_expired_task_tokens_locked",
+        ["self"],
+    ),
     ("flwr.supercore.grpc:generic_create_grpc_server", ["interceptors"]),
     *(
         (

@@ -14,9 +14,12 @@ from flwr.supercore.exit import exit_handler
 from flwr.supercore.superexec.executor import subprocess_executor
 from flwr.supernode.cli import flwr_clientapp
 
+from supernode.warm import lost
 from supernode.warm.asking import ask
 from supernode.warm.ending import end_at_once, end_like, end_with, name_process
 from supernode.warm.server import UnsafeError, check_safe, end_idle_threads
+
+_tokens: dict[int, str] = {}  # process id of a ClientApp -> its token
 
 
 class Forked(BaseException):
@@ -25,8 +28,6 @@ class Forked(BaseException):
 
 def start(command: list[str], stdout: int | None = None, stderr: int | None = None) -> None:
     """In the place of ``subprocess.Popen``."""
-    while _reaped():
-        pass
     try:
         if stdout or stderr:
             raise UnsafeError("its output goes elsewhere")
@@ -34,7 +35,14 @@ def start(command: list[str], stdout: int | None = None, stderr: int | None = No
         sys.stdout.flush()
         sys.stderr.flush()
         own = os.getpid()
-        if os.fork() == 0:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # until its token is noted
+        try:
+            child = os.fork()
+            if child:
+                _tokens[child] = command[command.index("--token") + 1]
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+        if not child:
             end_with(own)
             raise Forked(*command)
     except UnsafeError as err:
@@ -42,17 +50,19 @@ def start(command: list[str], stdout: int | None = None, stderr: int | None = No
         subprocess.Popen(command, stdout=stdout, stderr=stderr)
 
 
-def _reaped() -> bool:
-    """Whether there was a child that has ended; Flower waits for none."""
-    try:
-        return os.waitpid(-1, os.WNOHANG)[0] != 0
-    except ChildProcessError:
-        return False
+def reap(*_: object) -> None:
+    """See who of them has ended; Flower waits for none."""
+    for child, token in list(_tokens.items()):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            del _tokens[child]
+            if status and (path := os.environ.get("WARM_SOCKET")):
+                lost.tell(Path(path).parent, token)
 
 
 def work(command: list[str]) -> NoReturn:
     """Be Flower's program of this command line, or let the fork server be it."""
-    for number in (signal.SIGTERM, signal.SIGQUIT):
+    for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     exit_handler.registered_exit_handlers.clear()
@@ -79,6 +89,7 @@ def main() -> None:
     vars(subprocess_executor)["subprocess"] = starts
     end_idle_threads()
     gc.freeze()
+    signal.signal(signal.SIGCHLD, reap)
     try:
         sys.exit(flower_superexec())  # type: ignore[func-returns-value]
     except Forked as forked:

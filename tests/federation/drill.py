@@ -88,7 +88,7 @@ class Drill(LocalFederation):
     def at_work(self) -> str | None:
         """A site whose ClientApp trains now, neither the poisoned nor the cut-off one."""
         for number in set(range(SITES)) - {POISONED, CUT_OFF}:
-            if client_app(self.processes[f"site-{number:02d}"].pid):
+            if client_apps(self.processes[f"site-{number:02d}"].pid):
                 return f"site-{number:02d}"
         return None
 
@@ -155,14 +155,16 @@ class Drill(LocalFederation):
         return list(control.node_status().values()).count("online")
 
 
-def client_app(supernode: int) -> psutil.Process | None:
-    """The ClientApp that works for the SuperNode of this process id now, if one does."""
+def client_apps(supernode: int) -> list[psutil.Process]:
+    """The processes that are a ClientApp of the SuperNode of this process id now."""
+    found = []
     for child in psutil.Process(supernode).children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # or ended meanwhile
             # Forked ones have the name, others are Flower's program.
-            if child.name() == "flwr-clientapp" or "flwr-clientapp" in " ".join(child.cmdline()):
-                return child
-    return None
+            named = child.name() == "flwr-clientapp" or "flwr-clientapp" in " ".join(child.cmdline())
+            if named and child.status() != psutil.STATUS_ZOMBIE:
+                found.append(child)
+    return found
 
 
 def until(true: Callable[[], bool], timeout_s: float, what: str) -> None:

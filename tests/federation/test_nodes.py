@@ -14,13 +14,13 @@ from superlink.register import register
 from superlink.site_keys import revoke
 from superlink.submit import submit
 from supernode.partitions import Split, prepare_data
-from tests.federation.drill import client_app, until
+from tests.federation.drill import client_apps, until
 from tests.federation.hostile import hostile
 from tests.samples import ROWS
 
 pytestmark = pytest.mark.faults
 SITES, LATE, KILLED, REVOKED = 4, 1, 2, 3
-ROUND_TIMEOUT_S = 120  # Flower takes a minute to notice that a ClientApp has died
+ROUND_TIMEOUT_S = 90  # all of it passes: one site is late
 
 
 class Unreliable(LocalFederation):
@@ -56,9 +56,10 @@ def test_sites_that_fail_are_named_and_come_back_but_for_one_that_was_revoked(
         )
         follow.start()
         until((tmp_path / f"late-{KILLED}" / "waiting").is_file, 240, "a ClientApp that trained")
-        victim = client_app(federation.processes[f"site-{KILLED:02d}"].pid)
-        assert victim is not None
-        victim.kill()
+        victims = client_apps(federation.processes[f"site-{KILLED:02d}"].pid)
+        assert victims
+        for victim in victims:
+            victim.kill()
         revoke(federation.federation, f"site-{REVOKED:02d}")
         assert register(control, federation.public, federation.sites_dir).shut_out == 1
         metrics = federation.results / "latest" / "metrics.jsonl"

@@ -17,7 +17,7 @@ from superlink.control import Control
 from superlink.processes import REPOSITORY, LocalFederation
 from superlink.submit import submit
 from supernode.partitions import Split, prepare_data
-from tests.federation.drill import client_app, until
+from tests.federation.drill import client_apps, until
 from tests.federation.hostile import hostile
 from tests.samples import ROWS
 
@@ -50,8 +50,8 @@ class Hanging(LocalFederation):
     def hang(self) -> bool:
         return all((self.work / f"hanging-{n}" / "waiting").is_file() for n in HANGING)
 
-    def client_apps(self) -> list[psutil.Process | None]:
-        return [client_app(self.processes[f"site-{n:02d}"].pid) for n in HANGING]
+    def client_apps(self) -> list[psutil.Process]:
+        return [p for n in HANGING for p in client_apps(self.processes[f"site-{n:02d}"].pid)]
 
 
 @dataclass
@@ -112,7 +112,7 @@ def test_a_clientapp_that_hangs_is_ended_with_its_order_and_its_site_is_in_the_n
     metrics = federation.results / "latest" / "metrics.jsonl"
     until(federation.hang, 200, "two ClientApps that hang")
     hung = federation.client_apps()
-    assert all(hung)
+    assert len(hung) >= len(HANGING)
     federation.let_them_work()
     until(metrics.is_file, ROUND_TIMEOUT_S + 60, "the end of round 1")
     # The run goes on, and nothing of its first round is kept for the sites that were late.
@@ -128,7 +128,7 @@ def test_a_clientapp_that_hangs_is_ended_with_its_order_and_its_site_is_in_the_n
     assert lines[0]["rejected"] == {f"site-{n:02d}": why for n in HANGING}
     assert [line["partitions"] for line in lines] == [[0], [0, 1, 2]]
     assert (of_round_1, replies) == (0, 0)
-    assert not any(p and p.is_running() and p.status() != "zombie" for p in hung)
+    assert not any(p.is_running() and p.status() != "zombie" for p in hung)
     for number in HANGING:
         said = f"supernode: ERROR: site-{number:02d}'s ClientApp has not answered an order"
         assert setting.log(number).count(said) == 1

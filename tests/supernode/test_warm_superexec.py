@@ -22,7 +22,7 @@ def tell():
     print("parent", os.getppid(), "name", open("/proc/self/comm").read().strip())
     print("handlers", exit_handler.registered_exit_handlers,
           signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT).__name__)
-    sys.exit(3)
+    sys.exit(int(os.environ.get("STATUS", "3")))
 
 superexec.flwr_clientapp = tell
 
@@ -37,7 +37,9 @@ def flower_superexec():
         )
     )
     if not os.environ.get("THREAD"):
-        print("ended", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+        while superexec._tokens:
+            time.sleep(0.01)
+        print("lost", *(f for f in os.listdir(os.environ["LOST"]) if f.startswith("lost")))
     while superexec.subprocess._active:
         superexec.subprocess._cleanup()
 
@@ -52,7 +54,10 @@ def run(tmp_path: Path, **env: str) -> list[str]:
     program.chmod(0o755)
     done = subprocess.run(
         [sys.executable, "-c", CODE, "--insecure", "--parent-pid", str(os.getpid())],
-        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "FLWR_TELEMETRY_ENABLED": "0"} | env,
+        env={
+            "PATH": f"{tmp_path}:/usr/bin:/bin", "FLWR_TELEMETRY_ENABLED": "0",
+            "LOST": str(tmp_path), "WARM_SOCKET": str(tmp_path / "nobody.socket"),
+        } | env,
         cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -63,13 +68,17 @@ COMMAND = "--runtime-api-address 127.0.0.1:1 --token t --insecure --parent-pid"
 
 
 def test_a_clientapp_is_a_fork_that_keeps_nothing_of_its_parents_handlers(tmp_path: Path) -> None:
-    own, argv, parent, handlers, ended = run(tmp_path)
+    own, argv, parent, handlers, lost = run(tmp_path)
     pid = own.split()[1]
     assert own == f"own {pid} --insecure"  # Flower starts no thread to look at a parent
     assert argv == f"argv flwr-clientapp {COMMAND} {pid}"
     assert parent == f"parent {pid} name flwr-clientapp"
     assert handlers == f"handlers [] {0} default_int_handler"
-    assert ended == "ended 3"
+    assert lost.startswith("lost lost-")  # it ended with 3: its SuperNode is to know
+
+
+def test_one_that_ends_well_is_not_lost(tmp_path: Path) -> None:
+    assert run(tmp_path, STATUS="0")[-1] == "lost"
 
 
 def test_with_another_thread_the_clientapp_is_a_cold_one_and_the_log_says_so(

@@ -1,0 +1,46 @@
+"""A ClientApp that ends without having said so is missed at once.
+
+Flower 1.36 waits a minute for its next heartbeat. SuperExec, whose child it is, knows better, and
+leaves a file of the ClientApp's token beside the socket; the SuperNode then takes the
+minute for over, and what follows is Flower's own: the order is answered with an error.
+"""
+
+import hashlib
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from flwr.common.constant import Status
+
+_PREFIX = "lost-"
+_OVER = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def tell(folder: Path, token: str) -> None:
+    """SuperExec's part: the ClientApp of this token has ended, and not with 0."""
+    with suppress(OSError):  # a full disk: then it takes the minute
+        (folder / _file(token)).touch(mode=0o600)
+
+
+def _file(token: str) -> str:
+    return _PREFIX + hashlib.sha256(token.encode()).hexdigest()  # a token is too long for a name
+
+
+def install(folder: Path) -> None:
+    """Let this process's SuperNode look for it."""
+    from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
+
+    expire = InMemoryNodeState._cleanup_expired_task_tokens_locked
+
+    def expire_lost_too(state: InMemoryNodeState) -> None:
+        told = {path.name: path for path in folder.glob(f"{_PREFIX}*")}
+        # Of one that has said how it ended, Flower no longer knows the token; and it starts one
+        # anew that has not come as far as running.
+        for token, number in state.task_token_to_task_id.items():
+            if _file(token) in told and state.task_store[number].status.status == Status.RUNNING:
+                state.task_token_store[number].active_until = _OVER
+        for path in told.values():
+            path.unlink(missing_ok=True)
+        expire(state)
+
+    InMemoryNodeState._cleanup_expired_task_tokens_locked = expire_lost_too  # type: ignore

@@ -1,0 +1,69 @@
+"""A ClientApp that was killed, as the SuperNode's own state of Flower sees it."""
+
+from pathlib import Path
+
+import pytest
+from flwr.app import Message, RecordDict
+from flwr.common.constant import SubStatus
+from flwr.supercore.constant import TaskType
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
+
+from supernode.warm import lost
+
+RUN = 7
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InMemoryNodeState:
+    """One with an order that a ClientApp has fetched."""
+    name = "_cleanup_expired_task_tokens_locked"
+    monkeypatch.setattr(InMemoryNodeState, name, getattr(InMemoryNodeState, name))
+    lost.install(tmp_path)
+    state = InMemoryNodeState(ObjectStoreFactory().store())
+    order = Message(RecordDict(), dst_node_id=1, message_type="train")
+    order.metadata.__dict__.update(_run_id=RUN, _message_id="order")
+    state.store_message(order)
+    assert len(state.get_messages(run_ids=[RUN], is_reply=False)) == 1
+    return state
+
+
+def claim(state: InMemoryNodeState) -> tuple[int, str]:
+    number = state.create_task(TaskType.CLIENT_APP, RUN)
+    assert number
+    token = state.claim_task(number)
+    assert token
+    return number, token
+
+
+def test_the_order_of_one_that_was_lost_is_answered_with_an_error(
+    state: InMemoryNodeState, tmp_path: Path
+) -> None:
+    number, token = claim(state)
+    state.activate_task(number)
+    lost.tell(tmp_path, "of another")
+    assert state.get_messages(is_reply=True) == []
+    lost.tell(tmp_path, token)
+    (reply,) = state.get_messages(is_reply=True)
+    assert "ClientApp" in str(reply.error.reason)
+    assert reply.metadata.reply_to_message_id == "order"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_that_has_said_how_it_ended_is_not_lost(
+    state: InMemoryNodeState, tmp_path: Path
+) -> None:
+    number, token = claim(state)
+    state.activate_task(number)
+    state.finish_task(number, SubStatus.COMPLETED, "")
+    lost.tell(tmp_path, token)
+    assert state.get_messages(is_reply=True) == []
+
+
+def test_one_that_was_lost_at_its_start_is_left_to_flower_which_starts_it_anew(
+    state: InMemoryNodeState, tmp_path: Path
+) -> None:
+    number, token = claim(state)
+    lost.tell(tmp_path, token)
+    assert state.get_messages(is_reply=True) == []
+    assert state.activate_task(number)
