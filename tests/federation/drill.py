@@ -161,7 +161,8 @@ def client_apps(supernode: int) -> list[psutil.Process]:
     for child in psutil.Process(supernode).children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # or ended meanwhile
             # Forked ones have the name, others are Flower's program.
-            named = child.name() == "flwr-clientapp" or "flwr-clientapp" in " ".join(child.cmdline())
+            names = child.name(), *child.cmdline()
+            named = any("flwr-clientapp" in name for name in names)
             if named and child.status() != psutil.STATUS_ZOMBIE:
                 found.append(child)
     return found
