@@ -215,6 +215,8 @@ def main() -> int:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "HF_HUB_OFFLINE": "1",  # the base model is prepared; nothing is fetched during a run
         "TOKENIZERS_PARALLELISM": "false",
+        # bitsandbytes would load torch's compiler, 1 s of a CPU, for an operation not used here.
+        "TORCHDYNAMO_DISABLE": "1",
         "MODELS_VERIFIED": str(verify.start(Path(env["MODELS_DIR"]))),
     }
     argv = command(env)

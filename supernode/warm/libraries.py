@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 FLOWER = "flwr.supernode.cli.flwr_clientapp"
 _COMMON = (
-    FLOWER, "torch", "torch._dynamo", "torch._inductor.compile_fx", "accelerate",
+    FLOWER, "torch", "torch._dynamo", "accelerate",
     "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",
 )  # fmt: skip
