@@ -2,8 +2,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY     := .venv/bin/python
 SITES  ?= 4
-# Tests of a file share models and federations: a file stays with one of two workers.
-TWO    := -n 2 --dist loadfile --no-loadscope-reorder
+# Tests of a file share models and federations: a file stays with one worker. On two cores a third
+# one computes while others wait.
+SHARED := -n 3 --dist loadfile --no-loadscope-reorder
 CPU    := -f compose.yaml -f docker/compose.cpu.yaml
 
 .PHONY: install demo test lint test-faults drill test-gpu test-containers images up down clean
@@ -22,16 +23,16 @@ demo: install
 	$(PY) -m superlink.local --sites $(SITES) $(ARGS)
 
 test: install
-	$(PY) -m pytest $(TWO)
+	$(PY) -m pytest $(SHARED)
 
 lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# Real federations (processes) under attack and failure: twenty minutes on two cores.
+# Real federations (processes) under attack and failure: ten minutes on two cores.
 test-faults: install
-	$(PY) -m pytest $(TWO) -m faults tests/federation
+	$(PY) -m pytest $(SHARED) -m faults tests/federation
 
 # Faults, one after the other, in one run that has to end as if nothing had been; prints a table.
 drill: install

@@ -135,14 +135,14 @@ class LocalFederation:
     def stop_node(self, number: int) -> None:
         """End one site's SuperNode as its operator would."""
         process = self.processes.pop(f"site-{number:02d}")
-        _signal_group(process, signal.SIGTERM)
+        process.terminate()  # it alone: it passes it on, and a second one would end Flower at once
         process.wait(STOP_AFTER_S)
 
     def kill(self, name: str) -> None:
         """SIGKILL to the SuperLink or a site's SuperNode and all its children: a lost host."""
         process = self.processes.pop(name)
         children = _children(process.pid)
-        _signal_group(process, signal.SIGKILL)
+        _kill_group(process)
         process.wait()
         _end(children, psutil.Process.kill)
 
@@ -163,13 +163,13 @@ class LocalFederation:
         superlink = self.processes.pop("superlink", None)
         for group in (list(self.processes.values()), [superlink] if superlink else []):
             for process in group:
-                _signal_group(process, signal.SIGTERM)
+                process.terminate()
             deadline = time.monotonic() + STOP_AFTER_S
             for process in group:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.1, deadline - time.monotonic()))
             for process in group:
-                _signal_group(process, signal.SIGKILL)
+                _kill_group(process)
                 process.wait()
         self.processes.clear()
         _end(children, psutil.Process.kill)
@@ -198,9 +198,9 @@ def _end(processes: list[psutil.Process], how: Callable[[psutil.Process], None])
     psutil.wait_procs(processes, timeout=5)
 
 
-def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def free_port() -> int:
