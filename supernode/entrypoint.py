@@ -206,7 +206,11 @@ def main() -> int:
     device = env.setdefault("DEVICE", "cuda")
     if device == "cuda":
         set_gpu(env)
-    elif device != "cpu":
+    elif device == "cpu":
+        # Threads that wait for each other spin for milliseconds, which is ten times slower where
+        # others use the cores as well (tests/benchmarks/wait_policy.py).
+        env.setdefault("GOMP_SPINCOUNT", "1000")
+    else:
         raise SystemExit(f"supernode: DEVICE={device}: cuda or cpu")
     programs = Path(sys.executable).parent  # Flower starts flower-superexec by its bare name
     env |= {
