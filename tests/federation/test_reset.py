@@ -7,7 +7,7 @@ import pytest
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from superlink.certificates import new_key
-from superlink.processes import LocalFederation
+from superlink.onehost.processes import LocalFederation
 from superlink.provision import reset
 from superlink.register import register
 from tests.federation.test_strangers import UNKNOWN, UNTRUSTED, Scene
