@@ -25,8 +25,9 @@ from tests.docs.settings import (
 from tests.samples import REPOSITORY, flat_config
 
 ROOMS = (*CODE, "tests")
+KINDS = "py|md|toml|yaml|jsonl|json|html|crt|key|env|sha256|safetensors|svg|png"
 # A person's own files and hosts, in examples.
-EXAMPLES = {"rows.jsonl", "generation_medqa_fl.jsonl", "superlink.example", "superlink.db"}
+EXAMPLES = {"rows.jsonl", "generation_medqa_fl.jsonl", "superlink.example"}
 # Variables of others: OpenMP's, the hub client's.
 OTHERS = {"OMP_WAIT_POLICY", "HF_HUB_OFFLINE"}
 # Words with hyphens that are no run-config keys.
@@ -77,8 +78,7 @@ def files(page: Page) -> Iterator[str]:
         for path in re.findall(rf"(?<![\w/.:-])(?:{rooms})/[\w./-]*", code):
             if not (REPOSITORY / path.rstrip(".")).exists():
                 yield f"no file {path}"
-        kinds = "py|md|toml|yaml|jsonl|json|html|crt|key|env|safetensors|svg|png"
-        for name in re.findall(rf"(?<![\w*<>.-])[\w-]+\.(?:{kinds})\b(?![\w(])", code):
+        for name in re.findall(rf"(?<![\w*<>.-])[\w-]+\.(?:{KINDS})\b(?![\w(])", code):
             if name not in names_of_files() and not re.match(r"site-\d\d", name):
                 yield f"no file of the name {name}"
 
@@ -100,11 +100,9 @@ def modules(page: Page) -> Iterator[str]:
     for code in page.code:
         for name in re.findall(rf"(?<![\w/.-])((?:{'|'.join(ROOMS)})(?:\.[A-Za-z_]\w*)+)", code):
             found = module_file(name)
-            words = (
-                set(re.findall(r"\w+", found[0].read_text(encoding="utf-8"))) if found else set()
-            )
-            whole = found is not None and set(found[1]) <= words
-            if not whole and name not in names_of_files():
+            source = found[0].read_text(encoding="utf-8") if found else ""
+            whole = found and set(found[1]) <= set(re.findall(r"\w+", source))
+            if not whole and name not in EXAMPLES and not re.search(rf"\.({KINDS})$", name):
                 yield f"no module or name {name}"
         if run := re.search(r"-m ([\w.]+)(.*)", code):
             yield from _runnable(run[1], run[2])

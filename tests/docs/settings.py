@@ -110,7 +110,8 @@ def toml(value: object) -> str:
 
 def comments_above(source: str, pattern: str) -> dict[str, str]:
     """What the pattern finds in a line -> the comment lines right above that line."""
-    found, said = {}, []
+    found: dict[str, str] = {}
+    said: list[str] = []
     for line in source.splitlines():
         if line.strip().startswith("# "):
             said.append(line.strip().removeprefix("# "))
@@ -123,7 +124,8 @@ def comments_above(source: str, pattern: str) -> dict[str, str]:
 
 def comments_behind(project: str) -> dict[str, str]:
     """Run-config key -> the comment behind its default in pyproject.toml."""
-    found, section = {}, ""
+    found: dict[str, str] = {}
+    section = ""
     for line in project.splitlines():
         if header := re.match(r"\[([\w.-]+)\]", line):
             section = header[1] + "."
