@@ -20,7 +20,7 @@ install: .venv/.installed
 
 # SuperLink and SuperNodes as processes: a real run in minutes. make demo SITES=20 ARGS='--data FILE'
 demo: install
-	$(PY) -m superlink.local --sites $(SITES) $(ARGS)
+	$(PY) -m superlink.onehost --sites $(SITES) $(ARGS)
 
 test: install
 	$(PY) -m pytest $(SHARED)

@@ -2,7 +2,7 @@
 
 The site's settings come from the SuperNode's environment: SITE_DIR (its own folder),
 MODELS_DIR (prepared base models, read-only), MODELS_VERIFIED (what the SuperNode found of them),
-and those of ``app.device``.
+and those of ``app.site.device``.
 """
 
 import json
@@ -22,16 +22,16 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from app import libraries, memory, partition
-from app.adapter import Layout, Vector, initial_adapter
-from app.base_model import BaseModel, find
-from app.codec import decode, encode
 from app.config import ConfigError, RunConfig
-from app.device import device, device_name, look, take_turn, turn
-from app.feedback import Feedback
-from app.partition import SiteError
-from app.privacy import privatise
-from app.verified import check_verified
+from app.site import libraries, memory, partition
+from app.site.base_model import BaseModel, find
+from app.site.device import device, device_name, look, take_turn, turn
+from app.site.feedback import Feedback
+from app.site.partition import SiteError
+from app.site.privacy import privatise
+from app.site.verified import check_verified
+from app.wire.adapter import Layout, Vector, initial_adapter
+from app.wire.codec import decode, encode
 
 app = ClientApp()
 logger = logging.getLogger("app")
@@ -178,8 +178,8 @@ def _to_send(
 def train(message: Message, context: Context) -> Message:
     """Fine-tune the received adapter on this site's rows; reply with the new one."""
     libraries.load()
-    from app import base_model, training
-    from app.examples import encode_all
+    from app.site import base_model, training
+    from app.site.examples import encode_all
 
     config = RunConfig.from_flat(context.run_config)
     base, layout, vector, job = _received(message, config)
@@ -225,8 +225,8 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Score the received adapter on this site's held-out rows."""
     libraries.load()
-    from app import base_model, training
-    from app.examples import encode_all
+    from app.site import base_model, training
+    from app.site.examples import encode_all
 
     config = RunConfig.from_flat(context.run_config)
     base, layout, vector, _ = _received(message, config)

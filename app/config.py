@@ -146,7 +146,7 @@ class RunConfig:
     # times as long.
     round_timeout_s: float = _key("strategy.round-timeout-s", *_SECONDS_TO_A_WEEK)
 
-    # How adapters travel (app/codec.py), both ways; down and up override it one by one.
+    # How adapters travel (app/wire/codec.py), both ways; down and up override it one by one.
     codec: str = _key("communication.codec", *_one_of(*CODECS))
     codec_down: str = _key("communication.down", *_one_of("codec", *CODECS))
     codec_up: str = _key("communication.up", *_one_of("codec", *CODECS))

@@ -9,13 +9,13 @@ import os
 import sys
 from pathlib import Path
 
-from app import memory
-from app.adapter import Layout
-from app.base_model import prepared
-from app.codec import unpacked_bytes
 from app.config import MIB, ConfigError, RunConfig, merged_config
-from app.partition import SiteError
-from app.privacy import DELTA, epsilon, noise_norm
+from app.site import memory
+from app.site.base_model import prepared
+from app.site.partition import SiteError
+from app.wire.adapter import Layout
+from app.wire.codec import unpacked_bytes
+from app.wire.noise import DELTA, epsilon, noise_norm
 
 # Layers, hidden size, MLP size, rows of the key and value projections, vocabulary: config.json.
 KNOWN = {

@@ -17,14 +17,14 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from app.adapter import Layout, Vector, initial_adapter
-from app.checkpoint import ResultsError, RunFolder
 from app.config import GIVEN_UP, MIB, SILENT, ConfigError, RunConfig
-from app.preflight import PreflightError, SilenceError, Sites, preflight
-from app.privacy import noise_norm
-from app.resume import adopt, bytes_before, find_earlier
-from app.site_list import SiteListError, site_name
-from app.strategy import RoundError, Strategy
+from app.server.checkpoint import ResultsError, RunFolder
+from app.server.preflight import PreflightError, SilenceError, Sites, preflight
+from app.server.resume import adopt, bytes_before, find_earlier
+from app.server.site_list import SiteListError, site_name
+from app.server.strategy import RoundError, Strategy
+from app.wire.adapter import Layout, Vector, initial_adapter
+from app.wire.noise import noise_norm
 
 app = ServerApp()
 logger = logging.getLogger("app")

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.partition import SiteError
+from app.site.partition import SiteError
 from eval import EvalError
 from eval.benchmarks import BENCHMARKS, LEADERBOARD, Question, benchmark, fetch, load
 from eval.scoring import score_file

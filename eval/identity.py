@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.checkpoint import sha256
+from app.server.checkpoint import sha256
 from eval.benchmarks import Question, benchmark
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
-from app.base_model import check_files, device_and_dtype, prepared
-from app.verified import check_contents
+from app.site.base_model import check_files, device_and_dtype, prepared
+from app.site.verified import check_contents
 from eval import EvalError
 from eval.identity import file_digests, settings_digest
 

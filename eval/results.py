@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from app.checkpoint import rounds, sha256
+from app.server.checkpoint import rounds, sha256
 from eval import EvalError
 from eval.model import Adapter
 

@@ -8,8 +8,8 @@
 | FLEET_ADDRESS  | 0.0.0.0:9092    | SuperNodes connect here (gRPC, TLS)                 |
 | CONTROL_ADDRESS| 127.0.0.1:9093  | flwr connects here (gRPC, TLS, no user login)       |
 | RUNTIME_ADDRESS| (none)          | superlink.serverapp connects here (TLS, secret); if |
-|                |                 | unset, ServerApps are child processes and use       |
-| RUNTIME_PORT   | 9091            | on 127.0.0.1 only                                   |
+|                |                 | unset, ServerApps are child processes               |
+| RUNTIME_PORT   | 9091            | of 127.0.0.1, for those child processes             |
 | SITES_DIR      | (required then) | who is who, from register; the ServerApp reads it   |
 | HEALTH_PORT    | 9190            | liveness, on 127.0.0.1 only                         |
 """

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from app.config import RunConfig, flatten
-from app.site_list import site_name
+from app.server.site_list import site_name
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -6,7 +6,7 @@ Built in code, without any download, as a folder that ``supernode.prepare`` take
 from pathlib import Path
 from typing import Any
 
-from app.prompts import training_prompt
+from app.site.prompts import training_prompt
 from tests.samples import ROWS
 
 VOCABULARY = 300  # 256 bytes, BOS, EOS and a few merges

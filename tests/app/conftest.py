@@ -2,7 +2,7 @@
 
 import pytest
 
-from app import exchange, preflight
+from app.server import exchange, preflight
 from tests.stand_in_grid import Clock
 
 

@@ -14,15 +14,16 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from app import client_app, training, verified
-from app.adapter import Layout, Vector, initial_adapter
-from app.base_model import find
-from app.codec import encode
+from app import client_app
 from app.config import CODECS, STRATEGIES, RunConfig
-from app.device import Gpu
-from app.partition import SiteError
-from app.preflight import Sites
-from app.strategy import Strategy
+from app.server.preflight import Sites
+from app.server.strategy import Strategy
+from app.site import training, verified
+from app.site.base_model import find
+from app.site.device import Gpu
+from app.site.partition import SiteError
+from app.wire.adapter import Layout, Vector, initial_adapter
+from app.wire.codec import encode
 from supernode.verify import verify
 from tests.samples import ROWS, run_config, write_jsonl
 from tests.stand_in_grid import Node, StandInGrid

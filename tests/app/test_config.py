@@ -202,7 +202,7 @@ def test_the_efficient_profile_changes_the_codec_alone() -> None:
     ],
 )
 def test_steps_are_those_that_a_site_takes(rows: int, changes: dict[str, Any], steps: int) -> None:
-    """tests/app/test_training.py compares with Transformers."""
+    """tests/app/site/test_training.py compares with Transformers."""
     assert run_config(**{"max_steps": -1, "batch_size": 16, **changes}).steps(rows) == steps
 
 

@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app import plan
-from app.adapter import Layout
-from app.codec import unpacked_bytes
 from app.config import CODECS, merged_config
+from app.wire.adapter import Layout
+from app.wire.codec import unpacked_bytes
 from tests.samples import REPOSITORY, run_config
 
 PROFILES = REPOSITORY / "app" / "profiles"
@@ -77,7 +77,7 @@ def test_the_reference_recipe_costs_what_the_leaderboard_says(
     assert "at most" not in "\n".join(lines)
     assert any("1.04 % of communication.budget-mb" in x for x in lines)
     assert number(lines, "checkpoints:") == 520
-    assert number(lines, "a GPU:") == 15.0  # tests/app/test_memory.py
+    assert number(lines, "a GPU:") == 15.0  # tests/app/site/test_memory.py
     assert lines[0] == f"model: {LLAMA}, 4 bits"
 
 

@@ -6,7 +6,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from app.config import GIVEN_UP, SILENT
-from app.preflight import PreflightError
+from app.server.preflight import PreflightError
 from app.server_app import main
 from tests.samples import run_config, write_site_list
 from tests.stand_in_grid import StandInGrid

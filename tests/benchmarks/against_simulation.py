@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.base_model import find
 from app.config import MIB, RunConfig, merged_config
-from superlink.processes import REPOSITORY, LocalFederation
+from app.site.base_model import find
+from superlink.onehost.processes import REPOSITORY, LocalFederation
 from supernode.download import CACHE
 from supernode.partitions import BUNDLED, Split, prepare_data
 from supernode.quantise import prepare_model

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from app.fedavgopt import Floats, _pivoted_gram, fedavgopt, objective
+from app.server.fedavgopt import Floats, _pivoted_gram, fedavgopt, objective
 
 Arrays = list[NDArray[np.float32]]
 MEASURED_TO_THE_END = 2  # clients

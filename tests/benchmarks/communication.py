@@ -22,14 +22,15 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
-from app import client_app, partition, training
-from app.adapter import Layout, Vector, initial_adapter
-from app.base_model import find, get_adapter, load_with_lora, set_adapter
-from app.codec import decode
+from app import client_app
 from app.config import MIB, RunConfig, merged_config
-from app.examples import encode_all
-from app.preflight import Sites
-from app.strategy import Strategy
+from app.server.preflight import Sites
+from app.server.strategy import Strategy
+from app.site import partition, training
+from app.site.base_model import find, get_adapter, load_with_lora, set_adapter
+from app.site.examples import encode_all
+from app.wire.adapter import Layout, Vector, initial_adapter
+from app.wire.codec import decode
 from supernode.partitions import Split, prepare_data
 from tests.samples import REPOSITORY
 from tests.stand_in_grid import Node, StandInGrid

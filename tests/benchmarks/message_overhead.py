@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from superlink.control import Control
-from superlink.processes import REPOSITORY, LocalFederation
+from superlink.onehost.processes import REPOSITORY, LocalFederation
 from superlink.submit import submit
 from supernode.partitions import BUNDLED, Split, prepare_data
 

@@ -61,11 +61,11 @@ def train(message: Message, context: Context) -> Message:
 def main(grid: Grid, context: Context) -> None:
     """``num-server-rounds`` rounds for each number of sites in ``sampled``; times go to ``out``."""
     # Here, not above: the ClientApp needs none of it.
-    from app.adapter import Layout, initial_adapter
-    from app.checkpoint import RunFolder
     from app.config import RunConfig
-    from app.preflight import preflight
-    from app.strategy import Strategy
+    from app.server.checkpoint import RunFolder
+    from app.server.preflight import preflight
+    from app.server.strategy import Strategy
+    from app.wire.adapter import Layout, initial_adapter
 
     given = dict(context.run_config)
     sampled, out = (cast(str, given.pop(key)) for key in ("sampled", "out"))

@@ -29,7 +29,7 @@ from typing import Any
 from app.config import MIB
 from superlink.connection import write_connection
 from superlink.control import Control
-from superlink.processes import LocalFederation
+from superlink.onehost.processes import LocalFederation
 from superlink.register import register
 from tests.benchmarks.watch import Watch, look
 from tests.samples import REPOSITORY

@@ -23,9 +23,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from app import partition
 from app.config import RunConfig
-from app.site_list import site_name
+from app.server.site_list import site_name
+from app.site import partition
 
 client, server = ClientApp(), ServerApp()
 
@@ -66,7 +66,7 @@ def fit(message: Message, context: Context) -> Message:
     """One site's fit: model, rows, steps, and the adapter's arrays back."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    from app.examples import encode_all
+    from app.site.examples import encode_all
 
     order = message.content.config_records["config"]
     job, config = _read(cast(str, order["job"]))

@@ -4,9 +4,9 @@
 
 On the CPU with the prepared 135M model and its profile; on a GPU with an 8B model of Llama-3's
 shape in random weights (made once in --models, 6 GB) and the reference recipe. Each row is a
-process of its own and does what a ClientApp does (``app.training.train``) on the same rows, without
-dropout, so that the losses can be compared. "padded" is the state of commit ab62da3. Prints a line
-a lever as it comes, and the ratio of packed to padded last.
+process of its own and does what a ClientApp does (``app.site.training.train``) on the same rows,
+without dropout, so that the losses can be compared. "padded" is the state of commit ab62da3. Prints
+a line a lever as it comes, and the ratio of packed to padded last.
 """
 
 import argparse
@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
 
-from app import plan, training
-from app.adapter import Layout, initial_adapter
-from app.base_model import find, load_with_lora
+from app import plan
 from app.config import RunConfig, merged_config
-from app.examples import encode_all
-from app.partition import Row
+from app.site import training
+from app.site.base_model import find, load_with_lora
+from app.site.examples import encode_all
+from app.site.partition import Row
+from app.wire.adapter import Layout, initial_adapter
 from supernode.quantise import prepare_model
 from tests.samples import REPOSITORY
 

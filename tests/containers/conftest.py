@@ -18,7 +18,7 @@ import pytest
 from flwr.common.constant import HEARTBEAT_PATIENCE
 
 from superlink.control import Control
-from superlink.processes import free_port
+from superlink.onehost.processes import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 CPU = ("compose.yaml", "docker/compose.cpu.yaml")

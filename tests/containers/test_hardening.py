@@ -19,7 +19,7 @@ from typing import Any
 import docker
 import pytest
 
-from superlink.processes import free_port
+from superlink.onehost.processes import free_port
 from superlink.submit import wait_for_nodes
 from tests.containers.conftest import CPU, NODES, RUN_TIMEOUT_S, Federation, online_since, wait
 

@@ -48,6 +48,13 @@ def test_the_evaluation_scores_base_and_final_adapter(federation: Federation) ->
     assert [line["round"] for line in report["rounds"]] == [1]
 
 
+def test_the_results_can_be_copied_out(federation: Federation, tmp_path: Path) -> None:
+    done = federation.compose("cp", "superlink:/results", str(tmp_path / "results"))
+    assert done.returncode == 0, done.stderr
+    latest = (tmp_path / "results" / "latest").readlink().name
+    assert (tmp_path / "results" / latest / "peft_1" / "adapter_model.safetensors").is_file()
+
+
 def test_the_evaluation_cannot_change_an_adapter(federation: Federation) -> None:
     tries = "cd /results/latest && for f in run.json peft_1/round.json new peft_1/new ../new "
     tries += "/models/new /cache/new /opt/fedllm-medical/new; do "

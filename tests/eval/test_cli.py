@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from app.adapter import Layout, initial_adapter, save_peft
-from app.checkpoint import RunFolder
+from app.server.checkpoint import RunFolder
+from app.wire.adapter import Layout, initial_adapter, save_peft
 from eval.__main__ import main
 from eval.answers import Journal
 from eval.benchmarks import wrap

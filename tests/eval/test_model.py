@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from app.adapter import Layout, Vector, initial_adapter, save_peft
-from app.checkpoint import sha256
-from app.partition import SiteError
+from app.server.checkpoint import sha256
+from app.site.partition import SiteError
+from app.wire.adapter import Layout, Vector, initial_adapter, save_peft
 from eval import EvalError
 from eval.benchmarks import wrap
 from eval.model import (

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from app.adapter import Layout, initial_adapter
-from app.checkpoint import RunFolder
+from app.server.checkpoint import RunFolder
+from app.wire.adapter import Layout, initial_adapter
 from eval import EvalError
 from eval.results import adapters, choose_run, metrics, newest_run
 from tests.samples import run_config

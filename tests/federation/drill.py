@@ -24,9 +24,9 @@ import numpy as np
 import psutil
 from safetensors.numpy import load_file
 
-from app.checkpoint import rounds as checkpoints
+from app.server.checkpoint import rounds as checkpoints
 from superlink.control import Control
-from superlink.processes import REPOSITORY, LocalFederation
+from superlink.onehost.processes import REPOSITORY, LocalFederation
 from superlink.submit import submit
 from supernode.partitions import Split, prepare_data
 from supernode.quantise import prepare_model

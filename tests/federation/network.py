@@ -4,7 +4,7 @@ import asyncio
 import threading
 from types import TracebackType
 
-from superlink.processes import free_port
+from superlink.onehost.processes import free_port
 
 
 class Cable:

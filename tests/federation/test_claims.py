@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import superlink.submit
-from app.preflight import UNLISTED
+from app.server.preflight import UNLISTED
 from superlink.control import Control, public_keys
-from superlink.processes import REPOSITORY, LocalFederation
+from superlink.onehost.processes import REPOSITORY, LocalFederation
 from superlink.register import register
 from supernode.partitions import Split, prepare_data
 from tests.federation.drill import until

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from app.adapter import Layout
-from app.base_model import find
-from app.checkpoint import rounds
-from app.codec import unpacked_bytes
 from app.config import MIB, merged_config
+from app.server.checkpoint import rounds
+from app.site.base_model import find
+from app.wire.adapter import Layout
+from app.wire.codec import unpacked_bytes
 from superlink.control import Control
-from superlink.processes import REPOSITORY, LocalFederation
+from superlink.onehost.processes import REPOSITORY, LocalFederation
 from superlink.submit import submit
 from supernode.partitions import Split, prepare_data
 from tests.samples import ROWS

@@ -45,7 +45,7 @@ from flwr.supercore.utils import int64_to_uint64, uint64_to_int64
 
 from superlink.certificates import Key, load_key, new_key
 from superlink.control import Control
-from superlink.processes import REPOSITORY, LocalFederation
+from superlink.onehost.processes import REPOSITORY, LocalFederation
 from superlink.provision import provision
 from superlink.site_keys import fingerprint, fingerprint_of_pem
 from superlink.submit import submit

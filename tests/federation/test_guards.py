@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import superlink.submit
-from app.checkpoint import rounds
+from app.server.checkpoint import rounds
 from superlink.control import Control
-from superlink.processes import REPOSITORY, LocalFederation
+from superlink.onehost.processes import REPOSITORY, LocalFederation
 from supernode.partitions import Split, prepare_data
 from tests.federation.hostile import hostile
 from tests.samples import ROWS

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from app.exchange import REFUSED
+from app.server.exchange import REFUSED
 from superlink.control import public_keys
-from superlink.processes import REPOSITORY, LocalFederation
+from superlink.onehost.processes import REPOSITORY, LocalFederation
 from superlink.register import register
 from superlink.site_keys import revoke
 from superlink.submit import submit

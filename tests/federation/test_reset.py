@@ -7,7 +7,7 @@ import pytest
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from superlink.certificates import new_key
-from superlink.processes import LocalFederation
+from superlink.onehost.processes import LocalFederation
 from superlink.provision import reset
 from superlink.register import register
 from tests.federation.test_strangers import UNKNOWN, UNTRUSTED, Scene
@@ -30,7 +30,7 @@ def test_after_a_reset_no_old_key_certificate_or_registration_is_good_for_anythi
         reset(federation.federation)
         federation.stop_node(0)
         federation.kill("superlink")
-        for file in (tmp_path / "superlink").glob("superlink.db*"):  # as the README says
+        for file in (tmp_path / "superlink").glob("superlink.db*"):  # as docs/operator.md says
             file.unlink()
         scene.control = federation.start_superlink()
         done = register(scene.control, federation.public, federation.sites_dir)

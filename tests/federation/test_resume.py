@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from app.checkpoint import rounds
 from app.config import MIB
+from app.server.checkpoint import rounds
 from superlink.control import Control
-from superlink.processes import REPOSITORY, LocalFederation
+from superlink.onehost.processes import REPOSITORY, LocalFederation
 from superlink.submit import submit
 from supernode.partitions import Split, prepare_data
 from tests.federation.drill import until

@@ -21,12 +21,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from app.adapter import Layout
-from app.base_model import find
-from app.checkpoint import rounds
-from app.codec import unpacked_bytes
 from app.config import MIB, RunConfig, merged_config
-from superlink.processes import LocalFederation
+from app.server.checkpoint import rounds
+from app.site.base_model import find
+from app.wire.adapter import Layout
+from app.wire.codec import unpacked_bytes
+from superlink.onehost.processes import LocalFederation
 from superlink.submit import submit
 from supernode.partitions import Split, prepare_data
 from tests.samples import REPOSITORY, ROWS
@@ -240,7 +240,7 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_no_process_behind(
     models_dir: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     command = [
-        sys.executable, "-m", "superlink.local", "--sites", "2", "--model", str(tiny_model),
+        sys.executable, "-m", "superlink.onehost", "--sites", "2", "--model", str(tiny_model),
         "--models", str(models_dir), "--work", str(tmp_path / "work"),
         "--results", str(tmp_path / "results"), "--run-config", "num-server-rounds=99",
     ]  # fmt: skip

@@ -36,7 +36,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from superlink.certificates import Key, load_certificate, load_key, new_key, server_certificate
 from superlink.control import Control, ControlError
-from superlink.processes import LocalFederation, free_port
+from superlink.onehost.processes import LocalFederation, free_port
 from superlink.provision import provision
 from superlink.register import register
 from superlink.site_keys import revoke, rotate

@@ -14,7 +14,7 @@ import pytest
 from flwr.proto.control_pb2 import StopRunRequest
 
 from superlink.control import Control
-from superlink.processes import REPOSITORY, LocalFederation
+from superlink.onehost.processes import REPOSITORY, LocalFederation
 from superlink.submit import submit
 from supernode.partitions import Split, prepare_data
 from tests.federation.drill import client_apps, until

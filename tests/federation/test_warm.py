@@ -12,9 +12,9 @@ import psutil
 import pytest
 from flwr.proto.control_pb2 import StopRunRequest
 
-from app.checkpoint import rounds
+from app.server.checkpoint import rounds
 from superlink.control import Control
-from superlink.processes import REPOSITORY, LocalFederation
+from superlink.onehost.processes import REPOSITORY, LocalFederation
 from superlink.submit import submit
 from supernode.partitions import Split, prepare_data
 from tests.federation.drill import until

@@ -12,7 +12,7 @@ import pytest
 
 from superlink import entrypoint, serverapp
 from superlink.entrypoint import arguments
-from superlink.processes import free_port
+from superlink.onehost.processes import free_port
 from superlink.provision import provision
 
 

@@ -25,7 +25,7 @@ from flwr.superlink.federation.noop_federation_manager import NoOpFederationMana
 
 from superlink.certificates import Key, new_key
 from superlink.fleet_door import MAX_CALL_BYTES
-from superlink.processes import free_port
+from superlink.onehost.processes import free_port
 from superlink.site_keys import fingerprint_of_pem
 from superlink.unread_calls import telling_unread_calls
 from tests.federation.drill import until

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from app import partition
+from app.site import partition
 from supernode import partitions
 from supernode.download import PrepareError
 from supernode.partitions import BUNDLED, Split, prepare_data

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from app.adapter import Layout, initial_adapter
-from app.base_model import find, load_with_lora
-from app.partition import SiteError
+from app.site.base_model import find, load_with_lora
+from app.site.partition import SiteError
+from app.wire.adapter import Layout, initial_adapter
 from eval.model import _fingerprints
 from supernode.download import PrepareError
 from supernode.quantise import fingerprint, prepare_model

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from app import verified
-from app.base_model import BaseModel, find
-from app.partition import SiteError
-from app.verified import check_contents, check_verified
+from app.site import verified
+from app.site.base_model import BaseModel, find
+from app.site.partition import SiteError
+from app.site.verified import check_contents, check_verified
 from supernode import verify
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import app.libraries
+import app.site.libraries
 from supernode.warm import libraries
 from tests.samples import REPOSITORY
 
@@ -46,5 +46,5 @@ def test_the_real_server_may_fork_and_has_neither_app_nor_rows(
 def test_what_a_clientapp_needs_is_what_the_server_has(
     imported: dict[str, dict[str, Any]],
 ) -> None:
-    assert set(app.libraries._NEEDED) <= imported["cpu"]["modules"]
-    assert app.libraries._UNUSED == libraries.UNUSED
+    assert set(app.site.libraries._NEEDED) <= imported["cpu"]["modules"]
+    assert app.site.libraries._UNUSED == libraries.UNUSED

@@ -1,0 +1,168 @@
+"""The results folder: one folder a run, one PEFT folder a round, each complete or invisible.
+
+results/<run-id>/run.json, metrics.jsonl, peft_<round>/{adapter_model.safetensors,
+adapter_config.json, round.json}, eval/ (written by the evaluation); results/latest -> the newest
+run with an adapter
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from app.config import MIB, RunConfig
+from app.wire.adapter import Layout, Vector, save_peft
+
+
+class ResultsError(Exception):
+    """The results folder cannot take this run; the message says what to do."""
+
+
+class RunFolder:
+    """The results of one run; the only writer in it."""
+
+    def __init__(self, results: Path, run_id: int) -> None:
+        """Make the folder and try to write into it.
+
+        Raises:
+            ResultsError: it cannot be written.
+        """
+        self.results = results
+        self.path = results / str(run_id)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".probe"
+            probe.write_bytes(b"\0" * 4096)
+            probe.unlink()
+            # The evaluation container runs as another user of this group: it can write here
+            # and nowhere else in the results.
+            (self.path / "eval").mkdir(exist_ok=True)
+            with suppress(PermissionError):  # some network file systems know no modes
+                (self.path / "eval").chmod(0o2775)
+        except OSError as err:
+            raise ResultsError(
+                f"cannot write results to {self.path}: {err.strerror}; "
+                "check RESULTS_DIR, its owner and the disk"
+            ) from None
+
+    @contextmanager
+    def writing(self, name: str = "") -> Iterator[None]:
+        """Raises ResultsError in an OSError's place: ``name`` of this folder cannot be written."""
+        try:
+            yield
+        except OSError as err:
+            raise ResultsError(
+                f"cannot write {self.path / name}: {err.strerror}; the checkpoints before it are "
+                "intact"
+            ) from None
+
+    def reserve(self, checkpoints: int, adapter_bytes: int) -> None:
+        """Refuse to start a run whose checkpoints do not fit on the disk.
+
+        Raises:
+            ResultsError: too little room.
+        """
+        free, needed = shutil.disk_usage(self.path).free, checkpoints * adapter_bytes
+        if free < needed:
+            raise ResultsError(
+                f"{checkpoints} checkpoints need {needed / MIB:.0f} MiB in {self.path}, "
+                f"{free / MIB:.0f} MiB are free; make room or set RESULTS_DIR to another disk"
+            )
+
+    def write_run(self, facts: dict[str, Any]) -> None:
+        """Replace run.json. Raises ResultsError if it cannot be written."""
+        self._replace("run.json", json.dumps(facts, indent=2) + "\n")
+
+    def write_metrics(self, lines: list[dict[str, Any]]) -> None:
+        """Replace metrics.jsonl, a line a round. Raises ResultsError if it cannot be written."""
+        self._replace("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _replace(self, name: str, text: str) -> None:
+        with self.writing(name):
+            part = self.path / f".{name}"
+            part.write_text(text)
+            _fsync(part)
+            part.replace(self.path / name)
+
+    def add_metrics(self, line: dict[str, Any]) -> None:
+        """Append one round to metrics.jsonl. Raises ResultsError if it cannot be written."""
+        with self.writing("metrics.jsonl"):
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            _fsync(self.path / "metrics.jsonl")
+
+    def save_round(
+        self,
+        server_round: int,
+        layout: Layout,
+        vector: Vector,
+        config: RunConfig,
+        facts: dict[str, Any],
+    ) -> Path:
+        """Write peft_<round> and point ``latest`` at this run.
+
+        The folder gets its name only when every byte is on the disk: a reader never sees half
+        a checkpoint, and a full disk leaves the last one as it was.
+
+        Raises:
+            ResultsError: the disk is full or cannot be written.
+        """
+        target = self.path / f"peft_{server_round}"
+        part = self.path / f".peft_{server_round}.part"
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            save_peft(part, layout, vector, config)
+            manifest = {
+                "round": server_round,
+                "layout": layout.hash,
+                "sha256": sha256(part),
+                **facts,
+            }
+            (part / "round.json").write_text(json.dumps(manifest, indent=2) + "\n")
+            for file in (*part.iterdir(), part):
+                _fsync(file)
+            # An old one goes as a whole: without its manifest it is invisible.
+            (target / "round.json").unlink(missing_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            part.replace(target)
+            _fsync(self.path)
+            self.point_latest_here()
+        except OSError as err:
+            shutil.rmtree(part, ignore_errors=True)
+            raise ResultsError(
+                f"round {server_round}: cannot write {target}: {err.strerror}; "
+                "the checkpoints before it are intact"
+            ) from None
+        return target
+
+    def point_latest_here(self) -> None:
+        """Make ``latest`` name this run. Raises OSError."""
+        link = self.results / f".latest-{self.path.name}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.path.name)  # relative: holds wherever the volume is mounted
+        link.replace(self.results / "latest")
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(checkpoint: Path) -> str:
+    """Of a checkpoint's weights. Raises OSError."""
+    with (checkpoint / "adapter_model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def rounds(run: Path) -> dict[int, Path]:
+    """The complete checkpoints of a run folder, by round, in order."""
+    names = {p.parent.name.removeprefix("peft_"): p.parent for p in run.glob("peft_*/round.json")}
+    return dict(sorted((int(n), folder) for n, folder in names.items() if n.isdecimal()))

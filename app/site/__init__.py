@@ -1,0 +1,1 @@
+"""What runs at a site, in the ClientApp: the only room with torch. Nothing of ``app.server``."""

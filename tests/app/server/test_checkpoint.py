@@ -1,0 +1,189 @@
+"""The results folder: complete or invisible, whatever happens in between."""
+
+import hashlib
+import json
+import shutil
+import threading
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from app.server.checkpoint import ResultsError, RunFolder, rounds, sha256
+from app.wire.adapter import Layout, initial_adapter
+from tests.full_disk import full_disk
+from tests.killed import kills
+from tests.samples import run_config
+
+CONFIG = run_config(lora_r=4)
+LAYOUT = Layout.of({f"layers.{i}.{n}_proj": [40, 50] for i in range(2) for n in "qv"}, CONFIG)
+FILES = {"adapter_model.safetensors", "adapter_config.json", "round.json"}
+
+
+def save(folder: RunFolder, server_round: int, seed: int = 1) -> Path:
+    return folder.save_round(
+        server_round, LAYOUT, initial_adapter(LAYOUT, seed), CONFIG, {"alphas": [1.0]}
+    )
+
+
+def link_of(results: Path) -> str:
+    return str((results / "latest").readlink())
+
+
+def test_a_saved_round_holds_the_adapter_and_a_manifest_that_proves_it(tmp_path: Path) -> None:
+    path = save(RunFolder(tmp_path, 7), 3, seed=5)
+    assert path == tmp_path / "7" / "peft_3"
+    assert {p.name for p in path.iterdir()} == FILES
+    arrays = load_file(path / "adapter_model.safetensors")
+    assert LAYOUT.join(arrays).tobytes() == initial_adapter(LAYOUT, 5).tobytes()
+    manifest = json.loads((path / "round.json").read_text())
+    weights = (path / "adapter_model.safetensors").read_bytes()
+    assert manifest["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert (manifest["round"], manifest["layout"], manifest["alphas"]) == (3, LAYOUT.hash, [1.0])
+
+
+def test_the_rounds_are_listed_by_number_not_by_name(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, 7)
+    for number in (10, 2, 1, 9):
+        save(folder, number)
+    assert list(rounds(folder.path)) == [1, 2, 9, 10]
+    assert rounds(folder.path)[10] == folder.path / "peft_10"
+
+
+def test_a_half_written_round_is_invisible(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, 7)
+    complete = save(folder, 1)
+    for name in (".peft_2.part", "peft_3"):
+        shutil.copytree(complete, folder.path / name)
+    (folder.path / "peft_3" / "round.json").unlink()
+    assert list(rounds(folder.path)) == [1]
+    save(folder, 2)  # what was left behind is in nobody's way
+    save(folder, 3)
+    assert list(rounds(folder.path)) == [1, 2, 3]
+    assert not list(folder.path.glob(".peft*"))
+
+
+def test_a_copy_that_somebody_put_beside_the_rounds_disturbs_nobody(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, 7)
+    shutil.copytree(save(folder, 1), folder.path / "peft_1.bak")
+    shutil.copytree(folder.path / "peft_1", folder.path / "peft_best")
+    assert list(rounds(folder.path)) == [1]
+
+
+def test_saving_a_round_again_replaces_it_as_a_whole(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, 7)
+    stale = save(folder, 1, seed=1) / "stale.txt"
+    stale.touch()
+    path = save(folder, 1, seed=2)
+    assert {p.name for p in path.iterdir()} == FILES
+    arrays = load_file(path / "adapter_model.safetensors")
+    assert LAYOUT.join(arrays).tobytes() == initial_adapter(LAYOUT, 2).tobytes()
+
+
+def test_killed_at_any_step_only_whole_checkpoints_are_listed(tmp_path: Path) -> None:
+    """Also of a round that is saved again."""
+    start = tmp_path / "start"
+    for number in (1, 2):
+        save(RunFolder(start, 7), number)
+    copies = (Path(shutil.copytree(start, tmp_path / str(n), symlinks=True)) for n in count())
+    for results in kills(lambda results: save(RunFolder(results, 7), 2, seed=2), copies):
+        assert 1 in rounds(results / "7")
+        for path in rounds(results / "7").values():
+            assert {p.name for p in path.iterdir()} == FILES
+            assert json.loads((path / "round.json").read_text())["sha256"] == sha256(path)
+        assert link_of(results) == "7"
+
+
+@pytest.mark.parametrize("room", [0, 4096])
+def test_a_full_disk_is_a_results_error_and_the_last_round_stays(tmp_path: Path, room: int) -> None:
+    folder = RunFolder(tmp_path, 7)
+    save(folder, 1)
+    with full_disk(room), pytest.raises(ResultsError, match="round 2"):
+        save(folder, 2)
+    assert list(rounds(folder.path)) == [1]
+    assert not list(folder.path.glob(".peft*")), "the half-written round takes room"
+    assert link_of(tmp_path) == "7"
+
+
+def test_a_full_disk_is_noticed_at_the_start_of_a_run(tmp_path: Path) -> None:
+    with full_disk(0), pytest.raises(ResultsError, match=str(tmp_path / "7")):
+        RunFolder(tmp_path, 7)
+
+
+def test_results_that_cannot_be_written_are_a_results_error(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.touch()
+    with pytest.raises(ResultsError, match="RESULTS_DIR") as caught:
+        RunFolder(in_the_way / "results", 7)
+    assert str(in_the_way / "results" / "7") in str(caught.value)
+
+
+def test_a_results_folder_that_vanishes_is_a_results_error_naming_the_round(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "results", 7)
+    shutil.rmtree(tmp_path / "results")
+    with pytest.raises(ResultsError, match="round 4"):
+        save(folder, 4)
+
+
+def test_a_run_whose_checkpoints_do_not_fit_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, 7)
+    free = shutil.disk_usage(tmp_path).free
+    folder.reserve(3, free // 1000)
+    with pytest.raises(ResultsError, match="RESULTS_DIR"):
+        folder.reserve(3, free)
+
+
+def test_latest_is_a_relative_link_to_the_newest_run_with_a_round(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path / "results", 7)
+    assert not (tmp_path / "results" / "latest").is_symlink()
+    save(first, 1)
+    second = RunFolder(tmp_path / "results", 12)
+    assert link_of(tmp_path / "results") == "7"  # 12 has nothing to show yet
+    save(second, 1)
+    assert link_of(tmp_path / "results") == "12"
+    moved = (tmp_path / "results").rename(tmp_path / "elsewhere")
+    assert (moved / "latest" / "peft_1" / "round.json").is_file()
+    assert {p.name for p in moved.iterdir()} == {"7", "12", "latest"}
+
+
+def test_latest_is_there_at_every_moment(tmp_path: Path) -> None:
+    folders = [RunFolder(tmp_path, 1), RunFolder(tmp_path, 2)]
+    save(folders[0], 1)
+    seen: set[str] = set()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            try:
+                seen.add(link_of(tmp_path))
+            except OSError:
+                seen.add("nothing")
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for number in range(25):
+        save(folders[number % 2], 1)
+    done.set()
+    watcher.join()
+    assert seen
+    assert seen <= {"1", "2"}
+
+
+def test_metrics_grow_by_a_line_and_run_json_is_replaced(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, 7)
+    for number in (1, 2):
+        folder.write_run({"status": "x" * 100 if number == 1 else "y"})
+        folder.add_metrics({"round": number, "loss": np.float64(1.5)})
+    lines = (folder.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [1, 2]
+    assert json.loads((folder.path / "run.json").read_text()) == {"status": "y"}
+    assert {p.name for p in folder.path.iterdir()} == {"eval", "metrics.jsonl", "run.json"}
+
+
+def test_the_group_may_write_to_the_eval_folder_and_nowhere_else(tmp_path: Path) -> None:
+    """The evaluation container runs as another user of the ServerApp's group."""
+    run = RunFolder(tmp_path, 7).path
+    assert (run / "eval").stat().st_mode & 0o7777 == 0o2775
+    assert run.stat().st_mode & 0o022 == 0

@@ -1,0 +1,145 @@
+"""Rows to token ids and labels: what is learned, what is not, and what is cut."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from app.site.examples import IGNORED, Example, collate, encode, encode_all
+from app.site.partition import Row
+from app.site.prompts import training_prompt
+from tests.samples import ROWS
+
+ALL = [Row(r["input"], r["output"]) for r in ROWS]
+WORDS = st.text("abc defé漢\n.,?", min_size=1, max_size=40).filter(lambda t: bool(t.strip()))
+LONG = 10_000
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def learned(example: Example) -> list[int]:
+    return [label for label in example.labels if label != IGNORED]
+
+
+def test_the_answer_and_its_end_are_learned_and_the_prompt_is_not(tokenizer: Any) -> None:
+    @settings(max_examples=50, deadline=None)
+    @given(WORDS, WORDS)
+    def check(question: str, answer: str) -> None:
+        example = encode(Row(question, answer), tokenizer, LONG)
+        labels = learned(example)
+        assert labels[-1] == tokenizer.eos_token_id
+        assert example.input_ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(labels[:-1]) == " " + answer
+        split = len(example.labels) - len(labels)
+        assert example.labels[:split] == [IGNORED] * split
+        assert example.labels[split:] == example.input_ids[split:]
+        start = tokenizer.decode(example.input_ids[:split])
+        assert start == tokenizer.bos_token + training_prompt(question)
+        assert example.num_labels == len(labels)
+
+    check()
+
+
+def test_the_prompt_and_the_answer_join_as_one_text_would(tokenizer: Any) -> None:
+    # At inference the model sees the prompt and goes on: the seam must not matter.
+    for row in ALL:
+        whole = tokenizer(training_prompt(row.question) + " " + row.answer)["input_ids"]
+        assert encode(row, tokenizer, LONG).input_ids[:-1] == whole
+
+
+def test_a_row_that_is_cut_does_not_learn_to_end_there(tokenizer: Any) -> None:
+    @settings(max_examples=50, deadline=None)
+    @given(st.sampled_from(ALL), st.data())
+    def check(row: Row, data: st.DataObject) -> None:
+        whole = encode(row, tokenizer, LONG)
+        length = data.draw(st.integers(1, len(whole.input_ids) - 1))
+        cut = encode(row, tokenizer, length)
+        assert cut.input_ids == whole.input_ids[:length]
+        assert cut.labels == whole.labels[:length]
+        assert tokenizer.eos_token_id not in cut.labels
+        # The exact length is enough for all of it.
+        assert encode(row, tokenizer, len(whole.input_ids)) == whole
+
+    check()
+
+
+def test_rows_whose_prompt_fills_the_length_are_dropped(tokenizer: Any) -> None:
+    lengths = {row: len(tokenizer(training_prompt(row.question))["input_ids"]) for row in ALL}
+    limit = sorted(lengths.values())[len(ALL) // 2]
+    kept = encode_all(ALL, tokenizer, limit)
+    assert len(kept) == sum(n < limit for n in lengths.values())
+    assert 0 < len(kept) < len(ALL)
+    assert all(e.num_labels and len(e.input_ids) <= limit for e in kept)
+    assert encode_all(ALL, tokenizer, 16) == []
+
+
+def test_the_order_of_the_rows_is_kept(tokenizer: Any) -> None:
+    examples = encode_all(ALL, tokenizer, LONG)
+    assert [tokenizer.decode(learned(e)[:-1]) for e in examples] == [" " + r.answer for r in ALL]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=12), min_size=1, max_size=6))
+def test_a_batch_holds_each_example_and_only_padding_beside(ids: list[list[int]]) -> None:
+    examples = [Example(x, [IGNORED, *x[1:]]) for x in ids]
+    batch = collate(examples)
+    longest = max(map(len, ids))
+    assert {n: tuple(t.shape) for n, t in batch.items()} == dict.fromkeys(
+        ("input_ids", "attention_mask", "labels"), (len(ids), longest)
+    )
+    for row, x in enumerate(ids):
+        assert batch["input_ids"][row, : len(x)].tolist() == x
+        assert batch["labels"][row, : len(x)].tolist() == [IGNORED, *x[1:]]
+        assert batch["attention_mask"][row].tolist() == [1] * len(x) + [0] * (longest - len(x))
+        assert (batch["labels"][row, len(x) :] == IGNORED).all()
+
+
+def test_an_end_of_sequence_that_is_the_padding_token_too_is_still_learned(tokenizer: Any) -> None:
+    tokenizer.pad_token = tokenizer.eos_token  # as is usual with Llama models
+    short, long = sorted(encode_all(ALL, tokenizer, LONG), key=lambda e: len(e.input_ids))[
+        :: len(ALL) - 1
+    ]
+    batch = collate([short, long])
+    end = len(short.input_ids) - 1
+    assert batch["labels"][0, end] == tokenizer.eos_token_id
+    assert batch["attention_mask"][0, end] == 1
+
+
+def test_neither_padding_nor_the_neighbour_in_the_batch_changes_what_the_model_sees(
+    tiny_model: Path, tokenizer: Any
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    short, long = sorted(encode_all(ALL, tokenizer, LONG), key=lambda e: len(e.input_ids))[
+        :: len(ALL) - 1
+    ]
+    assert len(short.input_ids) < len(long.input_ids)
+    with torch.inference_mode():
+        alone = model(**collate([short]))
+        both = model(**collate([short, long]))
+        other = model(**collate([long]))
+    length = len(short.input_ids)
+    torch.testing.assert_close(both.logits[0, :length], alone.logits[0], rtol=1e-4, atol=1e-5)
+    n_short, n_long = short.num_labels, long.num_labels
+    mean = (alone.loss * n_short + other.loss * n_long) / (n_short + n_long)
+    torch.testing.assert_close(both.loss, mean, rtol=1e-5, atol=1e-5)
+
+
+def test_the_prompts_labels_never_reach_the_loss(tiny_model: Path, tokenizer: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    example = encode(ALL[0], tokenizer, LONG)
+    batch = collate([example])
+    with torch.inference_mode():
+        output = model(**batch)
+        rows = torch.log_softmax(output.logits[0, :-1].double(), dim=-1)
+    picked = [
+        -float(rows[t, label]) for t, label in enumerate(example.labels[1:]) if label != IGNORED
+    ]
+    assert len(picked) == example.num_labels
+    assert float(output.loss) == pytest.approx(sum(picked) / len(picked), rel=1e-5)

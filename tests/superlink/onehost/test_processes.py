@@ -1,0 +1,31 @@
+"""Services as processes: how they end."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from superlink.onehost.processes import REPOSITORY, LocalFederation
+from supernode.entrypoint import REFUSED
+
+# As Flower's SuperNode: asked to end, it ends well.
+NODE = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); "
+NODE += "print('up', flush=True); time.sleep(60)"
+ENTRYPOINT = "import os, sys; from supernode.entrypoint import watch; "
+ENTRYPOINT += f"sys.exit(watch([sys.executable, '-c', {NODE!r}], dict(os.environ)))"
+
+
+def test_a_site_that_is_stopped_with_all_the_rest_does_not_say_that_it_was_refused(
+    tmp_path: Path,
+) -> None:
+    federation = LocalFederation(tmp_path, tmp_path / "models", tmp_path / "results", 1)
+    with subprocess.Popen(
+        [sys.executable, "-c", ENTRYPOINT], cwd=REPOSITORY, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as site:  # fmt: skip
+        assert site.stdout
+        assert site.stdout.readline() == b"up\n"
+        federation.processes["site-00"] = site
+        federation.stop()
+        output = site.stdout.read().decode()
+    assert REFUSED not in output
+    assert site.returncode == 0
