@@ -105,6 +105,8 @@ def measured(args: argparse.Namespace, device: str) -> dict[str, Any]:
     model, tokenizer = load_with_lora(base, config, device, layout, initial_adapter(layout, 0))
     if "expanded" in args.lever:
         model.get_base_model().dequantize()
+        for name, parameter in model.named_parameters():  # the new ones are not frozen
+            parameter.requires_grad_(".lora_" in name)
     config = training.settled(config, base, device)
     said = json.loads(args.data.read_text(encoding="utf-8"))
     wanted = config.batch_size * args.steps
