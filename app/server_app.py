@@ -20,7 +20,7 @@ from flwr.serverapp import Grid, ServerApp
 from app.config import GIVEN_UP, MIB, SILENT, ConfigError, RunConfig
 from app.server.checkpoint import ResultsError, RunFolder
 from app.server.preflight import PreflightError, SilenceError, Sites, preflight
-from app.server.resume import adopt, bytes_before, find_earlier
+from app.server.resume import Earlier, adopt, bytes_before, find_earlier
 from app.server.site_list import SiteListError, site_name
 from app.server.strategy import RoundError, Strategy
 from app.wire.adapter import Layout, Vector, initial_adapter
@@ -81,24 +81,15 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
     """Preflight, then the rounds, each with a checkpoint; adds what it learns to ``facts``."""
     started = time.monotonic()
     facts["config"] = config.flat()
-    earlier = find_earlier(folder.results, config)
-    facts["bytes_sent"] = bytes_before(folder.results, config, earlier)
-    if earlier:
-        facts["resumed_from"] = earlier.chain
-    folder.write_run(facts)  # before the rounds: a run that has some can be resumed
-    if earlier:
-        adopt(folder, earlier)
-        logger.info(
-            "[resume] after round %d of run %s", earlier.server_round, earlier.chain[-1]["run_id"]
-        )
+    earlier = _taken_up(config, folder, facts)
     sites = preflight(grid, config, Path(os.environ["SITES_DIR"]))
     layout = _layout(sites, config)
-    done, total = earlier.server_round if earlier else 0, config.num_server_rounds
     if earlier:
         adapter = earlier.adapter(layout, sites.fingerprint)
     else:
         adapter = initial_adapter(layout, config.seed)
-    folder.reserve(total - done, adapter.nbytes)
+    done = earlier.server_round if earlier else 0
+    folder.reserve(config.num_server_rounds - done, adapter.nbytes)
     facts |= _agreed(sites, layout, config)
     folder.write_run(facts)
 
@@ -113,28 +104,26 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
     if earlier:
         before = earlier.lines[-1]
         strategy.take_up(earlier.lines)
-    elif before := strategy.evaluate(0, adapter):
-        logger.info(
-            "[before] held-out loss %.4f, token accuracy %.4f (medians of %d sites)",
-            before["eval_loss_median"],
-            before["eval_token_accuracy_median"],
-            len(before["eval_partitions"]),
-        )
-    rounds_started = time.monotonic()
-    for server_round in range(done + 1, total + 1):
-        adapter, line = strategy.train_round(server_round, adapter)
-        manifest = {
-            "base_model_fingerprint": sites.fingerprint,
-            "alphas": line["alphas"],
-            "partitions": line["partitions"],
-        }
-        folder.save_round(server_round, layout, adapter, config, manifest)
-        before = _measure(strategy, server_round, adapter, line, before)
-        folder.add_metrics(line)
-        per_round = (time.monotonic() - rounds_started) / (server_round - done)
-        _say(line, total, per_round * (total - server_round))
+    else:
+        before = _before(strategy, adapter)
+    _rounds(strategy, folder, done, adapter, before)
     facts["seconds"] = time.monotonic() - started
-    logger.info("[done] %s", folder.path / f"peft_{total}")
+    logger.info("[done] %s", folder.path / f"peft_{config.num_server_rounds}")
+
+
+def _taken_up(config: RunConfig, folder: RunFolder, facts: dict[str, Any]) -> Earlier | None:
+    """The run that this one goes on after, its rounds now in ``folder``; None: from the start."""
+    earlier = find_earlier(folder.results, config)
+    facts["bytes_sent"] = bytes_before(folder.results, config, earlier)
+    if earlier:
+        facts["resumed_from"] = earlier.chain
+    folder.write_run(facts)  # before the rounds: a run that has some can be resumed
+    if earlier:
+        adopt(folder, earlier)
+        logger.info(
+            "[resume] after round %d of run %s", earlier.server_round, earlier.chain[-1]["run_id"]
+        )
+    return earlier
 
 
 def _layout(sites: Sites, config: RunConfig) -> Layout:
@@ -181,6 +170,41 @@ def _agreed(sites: Sites, layout: Layout, config: RunConfig) -> dict[str, Any]:
         },
         "left_out": sites.left_out,
     }
+
+
+def _before(strategy: Strategy, adapter: Vector) -> dict[str, Any]:
+    """The initial adapter's figures; nothing where nobody is evaluated."""
+    before = strategy.evaluate(0, adapter)
+    if before:
+        logger.info(
+            "[before] held-out loss %.4f, token accuracy %.4f (medians of %d sites)",
+            before["eval_loss_median"],
+            before["eval_token_accuracy_median"],
+            len(before["eval_partitions"]),
+        )
+    return before
+
+
+def _rounds(
+    strategy: Strategy, folder: RunFolder, done: int, adapter: Vector, before: dict[str, Any]
+) -> None:
+    """The rounds after ``done``, each with a checkpoint, a line of figures and one of the log.
+
+    ``before``: the figures of ``adapter``, with which they begin.
+    """
+    started, total = time.monotonic(), strategy.config.num_server_rounds
+    for server_round in range(done + 1, total + 1):
+        adapter, line = strategy.train_round(server_round, adapter)
+        manifest = {
+            "base_model_fingerprint": strategy.sites.fingerprint,
+            "alphas": line["alphas"],
+            "partitions": line["partitions"],
+        }
+        folder.save_round(server_round, strategy.layout, adapter, strategy.config, manifest)
+        before = _measure(strategy, server_round, adapter, line, before)
+        folder.add_metrics(line)
+        per_round = (time.monotonic() - started) / (server_round - done)
+        _say(line, total, per_round * (total - server_round))
 
 
 def _measure(

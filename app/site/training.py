@@ -100,6 +100,33 @@ class _Proximal(TrainerCallback):  # type: ignore[misc]
             parameter.grad.add_(parameter.detach() - received, alpha=self.mu)
 
 
+def _arguments(
+    config: RunConfig, lr: float, seed: int, device: str, output_dir: str
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=output_dir,
+        learning_rate=lr,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        activation_checkpointing=config.gradient_checkpointing is not False,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        bf16=device_and_dtype(device)[1] == torch.bfloat16,
+        use_cpu=device == "cpu",
+        seed=seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # or Trainer hides what ``train`` looks for
+        include_num_input_tokens_seen="non_padding",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device != "cpu",
+    )
+
+
 def train(
     model: Any,
     examples: list[Example],
@@ -119,36 +146,12 @@ def train(
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    on_cpu = model.device.type == "cpu"
-    _, compute_dtype = device_and_dtype(model.device.type)
     with tempfile.TemporaryDirectory() as unused_output:
-        arguments = TrainingArguments(
-            output_dir=unused_output,
-            learning_rate=lr,
-            lr_scheduler_type="constant",
-            per_device_train_batch_size=config.batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            num_train_epochs=config.num_train_epochs,
-            max_steps=config.max_steps,
-            activation_checkpointing=config.gradient_checkpointing is not False,
-            activation_checkpointing_kwargs={"use_reentrant": False},
-            bf16=compute_dtype == torch.bfloat16,
-            use_cpu=on_cpu,
-            seed=seed,
-            logging_steps=1,
-            logging_nan_inf_filter=False,  # or Trainer hides what the check below looks for
-            include_num_input_tokens_seen="non_padding",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=not on_cpu,
-        )
         trainer = _InPasses(
             config.max_tokens_per_pass,
             can_pack(model),
             model=model,
-            args=arguments,
+            args=_arguments(config, lr, seed, model.device.type, unused_output),
             train_dataset=examples,
             data_collator=collate,
             callbacks=[_Progress(), *([_Proximal(model, proximal_mu)] if proximal_mu else [])],

@@ -23,11 +23,25 @@ from superlink.onehost.processes import free_port
 REPOSITORY = Path(__file__).parents[2]
 CPU = ("compose.yaml", "docker/compose.cpu.yaml")
 NODES = [f"supernode-{n:02d}" for n in range(20)]
+LONG_RUNNING = ["superlink", "serverapp", *NODES]
 RUN_CONFIG = (
     "num-server-rounds=1 train.training-arguments.max-steps=2 strategy.fraction-evaluate=0.05 "
     "strategy.min-evaluate-nodes=1"
 )
-RUN_TIMEOUT_S = 1200
+RUN_TIMEOUT_S, ONLINE_TIMEOUT_S = 1200, 600
+# Flower gives up a ServerApp, and a SuperNode, that it has not heard of for a minute.
+GIVEN_UP_AFTER_S = 65
+CONNECT = """
+import socket, sys
+for target in {targets!r}:
+    host, port = target.rsplit(":", 1)
+    try:
+        socket.create_connection((host, int(port)), 5).close()
+        print(target, "open")
+    except OSError as err:
+        print(target, "closed", err)
+"""
+OUTSIDE = ("192.0.2.1:443", "1.1.1.1:443")
 
 
 def compose(
@@ -114,6 +128,29 @@ class Federation:
         return Control(f"localhost:{self.env['CONTROL_PORT']}", public / "ca.crt")
 
 
+def addresses(container: Any) -> dict[str, dict[str, str]]:
+    """The container's networks by their name in compose.yaml."""
+    networks = container.attrs["NetworkSettings"]["Networks"]
+    return {name.rsplit("_", 1)[1]: facts for name, facts in networks.items()}
+
+
+def crash(federation: Federation, service: str) -> None:
+    """kill -9 what init started; init itself cannot be killed from within."""
+    kill = "for p in /proc/[0-9]*; do read -r _ _ _ parent _ < $p/stat; "
+    kill += '[ "$parent" = 1 ] && tr "\\0" " " < $p/cmdline | grep -q entrypoint '
+    kill += "&& kill -9 ${p#/proc/}; done"
+    federation[service].exec_run(["sh", "-c", kill])
+
+
+def restarts(federation: Federation, service: str) -> tuple[int, str]:
+    attrs = federation[service].attrs
+    return attrs["RestartCount"], attrs["State"]["Status"]
+
+
+def is_back(federation: Federation, service: str) -> bool:
+    return restarts(federation, service) == (1, "running")
+
+
 @pytest.fixture(scope="session")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     """`up -d` of all services but the evaluation, once for all tests; the job has ended."""
@@ -138,8 +175,12 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # They end the federation that all share, stop most of its SuperNodes, and change the others.
-    last = ["test_hardening.py", "test_reboot.py", "test_gpu_host.py"]
+    # The last ones end the federation that all share, stop most of its SuperNodes, and change the
+    # others.
+    last = [
+        "test_inside.py", "test_reach.py", "test_secrets.py", "test_two_sites.py",
+        "test_volumes.py", "test_stops.py", "test_reboot.py", "test_gpu_host.py",
+    ]  # fmt: skip
     items.sort(key=lambda i: last.index(i.path.name) if i.path.name in last else -1)
     here = [i for i in items if Path(__file__).parent in Path(i.path).parents]
     for item in here:

@@ -1,7 +1,7 @@
 """A power cut of the host in the middle of a round, and nobody who does anything after it.
 
 Only of an engine that .ci/docker-engine has started: one kill -9 ends that, all its containers and
-their mounts. It comes after test_hardening.py, with the same containers.
+their mounts. It comes after test_stops.py, with the same containers.
 """
 
 import json
