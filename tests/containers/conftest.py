@@ -152,7 +152,13 @@ def is_back(federation: Federation, service: str) -> bool:
 
 
 @pytest.fixture(scope="session")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+def images() -> None:
+    built = compose("--profile", "eval", "build", files=CPU)
+    assert built.returncode == 0, built.stderr[-3000:]
+
+
+@pytest.fixture(scope="session")
+def federation(images: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     """`up -d` of all services but the evaluation, once for all tests; the job has ended."""
     token_file = tmp_path_factory.mktemp("token") / "hf-token"
     ports = {"FLEET_PORT": str(free_port()), "CONTROL_PORT": str(free_port())}
@@ -160,8 +166,6 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     made = Federation(f"fedllm-test-{os.getpid()}", env)
     token_file.write_text(made.token)
     token_file.chmod(0o644)
-    built = made.compose("--profile", "eval", "build")
-    assert built.returncode == 0, built.stderr[-3000:]
     try:
         started = time.monotonic()
         up = made.compose("up", "-d")
@@ -172,6 +176,11 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
         yield made
     finally:
         made.compose("--profile", "eval", "down", "-v")
+
+
+def two_sites_have_ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that says so to the other worker, where there are two (``--dist loadgroup``)."""
+    return tmp_path_factory.getbasetemp().parent / "two-sites-have-ended"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -185,6 +194,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = [i for i in items if Path(__file__).parent in Path(i.path).parents]
     for item in here:
         item.add_marker(pytest.mark.docker)
+        apart = item.path.name == "test_two_sites.py"
+        item.add_marker(pytest.mark.xdist_group("two sites" if apart else "twenty sites"))
     if here and not os.environ.get("REQUIRE_DOCKER"):
         try:
             reason = subprocess.run(

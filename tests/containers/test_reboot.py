@@ -13,7 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.containers.conftest import NODES, REPOSITORY, RUN_TIMEOUT_S, Federation, wait
+from tests.containers.conftest import (
+    NODES,
+    REPOSITORY,
+    RUN_TIMEOUT_S,
+    Federation,
+    two_sites_have_ended,
+    wait,
+)
 
 POWER = Path("/var/lib/fedllm-engine/power")  # the process id
 SITES = NODES[:4]
@@ -24,7 +31,7 @@ RUN_CONFIG = (
 
 
 @pytest.fixture(scope="module")
-def power() -> int:
+def power(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> int:
     pid = int(POWER.read_text()) if POWER.is_file() else 0
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -34,6 +41,9 @@ def power() -> int:
         why = "this engine is not .ci/docker-engine's: it may have other containers"
         assert not os.environ.get("REQUIRE_DOCKER"), why
         pytest.skip(why)
+    others = any(item.path.name == "test_two_sites.py" for item in request.session.items)
+    if others and "PYTEST_XDIST_WORKER" in os.environ:  # at the same time, on this very engine
+        assert wait(two_sites_have_ended(tmp_path_factory).exists, RUN_TIMEOUT_S)
     return pid
 
 

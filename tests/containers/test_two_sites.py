@@ -1,4 +1,4 @@
-"""A federation of two sites, with its own volumes; the prepared model is the other's."""
+"""A federation of two sites, beside that of twenty."""
 
 import json
 import os
@@ -20,22 +20,21 @@ from tests.containers.conftest import (
     is_back,
     online_since,
     restarts,
+    two_sites_have_ended,
     wait,
 )
 
 FEW = """
 volumes:
-  models: {{external: true, name: {project}_models}}
-  cache: {{external: true, name: {project}_cache}}
-  results: {{driver_opts: {{type: tmpfs, device: tmpfs, o: "size=256m,uid=10003,gid=10001"}}}}
+  results: {driver_opts: {type: tmpfs, device: tmpfs, o: "size=256m,uid=10003,gid=10001"}}
 """
 
 
 @pytest.fixture(scope="module")
-def few(federation: Federation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+def few(images: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     """SuperLink and two SuperNodes; their results have 256 MiB."""
     file = tmp_path_factory.mktemp("few") / "few.yaml"
-    file.write_text(FEW.format(project=federation.project))
+    file.write_text(FEW)
     env = {"FLEET_PORT": str(free_port()), "CONTROL_PORT": str(free_port())}
     made = Federation(f"fedllm-few-{os.getpid()}", env, (*CPU, str(file)))
     try:
@@ -44,6 +43,7 @@ def few(federation: Federation, tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield made
     finally:
         made.compose("down", "-v")
+        two_sites_have_ended(tmp_path_factory).touch()
 
 
 def test_a_full_results_volume_ends_the_run_with_one_line(few: Federation) -> None:
