@@ -12,8 +12,6 @@ is what lies between the sampling and the aggregated adapter; the first of each 
 counted, since it waits for what later ones find ready. Peak memory: the sum of all processes' PSS,
 looked at once a second. Ratio last.
 
-Not yet run to its end: no figure of it is quoted anywhere.
-
 What differs: see DIFFERENCES, which is printed as well.
 """
 

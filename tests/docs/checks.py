@@ -29,7 +29,7 @@ KINDS = "py|md|toml|yaml|jsonl|json|html|crt|key|env|sha256|safetensors|svg|png"
 # A person's own files and hosts, in examples.
 EXAMPLES = {"rows.jsonl", "generation_medqa_fl.jsonl", "superlink.example"}
 # Variables of others: OpenMP's, the hub client's.
-OTHERS = {"OMP_WAIT_POLICY", "HF_HUB_OFFLINE"}
+OTHERS = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "HF_HUB_OFFLINE"}
 # Words with hyphens that are no run-config keys.
 HYPHENATED = {"nelder-mead", "nf4-bf16", "flower-superlink"}
 OTHER_PROGRAMS = {"pytest", "ruff", "mypy"}  # of python -m

@@ -78,6 +78,9 @@ def _npy(array: NDArray[Any]) -> bytes:
 class Pickled:
     opened = False
 
+    def __init__(self) -> None:
+        self.state = 1  # without one, __setstate__ would not be called
+
     def __setstate__(self, state: object) -> None:
         Pickled.opened = True
 
