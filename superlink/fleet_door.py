@@ -23,6 +23,7 @@ from typing import Any
 
 from superlink.adapter_size import adapter_bytes
 from superlink.gone_messages import with_objects
+from superlink.lost_orders import without_lost_orders
 from superlink.orders_first import orders_first
 from superlink.refused import RefusedError, check_words
 from superlink.site_keys import fingerprint_of_pem
@@ -86,12 +87,14 @@ def install(results: Path) -> None:
         flower(*_SERVICER, name)
     store = flower(*_STATE, "store_message_and_object_tree")
     delete = flower(*_STATE, "delete_messages")
+    activate_node = flower(*_STATE, "activate_node")
     create = flower(*_CREATE)
     flower(*_LIMIT)
     for name, check in CHECKS.items():
         setattr(servicer, name, _guarded(name, getattr(servicer, name), check, results))
     state.store_message_and_object_tree = orders_first(store)
     state.delete_messages = with_objects(delete)
+    state.activate_node = without_lost_orders(activate_node)
     # Of the Fleet API alone: the module has names of its own for both.
     setattr(import_module(_LIMIT[0]), _LIMIT[1], MAX_CALL_BYTES)
     setattr(import_module(_CREATE[0]), _CREATE[1], telling_unread_calls(create, _log))

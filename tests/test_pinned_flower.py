@@ -68,6 +68,10 @@ CALLED = [
         "_cleanup_expired_task_tokens_locked",
         ["self"],
     ),
+    (
+        "flwr.server.superlink.linkstate.sql_linkstate:SqlLinkState.activate_node",
+        ["self", "node_id", "heartbeat_interval"],
+    ),
     ("flwr.supercore.grpc:generic_create_grpc_server", ["interceptors"]),
     *(
         (

@@ -47,6 +47,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink.federation.noop_federation_manager import NoOpFederationManager
 
+from app.server.exchange import GONE
 from superlink import fleet_door
 from superlink.certificates import new_key
 from superlink.site_keys import fingerprint
@@ -196,7 +197,7 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Link]:
     monkeypatch = pytest.MonkeyPatch()
     for name in fleet_door.CHECKS:  # put back what the door replaces
         monkeypatch.setattr(FleetServicer, name, getattr(FleetServicer, name))
-    for name in ("store_message_and_object_tree", "delete_messages"):
+    for name in ("store_message_and_object_tree", "delete_messages", "activate_node"):
         monkeypatch.setattr(SqlLinkState, name, getattr(SqlLinkState, name))
     for where, name in (fleet_door._LIMIT, fleet_door._CREATE):
         module = fleet_door.flower(where)
@@ -561,3 +562,29 @@ def test_an_expired_order_takes_no_reply(scene: Scene) -> None:
 def test_every_call_of_the_fleet_api_is_thought_of() -> None:
     calls = {name for name in vars(fleet_pb2_grpc.FleetServicer) if name[0].isupper()}
     assert calls == set(fleet_door.CHECKS) | CHECKED_BY_FLOWER
+
+
+def test_an_order_that_a_supernode_lost_when_it_started_anew_is_not_waited_for(
+    scene: Scene,
+) -> None:
+    link, run_id, node, other = scene
+    state = link.state
+    answered, lost = link.order(node, run_id), link.order(node, run_id)
+    of_another = link.order(other, run_id)
+    for receiver in (node, other):
+        while state.get_message_ins(receiver, 1):
+            pass
+    answer = reply(answered)
+    link.push_objects(node, run_id, answer, link.push(node, answer))
+    waits = link.order(node, run_id)  # not delivered yet
+    # Within seconds: the ServerApp has not looked meanwhile.
+    assert state.deactivate_node(node)
+    assert state.activate_node(node, 30)
+    (error,) = link.collected(lost)
+    assert error.has_error()
+    assert str(error.error.reason).startswith(GONE)
+    assert [m.has_error() for m in link.collected(answered)] == [False]
+    assert link.collected(of_another) == link.collected(waits) == []
+    assert [m.metadata.message_id for m in state.get_message_ins(node, 9)] == [
+        waits.metadata.message_id
+    ]
