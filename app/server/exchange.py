@@ -22,9 +22,6 @@ K = TypeVar("K")
 # asked for by itself. Flower's own is 3 s.
 POLL_S, POLL_EACH_S = 1.0, 0.15
 NOBODYS = "0" * 64  # the id of no message
-# What Flower says of an order that the SuperLink has deleted (superlink/lost_orders.py).
-GONE = "Error: Message Unavailable"
-LOST = "its SuperNode was started anew, and had lost the order"
 REFUSED = "the SuperLink takes no message for it: its key was revoked or replaced"
 
 
@@ -75,7 +72,7 @@ def exchange(
             elif over or (reply is not None and time.monotonic() >= started + lives_s[key]):
                 late.add(key)
             elif reply is not None:
-                failed[key] = LOST if reply.startswith(GONE) else one_line(reply)
+                failed[key] = one_line(reply)
         left -= contents.keys() | failed.keys() | late
         if not left:
             return contents, failed

@@ -47,7 +47,6 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink.federation.noop_federation_manager import NoOpFederationManager
 
-from app.server.exchange import GONE
 from superlink import fleet_door
 from superlink.certificates import new_key
 from superlink.site_keys import fingerprint
@@ -582,7 +581,7 @@ def test_an_order_that_a_supernode_lost_when_it_started_anew_is_not_waited_for(
     assert state.activate_node(node, 30)
     (error,) = link.collected(lost)
     assert error.has_error()
-    assert str(error.error.reason).startswith(GONE)
+    assert str(error.error.reason).startswith("Error: Message Unavailable")
     assert [m.has_error() for m in link.collected(answered)] == [False]
     assert link.collected(of_another) == link.collected(waits) == []
     assert [m.metadata.message_id for m in state.get_message_ins(node, 9)] == [

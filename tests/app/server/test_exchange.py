@@ -8,7 +8,7 @@ import httpx
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from app.server.exchange import GONE, LOST, NOBODYS, POLL_S, REFUSED, exchange
+from app.server.exchange import NOBODYS, POLL_S, REFUSED, exchange
 from tests.stand_in_grid import Clock, Node, StandInGrid
 
 
@@ -197,9 +197,3 @@ def test_an_error_is_given_with_its_reason_on_one_line() -> None:
     _, failed = exchange(grid, messages(1, 2), 60)
     assert failed["to 1"].startswith("line 1 line 2 [31mxxx")
     assert failed["to 2"] == "error without a reason"
-
-
-def test_an_order_that_the_superlink_has_deleted_before_its_time_was_lost_at_the_site() -> None:
-    """A SuperNode that was started anew: superlink/lost_orders.py."""
-    grid = StandInGrid({1: lambda m: Message(Error(code=3, reason=f"{GONE} - …"), reply_to=m)})
-    assert exchange(grid, messages(1), 60) == ({}, {"to 1": LOST})
