@@ -30,7 +30,7 @@ lint: install
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# Real federations (processes) under attack and failure: ten minutes on two cores.
+# Real federations (processes) under attack and failure: a quarter of an hour on two cores.
 test-faults: install
 	$(PY) -m pytest $(SHARED) -m faults tests/federation
 

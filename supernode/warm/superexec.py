@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -52,11 +53,11 @@ def start(command: list[str], stdout: int | None = None, stderr: int | None = No
 
 def reap(*_: object) -> None:
     """See who of them has ended; Flower waits for none."""
-    for child, token in list(_tokens.items()):
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            del _tokens[child]
-            if status and (path := os.environ.get("WARM_SOCKET")):
+    for child in list(_tokens):
+        with suppress(ChildProcessError):  # another signal amid this one was faster
+            ended, status = os.waitpid(child, os.WNOHANG)
+            token = _tokens.pop(child) if ended else ""
+            if token and status and (path := os.environ.get("WARM_SOCKET")):
                 lost.tell(Path(path).parent, token)
 
 
