@@ -6,6 +6,7 @@ torch, so the preflight answers at once; torch and PEFT are imported where they 
 """
 
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,9 @@ from app.wire.adapter import Layout, Vector
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
+
+# Weights of at most so many bytes in float32 are expanded once where there is no GPU.
+EXPANDED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ def load_with_lora(
     Raises:
         SiteError: the model's LoRA arrays are not those of ``layout``.
     """
+    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -144,6 +149,8 @@ def load_with_lora(
     model.config.use_cache = False
     if base.bits:
         _unquantised_dtypes(model, dtype)
+    if base.bits and (device, dtype) == ("cpu", torch.float32) and _fits_expanded(base):
+        model = model.dequantize()
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
@@ -170,6 +177,15 @@ def _unquantised_dtypes(model: Any, dtype: "torch.dtype") -> None:
         kept = parameter.dtype == dtype == torch.bfloat16 and parameter.ndim > 1
         if parameter.is_floating_point() and not kept:
             parameter.data = parameter.data.float()
+
+
+def _fits_expanded(base: BaseModel) -> bool:
+    """Whether a CPU computes with the same weights in float32, and not out of 4 or 8 bits.
+
+    bitsandbytes expands them anew in each pass, which takes half of a small model's training; what
+    it computes without gradients there, it computes in bfloat16.
+    """
+    return 4 * sum(math.prod(shape) for shape in base.linear_layers.values()) <= EXPANDED_BYTES
 
 
 def _lora_parameters(model: "PeftModel") -> "dict[str, torch.nn.Parameter]":

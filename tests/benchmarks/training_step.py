@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
 
 from app import plan
 from app.config import RunConfig, merged_config
-from app.site import training
+from app.site import base_model, training
 from app.site.base_model import find, load_with_lora
 from app.site.examples import encode_all
 from app.site.partition import Row
@@ -39,7 +39,13 @@ PLENTY = 10**9
 NEEDS_GPU = "needs GPU"
 
 
+def _in_4_bits(config: RunConfig) -> RunConfig:
+    base_model.EXPANDED_BYTES = 0
+    return config
+
+
 def _padded(config: RunConfig) -> RunConfig:
+    _in_4_bits(config)
     training.can_pack = lambda model: False  # type: ignore[attr-defined]
     return replace(config, max_tokens_per_pass=PLENTY)
 
@@ -71,6 +77,7 @@ LEVERS: dict[str, Callable[[RunConfig], RunConfig]] = {
     "padded, logits at every place": _every_logit,
     "padded": _padded,
     "packed, one pass a batch": lambda config: replace(config, max_tokens_per_pass=PLENTY),
+    "packed, weights in 4 bits": _in_4_bits,
     "packed": lambda config: config,
     "packed, checkpointing the other way": _other_checkpointing,
     "packed, weights expanded once": lambda config: config,
@@ -80,6 +87,8 @@ LEVERS: dict[str, Callable[[RunConfig], RunConfig]] = {
 
 def left_out(lever: str, device: str) -> str:
     """Why this lever cannot be measured here; empty if it can."""
+    if device == "cpu" and "expanded" in lever:
+        return "a small model's are, on a CPU"
     if lever != "packed, Liger's kernels":
         return ""
     if device == "cpu":

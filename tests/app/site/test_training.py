@@ -417,6 +417,34 @@ def test_on_a_gpu_auto_goes_by_what_is_free_and_what_torch_holds_unused(
     assert f"gradient checkpointing {'on' if room < 0 else 'off'}: without it" in caplog.text
 
 
+# --- A small model's weights on a CPU are expanded once -------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8], ids=["nf4", "int8"])
+def test_expanded_weights_are_frozen_and_train_to_the_same_adapter(
+    models_dir: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    base = find(models_dir, str(tiny_model), bits)
+    in_float32 = 4 * sum(out * inputs for out, inputs in base.linear_layers.values())
+    ends = {}
+    for most in (in_float32, in_float32 - 1):
+        monkeypatch.setattr(base_model, "EXPANDED_BYTES", most)
+        s = site(models_dir, tiny_model, bits)
+        held = {str(p.dtype) for n, p in s.model.named_parameters() if ".base_layer." in n}
+        assert held == {"torch.float32" if most == in_float32 else f"torch.{'u' * (bits == 4)}int8"}
+        learns = {n for n, p in s.model.named_parameters() if p.requires_grad}
+        assert learns == {n for n, _ in s.model.named_parameters() if ".lora_" in n}
+        ends[most] = s.train().loss, s.adapter
+    (loss, adapter), (packed_loss, packed_adapter) = ends.values()
+    # int8 rounds what it multiplies with as well, unless it is expanded.
+    near = 1e-5 if bits == 4 else 2e-2
+    assert loss == pytest.approx(packed_loss, rel=near)
+    moved = packed_adapter - initial_adapter(s.layout, s.config.seed)
+    assert np.linalg.norm(adapter - packed_adapter) < (0.01 if bits == 4 else 0.5) * np.linalg.norm(
+        moved
+    )
+
+
 # --- bf16, as on a GPU that has it ----------------------------------------------------------------
 
 
