@@ -74,6 +74,46 @@ def _base_model(config: RunConfig) -> BaseModel:
     return base
 
 
+def _part(name: str) -> partition.Part:
+    return partition.part_of(_site_dir(), name, os.environ.get("DATA_COLUMNS", ""))
+
+
+def _rows_used(
+    parts: dict[str, partition.Part], base: BaseModel, config: RunConfig
+) -> dict[str, Any]:
+    """How many rows the run can use, what becomes of the others, by part; each text is encoded.
+
+    Raises:
+        SiteError: no row is left to train on, or the model has no tokenizer of the usual form.
+    """
+    from app.site.examples import FileTokenizer, lengths
+
+    try:
+        tokenizer = FileTokenizer(base.folder)
+    except Exception:  # the library's errors have no class of their own
+        raise SiteError(
+            f"base model {base.name}: no tokenizer.json with an EOS; run supernode.prepare again, "
+            "or take another model"
+        ) from None
+    counts = {}
+    for name, part in parts.items():
+        counts[name] = part.counts() | lengths(part.rows, tokenizer, config.seq_length)
+        counts[name]["used"] = len(part.rows) - counts[name]["too_long"]
+        if part.name:
+            told = ", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts[name].items())
+            logger.info("%s: %s", part.name, told)
+    if not counts["train"]["used"]:
+        raise SiteError(
+            f"{parts['train'].name}: no row keeps an answer within train.seq-length = "
+            f"{config.seq_length} tokens"
+        )
+    return {
+        "num-examples": counts["train"]["used"],
+        "num-holdout": counts["holdout"]["used"],
+        "rows": json.dumps(counts),
+    }
+
+
 def _take_turn(message: Message, context: Context) -> None:
     """Two sites sampled on one GPU take turns instead of running out of its memory.
 
@@ -120,9 +160,9 @@ def preflight(message: Message, context: Context) -> Message:
     }
     try:
         config = RunConfig.from_flat(context.run_config)
-        facts["num-examples"] = len(partition.load(_site_dir(), "train"))
-        facts["num-holdout"] = len(partition.load(_site_dir(), "holdout"))
+        parts = {name: _part(name) for name in ("train", "holdout")}
         base = _base_model(config)
+        facts |= _rows_used(parts, base, config)
         facts["fingerprint"] = base.fingerprint
         facts["linear-layers"] = json.dumps(base.linear_layers)
         facts["turn"] = turn()
@@ -185,7 +225,7 @@ def train(message: Message, context: Context) -> Message:
     base, layout, vector, job = _received(message, config)
     server_round = cast(int, job["round"])
     partition_id = int(context.node_config["partition-id"])
-    rows = partition.load(_site_dir(), "train")
+    rows = _part("train").rows
     _take_turn(message, context)
     started = time.monotonic()
     model, tokenizer = base_model.load_with_lora(base, config, device(), layout, vector)
@@ -232,7 +272,7 @@ def evaluate(message: Message, context: Context) -> Message:
     base, layout, vector, _ = _received(message, config)
     _take_turn(message, context)
     model, tokenizer = base_model.load_with_lora(base, config, device(), layout, vector)
-    examples = encode_all(partition.load(_site_dir(), "holdout"), tokenizer, config.seq_length)
+    examples = encode_all(_part("holdout").rows, tokenizer, config.seq_length)
     result = training.evaluate(model, examples, config)
     metrics = MetricRecord(
         {

@@ -22,6 +22,7 @@ from app.server.checkpoint import ResultsError, RunFolder
 from app.server.preflight import PreflightError, SilenceError, Sites, preflight
 from app.server.resume import Earlier, adopt, bytes_before, find_earlier
 from app.server.site_list import SiteListError, site_name
+from app.server.site_rows import in_words
 from app.server.strategy import RoundError, Strategy
 from app.wire.adapter import Layout, Vector, initial_adapter
 from app.wire.noise import noise_norm
@@ -145,10 +146,10 @@ def _layout(sites: Sites, config: RunConfig) -> Layout:
 def _agreed(sites: Sites, layout: Layout, config: RunConfig) -> dict[str, Any]:
     """What the preflight found, for run.json; the log gets a line of it."""
     logger.info(
-        "[preflight] %d sites ready with %d rows; base model %s, fingerprint %s; "
+        "[preflight] %d sites ready with %s; base model %s, fingerprint %s; "
         "adapter of %d parameters, %.1f MiB",
         len(sites.node_of),
-        sum(sites.num_examples.values()),
+        in_words(sites.num_examples, sites.rows),
         config.model_name,
         sites.fingerprint,
         layout.size,
@@ -163,6 +164,7 @@ def _agreed(sites: Sites, layout: Layout, config: RunConfig) -> dict[str, Any]:
                 "node_id": str(sites.node_of[p]),
                 "num_examples": sites.num_examples[p],
                 "num_holdout": sites.num_holdout[p],
+                "rows": sites.rows[p],
                 "versions": sites.versions[p],
                 "device": sites.devices[p],
             }

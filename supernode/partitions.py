@@ -8,20 +8,24 @@ several sites have is held out at none of them: the others train on it.
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from supernode.download import CACHE, PrepareError, data_folder
+from app.site.rows import SUFFIXES, VERSION, Row, suffix
+from supernode.download import CACHE, PrepareError
+from supernode.sources import data_files, identity, sha256_of, source_table
 
-COLUMNS = ("instruction", "input", "output")
 BUNDLED = Path(__file__).with_name("flashcards.jsonl")
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+PARTITIONERS = ("iid", "dirichlet", "files")
 _SCRATCH = ".rows-"
+Rows = list[Row]
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,32 @@ class Split:
     partition_by: str = ""  # dirichlet: the column that holds the class
     alpha: float = 0.5  # dirichlet: smaller is more skewed
     seed: int = 2025
+    columns: str = ""  # QUESTION,ANSWER, where app.site.rows cannot know them
     holdout_fraction: float = 0.1
     holdout_rows: int = 64  # at most, per site
+
+    def check(self) -> None:
+        """Raises PrepareError: no data set could be split so."""
+        for flag, value, fits, allowed in (
+            ("--sites", self.sites, self.sites > 0, "a whole number above 0"),
+            ("--seed", self.seed, self.seed >= 0, "a whole number from 0"),
+            ("--alpha", self.alpha, 0 < self.alpha < math.inf, "a number above 0"),
+            (
+                "--partitioner", self.partitioner, self.partitioner in PARTITIONERS,
+                "iid, dirichlet or files",
+            ),
+        ):  # fmt: skip
+            if not fits:
+                raise PrepareError(f"{flag} {value}: {allowed} is needed")
 
 
 def prepare_data(
     federation: Path, split: Split, cache: Path = CACHE, token: str | None = None
 ) -> list[str]:
-    """Make the partitions unless they are there; returns one line a site.
+    """Make the partitions unless they are there; returns one line a site, and what was left out.
 
-    Files that the manifest does not know, or that were changed since, are a hospital's own:
-    they are never overwritten.
+    Files that the manifest does not know, or that were changed since, are a site's own: they are
+    never overwritten. Where the split is the same as before, they are said and all is left.
 
     Args:
         cache: where a data set of the hub is, or gets to, with the hub's ``token``; no row of a
@@ -53,30 +72,35 @@ def prepare_data(
     Raises:
         PrepareError: the source cannot be read or split, or a site's own data is in the way.
     """
+    split.check()
     manifest_file = federation / "prepared" / "data.json"
     old = _manifest(manifest_file)
-    wanted = asdict(split) | {"source_sha256": _source_sha256(split.source)}
-    intact = _check_intact(federation, old.get("files", {}))
-    # Where "notes" are missing, a site's own file was split with its repeats.
-    own = split.partitioner == "files"
-    if intact and old["split"] == wanted and (not own or "notes" in old):
-        return _said(old)
+    wanted = asdict(split) | {
+        "reader": VERSION,
+        "source_sha256": identity(split.source, cache, token, old),
+    }
+    same = old.get("split") == wanted
+    own = _sites_own(federation, old.get("files", {}), same)
+    if same and (own or set(_there(federation)) == set(old["files"])):
+        return _said(old, own)
     manifest_file.parent.mkdir(parents=True, exist_ok=True)
     for left in manifest_file.parent.glob(f"{_SCRATCH}*"):  # of a call that was killed
         shutil.rmtree(left, ignore_errors=True)
     notes: list[str] = []
-    # The loader's copy of the rows is on this disk for as long as they are split, nowhere else.
-    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=manifest_file.parent) as scratch:
-        reader = _Reader(cache, token, Path(scratch))
-        parts = _own_files(split, reader, notes) if own else _partitions(split, reader, notes)
-        shared = _shared(parts, notes) if own else set()
-        files, written = _contents(federation, split, parts, shared)
+    if split.partitioner == "files":
+        parts = _own_files(split, notes)
+        shared = _shared(parts, notes)
+    else:
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=manifest_file.parent) as scratch:
+            files = data_files(split.source, cache, token, scratch)
+        parts, shared = _partitions(split, files, notes), set()
+    facts, written = _contents(federation, split, parts, shared)
     # In this order, so that what an interruption leaves is no stranger to the next call.
     for name in old.get("files", {}):  # all intact; also those of sites that there are no longer
         (federation / name).unlink(missing_ok=True)
     for torn in federation.glob("site-*/data/.*.part"):  # rows that nobody would find again
         torn.unlink()
-    manifest = {"split": wanted, "notes": notes, "files": files}
+    manifest = {"split": wanted, "notes": notes, "files": facts}
     _write_manifest(manifest_file, manifest | {"split": None})
     for path, content in written.items():
         part = path.with_name(f".{path.name}.part")
@@ -87,36 +111,50 @@ def prepare_data(
 
 
 def _contents(
-    federation: Path, split: Split, parts: list[Any], shared: set[str]
+    federation: Path, split: Split, parts: list[Rows], shared: set[str]
 ) -> tuple[dict[str, dict[str, Any]], dict[Path, str]]:
     """The manifest's facts of every file, and what is to be in it."""
     files: dict[str, dict[str, Any]] = {}
     written: dict[Path, str] = {}
-    for number, dataset in enumerate(parts):
+    for number, part in enumerate(parts):
         folder = federation / f"site-{number:02d}" / "data"
         folder.mkdir(parents=True, exist_ok=True)
-        for name, rows in _halves(dataset, split, shared).items():
+        for name, rows in _halves(part, split, shared).items():
             path = folder / f"{name}.jsonl"
-            content = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+            # The question whole, in one column: no reader has to put it together again.
+            lines = ({"instruction": "", "input": r.question, "output": r.answer} for r in rows)
+            content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             digest = hashlib.sha256(content.encode()).hexdigest()
             files[str(path.relative_to(federation))] = {"rows": len(rows), "sha256": digest}
             written[path] = content
     return files, written
 
 
-def _halves(dataset: Any, split: Split, shared: set[str]) -> dict[str, Any]:
+def _halves(rows: Rows, split: Split, shared: set[str]) -> dict[str, Rows]:
     """A site's rows, shuffled: those held out, none of them ``shared``, and those to train on."""
-    order = dataset.shuffle(seed=split.seed)
+    order = [rows[i] for i in _numbers(len(rows)).shuffle(seed=split.seed)["row"]]
     count = min(split.holdout_rows, int(len(order) * split.holdout_fraction))
-    own = (i for i, row in enumerate(order) if not shared or _question(row) not in shared)
-    held_out = list(islice(own, count))
-    rest = sorted(set(range(len(order))).difference(held_out))
-    return {"holdout": order.select(held_out), "train": order.select(rest)}
+    held_out = list(islice((row for row in order if row.question not in shared), count))
+    kept = set(held_out)
+    return {"holdout": held_out, "train": [row for row in order if row not in kept]}
 
 
-def _said(manifest: dict[str, Any]) -> list[str]:
-    lines = [f"{name}: {facts['rows']} rows" for name, facts in manifest["files"].items()]
-    return [*lines, *manifest.get("notes", [])]
+def _numbers(count: int, classes: list[str] | None = None) -> Any:
+    """A datasets.Dataset of rows' numbers: what is split by them is in no copy on a disk."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    columns: dict[str, Any] = {"row": list(range(count))}
+    return datasets.Dataset.from_dict(columns | ({"class": classes} if classes else {}))
+
+
+def _said(manifest: dict[str, Any], own: Iterable[str] = ()) -> list[str]:
+    lines = [
+        f"{name}: {facts['rows']} rows" for name, facts in manifest["files"].items()
+        if name not in own
+    ]  # fmt: skip
+    mine = [f"{name}: changed or put there since; it is the site's own, and stays" for name in own]
+    return [*lines, *mine, *manifest.get("notes", [])]
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -141,139 +179,87 @@ def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def _check_intact(federation: Path, known: dict[str, Any]) -> bool:
-    """True if all files of the manifest are as written; raises if another one is in the way."""
-    there = {
+def _there(federation: Path) -> dict[str, Path]:
+    return {
         str(p.relative_to(federation)): p
-        for p in federation.glob("site-*/data/*")
-        if p.suffix in LOADERS and not p.name.startswith(".")
+        for p in sorted(federation.glob("site-*/data/*"))
+        if suffix(p) and not p.name.startswith(".")
     }
-    for name, path in there.items():
-        if known.get(name, {}).get("sha256") != _sha256(path):
+
+
+def _sites_own(federation: Path, known: dict[str, Any], may_stay: bool) -> list[str]:
+    """Files that are not as the manifest says. Raises PrepareError: they are in the way."""
+    there = _there(federation)
+    own = [n for n, p in there.items() if known.get(n, {}).get("sha256") != sha256_of(p)]
+    for name in own:
+        beside = str(Path(name).with_suffix(".jsonl"))
+        if not may_stay or (beside != name and beside in there):
             raise PrepareError(
                 f"{federation / name} is not from supernode.prepare or was changed: move it away "
                 "to have the partitions made, or leave this step out to use it"
             )
-    return bool(known) and set(there) == set(known)
+    return own
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _source_sha256(source: str) -> str:
-    """Of a file, or of the files of a folder; empty for a data set of the hub."""
-    path = Path(source)
-    files = sorted(path.glob("site-*")) if path.is_dir() else [path]
-    return " ".join(_sha256(f)[:16] for f in files if f.is_file())
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Reads rows out of local files or the cache of the hub; its own copies are in ``scratch``."""
-
-    cache: Path
-    token: str | None
-    scratch: Path
-
-    def rows(self, source: str) -> Any:
-        """A datasets.Dataset of the source's rows, all columns."""
-        import datasets
-
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors may quote a row
-        path, cache = Path(source), str(self.scratch)
-        if not path.exists():
-            path = data_folder(self.cache, source, self.token)
-        if path.is_file() and path.suffix not in LOADERS:
-            raise PrepareError(f"{source}: one of {', '.join(LOADERS)} is needed")
-        try:
-            if path.is_file():
-                loaded = datasets.load_dataset(
-                    LOADERS[path.suffix], data_files=str(path), split="train", cache_dir=cache
-                )
-            else:
-                loaded = datasets.load_dataset(str(path), split="train", cache_dir=cache)
-        except Exception as err:  # pyarrow's errors have no common class
-            raise PrepareError(
-                f"data set {source}: cannot be read ({type(err).__name__}); give a JSON, JSONL or "
-                f"parquet file with the columns {', '.join(COLUMNS)}"
-            ) from err
-        missing = [c for c in COLUMNS if c not in loaded.column_names]
-        if missing:
-            raise PrepareError(
-                f"data set {source}: no column {', '.join(missing)}; it has "
-                f"{', '.join(loaded.column_names)}"
-            )
-        return loaded
-
-
-def _once(loaded: Any, source: str, notes: list[str]) -> Any:
-    """Without the rows whose question was there before: they could be held out and trained on."""
-    first = {q: i for i, q in reversed(list(enumerate(map(_question, loaded))))}
-    if repeats := len(loaded) - len(first):
-        notes.append(f"{source}: {repeats} rows ask a question again and are left out")
-    return loaded.select(sorted(first.values()))
-
-
-def _partitions(split: Split, reader: _Reader, notes: list[str]) -> list[Any]:
-    """The sites' data sets by flwr-datasets' partitioners."""
+def _partitions(split: Split, files: dict[str, Path], notes: list[str]) -> list[Rows]:
+    """The sites' rows by flwr-datasets' partitioners."""
     from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 
-    loaded = _once(reader.rows(split.source), split.source, notes)
-    if len(loaded) < 2 * split.sites:
+    by = split.partition_by if split.partitioner == "dirichlet" else ""
+    table = source_table(files, split.source, split.columns, by, notes)
+    if len(table.rows) < 2 * split.sites:
         raise PrepareError(
-            f"data set {split.source}: {len(loaded)} rows are too few for {split.sites} sites"
+            f"data set {split.source}: {len(table.rows)} rows are too few for {split.sites} sites"
         )
-    if split.partitioner == "iid":
-        partitioner: Any = IidPartitioner(num_partitions=split.sites)
-    elif split.partitioner == "dirichlet":
-        if split.partition_by not in loaded.column_names:
+    partitioner: Any = IidPartitioner(num_partitions=split.sites)
+    if split.partitioner == "dirichlet":
+        if split.partition_by.strip().casefold() not in table.columns:
             raise PrepareError(
                 f"--partition-by {split.partition_by or '(not given)'}: dirichlet needs a column "
-                f"with the class; {split.source} has {', '.join(loaded.column_names)}"
+                f"with the class; {split.source} has {', '.join(table.columns)}"
+            )
+        if without := sum(not name.strip() for name in table.classes):
+            raise PrepareError(
+                f"data set {split.source}: {without} rows have nothing in column "
+                f"'{split.partition_by}'; fill it in, or give another as --partition-by, of "
+                f"{', '.join(table.columns)}"
             )
         partitioner = DirichletPartitioner(
             num_partitions=split.sites,
-            partition_by=split.partition_by,
+            partition_by="class",
             alpha=split.alpha,
             min_partition_size=2,
             seed=split.seed,
             shuffle=True,
         )
-    else:
-        raise PrepareError(f"--partitioner {split.partitioner}: iid, dirichlet or files")
-    partitioner.dataset = loaded.shuffle(seed=split.seed)
+    partitioner.dataset = _numbers(len(table.rows), table.classes).shuffle(seed=split.seed)
     try:
         parts = [partitioner.load_partition(n) for n in range(split.sites)]
     except ValueError as err:
         raise PrepareError(f"data set {split.source}: {err}") from None
-    return [p.select_columns(list(COLUMNS)) for p in parts]
+    return [[table.rows[i] for i in part["row"]] for part in parts]
 
 
-def _question(row: dict[str, Any]) -> str:
-    return str(row["input"] or "").strip() or str(row["instruction"] or "").strip()
-
-
-def _own_files(split: Split, reader: _Reader, notes: list[str]) -> list[Any]:
+def _own_files(split: Split, notes: list[str]) -> list[Rows]:
     """Exactly the files of a folder: site-00.jsonl goes to site 00, and so on."""
     folder, parts = Path(split.source), []
     for number in range(split.sites):
-        found = [p for s in LOADERS if (p := folder / f"site-{number:02d}{s}").is_file()]
+        name = f"site-{number:02d}"
+        found = [p for p in folder.glob(f"{name}.*") if p.stem == name and suffix(p)]
         if len(found) != 1:
             raise PrepareError(
-                f"{folder}: exactly one of site-{number:02d}.jsonl, .json, .parquet is needed, "
+                f"{folder}: exactly one of {name}{', '.join(SUFFIXES)} is needed, "
                 f"{len(found)} found"
             )
-        loaded = reader.rows(str(found[0])).select_columns(list(COLUMNS))
-        parts.append(_once(loaded, found[0].name, notes))
+        files = {found[0].name: found[0]}
+        parts.append(source_table(files, found[0].name, split.columns, "", notes).rows)
     return parts
 
 
-def _shared(parts: list[Any], notes: list[str]) -> set[str]:
+def _shared(parts: list[Rows], notes: list[str]) -> set[str]:
     """The questions that more than one site has."""
-    sites = Counter(question for part in parts for question in map(_question, part))
-    shared = {question for question, count in sites.items() if question and count > 1}
+    sites = Counter(row.question for part in parts for row in part)
+    shared = {question for question, count in sites.items() if count > 1}
     if shared:
         notes.append(f"{len(shared)} questions are at more than one site: none of them is held out")
     return shared

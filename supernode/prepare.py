@@ -52,6 +52,11 @@ def main() -> int:
     data.add_argument("--partition-by", default=env("PARTITION_BY", ""))
     data.add_argument("--alpha", type=float, default=env("DIRICHLET_ALPHA", "0.5"))
     data.add_argument("--seed", type=int, default=env("DATA_SEED", "2025"))
+    data.add_argument(
+        "--columns",
+        default=env("DATA_COLUMNS", ""),
+        help="QUESTION,ANSWER: the columns, where they have other names than the usual ones",
+    )
     args = parser.parse_args()
     trust_own_ca()
     try:
@@ -62,8 +67,9 @@ def main() -> int:
         if args.what in ("data", "all"):
             source = str(BUNDLED) if args.source == "bundled" else args.source
             split = Split(
-                source, args.sites, args.partitioner, args.partition_by, args.alpha, args.seed
-            )
+                source, args.sites, args.partitioner, args.partition_by, args.alpha, args.seed,
+                args.columns,
+            )  # fmt: skip
             for line in prepare_data(args.federation, split, args.cache, token):
                 print(f"prepare: {line}", flush=True)
     except (PrepareError, OSError) as err:

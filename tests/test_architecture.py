@@ -23,6 +23,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "app/plan.py": ("app.site", "app.wire", "app.config"),
     "superlink/": ("superlink", "app.config"),
     "supernode/": ("supernode",),
+    "supernode/partitions.py": ("supernode", "app.site.rows"),
+    "supernode/sources.py": ("supernode", "app.site.rows"),
     "eval/": (
         "eval", "app.config", "app.server.checkpoint", "app.site.base_model",
         "app.site.partition.SiteError", "app.site.verified",
@@ -38,8 +40,8 @@ HEAVY_FILES = {
 }  # fmt: skip
 # An import costs seconds in every process: in these only where it is used.
 LAZY_FILES = {
-    "app/site/base_model.py", "app/site/gpu_check.py", "supernode/download.py",
-    "supernode/quantise.py", "eval/__main__.py",
+    "app/site/base_model.py", "app/site/examples.py", "app/site/gpu_check.py",
+    "supernode/download.py", "supernode/quantise.py", "eval/__main__.py",
 }  # fmt: skip
 SOURCES = sorted(
     p.relative_to(REPOSITORY).as_posix()

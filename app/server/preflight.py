@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from app.config import RunConfig
 from app.server.exchange import exchange
 from app.server.site_list import CURE, read_site_list, site_name
+from app.server.site_rows import PARTS, row_counts
 from app.server.untrusted import UnfitError, count, linear_layers, one_line, table
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ class Sites:
     devices: dict[int, str] = field(default_factory=dict)  # as each site describes its own
     # Partition id -> name of its device's turn: sites of the same one compute one after the other.
     turns: dict[int, str] = field(default_factory=dict)
+    # Partition id -> part of the data -> what became of the rows that were read.
+    rows: dict[int, dict[str, dict[str, int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Answer:
     versions: dict[str, str] = field(default_factory=dict)
     device: str = ""
     turn: str = ""
+    rows: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "Answer":
@@ -70,10 +74,13 @@ class Answer:
         partition_id = count(facts["partition-id"], "partition-id")
         if "error" in facts:
             return cls(partition_id, one_line(str(facts["error"])) or "an error")
+        used = {part: count(facts[name], name) for part, name in PARTS.items()}
         return cls(
             partition_id,
-            num_examples=count(facts["num-examples"], "num-examples"),
-            num_holdout=count(facts["num-holdout"], "num-holdout"),
+            num_examples=used["train"],
+            num_holdout=used["holdout"],
+            # Only told, never reckoned with: a site that says nothing of it can take part.
+            rows=row_counts(facts["rows"], used) if "rows" in facts else {},
             fingerprint=one_line(str(facts["fingerprint"]), 100),
             linear_layers=linear_layers(facts["linear-layers"]),
             versions=table(facts["versions"], "versions"),
@@ -237,6 +244,7 @@ def compare(
         left_out=left_out,
         devices={p: a.device for p, a in usable.items()},
         turns={p: a.turn for p, a in usable.items()},
+        rows={p: a.rows for p, a in usable.items()},
     )
 
 

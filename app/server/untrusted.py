@@ -31,21 +31,22 @@ def count(value: object, what: str) -> int:
 
 def table(text: object, what: str) -> dict[str, str]:
     """A small JSON object of texts. Raises UnfitError, and json's own errors."""
-    parsed = _object(text, what, 2 * ENTRIES * ENTRY, ENTRIES)
+    parsed = json_object(text, what, 2 * ENTRIES * ENTRY, ENTRIES)
     return {one_line(key, ENTRY): one_line(str(value), ENTRY) for key, value in parsed.items()}
 
 
 def linear_layers(text: object) -> dict[str, list[int]]:
     """Layer name -> [out, in], in the site's order. Raises UnfitError, and json's own errors."""
     layers = {}
-    for name, shape in _object(text, "linear-layers", LAYERS_TEXT, LAYERS).items():
+    for name, shape in json_object(text, "linear-layers", LAYERS_TEXT, LAYERS).items():
         if not _LAYER_NAME.fullmatch(name) or not isinstance(shape, list) or len(shape) != 2:
             raise UnfitError("linear-layers are not names of modules with two sizes each")
         layers[name] = [count(size, "a size in linear-layers") for size in shape]
     return layers
 
 
-def _object(text: object, what: str, most: int, entries: int) -> dict[str, object]:
+def json_object(text: object, what: str, most: int, entries: int) -> dict[str, object]:
+    """A JSON object of at most so many characters and entries. Raises as above."""
     if not isinstance(text, str):
         raise UnfitError(f"{what} is no text")
     if len(text) > most:

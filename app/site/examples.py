@@ -1,13 +1,22 @@
-"""Rows to token ids and labels, and batches of them."""
+"""Rows to token ids and labels, and batches of them.
 
+Question and answer are text, whatever they say: no "</s>" in them becomes the end of a sequence.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from app.site.partition import Row
 from app.site.prompts import training_prompt
+from app.site.rows import Row
 
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 
 
@@ -17,36 +26,112 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
+    cut: bool = False  # its answer goes on
 
     @property
     def num_labels(self) -> int:
         return sum(label != IGNORED for label in self.labels)
 
 
-def encode(row: Row, tokenizer: Any, seq_length: int) -> Example:
-    """One training example of at most ``seq_length`` tokens.
+class FileTokenizer:
+    """A prepared model's tokenizer without transformers: what the preflight can afford.
 
-    The answer ends in EOS, and EOS is learned: its label is real, and padding is masked by
-    the attention mask, not by its id (many tokenizers pad with EOS). A row that is cut ends
-    without EOS, since its answer does not end there; if the prompt alone fills the length,
-    no label is left (``num_labels`` is 0).
+    Of the same tokenizer.json that transformers reads, and called in the same way. Whatever is
+    wrong with the file raises some Exception.
     """
-    prompt = tokenizer(training_prompt(row.question))["input_ids"]
-    answer = tokenizer(" " + row.answer, add_special_tokens=False)["input_ids"]
-    answer = [*answer, tokenizer.eos_token_id]
-    ids = (prompt + answer)[:seq_length]
-    labels = ([IGNORED] * len(prompt) + answer)[:seq_length]
-    return Example(ids, labels)
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer
+
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        self.backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        eos = settings["eos_token"]
+        content = eos["content"] if isinstance(eos, dict) else eos
+        self.eos_token_id = self.backend.token_to_id(content)
+        if self.eos_token_id is None:
+            raise ValueError("no EOS")
+
+    def __call__(
+        self, texts: list[str], add_special_tokens: bool, split_special_tokens: bool
+    ) -> dict[str, list[list[int]]]:
+        self.backend.encode_special_tokens = split_special_tokens
+        found = self.backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+        return {"input_ids": [one.ids for one in found]}
 
 
-def encode_all(rows: list[Row], tokenizer: Any, seq_length: int) -> list[Example]:
+def _ids(texts: list[str], tokenizer: Any, special: bool = False) -> list[list[int]]:
+    made = tokenizer(texts, add_special_tokens=special, split_special_tokens=True)
+    ids: list[list[int]] = made["input_ids"]
+    return ids
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts in front of a text: BOS, or nothing. What it puts behind is ours."""
+    (bare,), (whole,) = (_ids(["a"], tokenizer, special) for special in (False, True))
+    return whole[: next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)]
+
+
+def _puts_a_space(tokenizer: Any) -> bool:
+    """True if the tokenizer itself puts a space in front of a text, as Llama-2's does."""
+    (one,), (two,) = _ids(["a"], tokenizer), _ids(["a a"], tokenizer)
+    return two == one + one
+
+
+def encode_rows(rows: Sequence[Row], tokenizer: Any, seq_length: int) -> list[Example]:
+    """A training example of each row, of at most ``seq_length`` tokens.
+
+    The ids are those of the whole text, and those in front of the answer the prompt's own, as at
+    inference. The answer ends in EOS, and EOS is learned: its label is real, and padding is masked
+    by the attention mask, not by its id (many tokenizers pad with EOS). A row that is cut ends
+    without EOS, since its answer does not end there; if the prompt alone fills the length, no
+    label is left (``num_labels`` is 0).
+    """
+    if not rows:
+        return []
+    texts = [training_prompt(row.question) for row in rows]
+    answers = [f" {row.answer}" for row in rows]
+    start, prompts = _start(tokenizer), _ids(texts, tokenizer)
+    wholes = _ids([t + a for t, a in zip(texts, answers, strict=True)], tokenizer)
+    apart = [n for n, p in enumerate(prompts) if wholes[n][: len(p)] != p]
+    if apart:  # a token of both: the prompt is kept as at inference
+        logger.info("%d of %d prompts and answers are tokenised apart", len(apart), len(rows))
+        space = slice(1, None) if _puts_a_space(tokenizer) else slice(None)
+        for n, ids in zip(apart, _ids([answers[n][space] for n in apart], tokenizer), strict=True):
+            wholes[n] = prompts[n] + ids
+    examples = []
+    for prompt, whole in zip(prompts, wholes, strict=True):
+        ids = [*start, *whole, tokenizer.eos_token_id]
+        answer_at = len(start) + len(prompt)
+        labels = [IGNORED] * answer_at + ids[answer_at:]
+        examples.append(Example(ids[:seq_length], labels[:seq_length], len(ids) > seq_length))
+    return examples
+
+
+def encode(row: Row, tokenizer: Any, seq_length: int) -> Example:
+    return encode_rows([row], tokenizer, seq_length)[0]
+
+
+def encode_all(rows: Sequence[Row], tokenizer: Any, seq_length: int) -> list[Example]:
     """Examples of the rows that keep at least one label."""
-    examples = (encode(row, tokenizer, seq_length) for row in rows)
-    return [e for e in examples if e.num_labels]
+    return [e for e in encode_rows(rows, tokenizer, seq_length) if e.num_labels]
 
 
-def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
+def lengths(rows: Sequence[Row], tokenizer: Any, seq_length: int) -> dict[str, int]:
+    """How many rows keep nothing of their answer, and how many lose its end."""
+    too_long = cut = 0
+    for at in range(0, len(rows), 1000):  # not the ids of all of them at once
+        for example in encode_rows(rows[at : at + 1000], tokenizer, seq_length):
+            too_long += not example.num_labels
+            cut += example.cut and example.num_labels > 0
+    return {"too_long": too_long, "cut": cut}
+
+
+def collate(examples: list[Example]) -> "dict[str, torch.Tensor]":
     """input_ids, attention_mask and labels [B, T], padded on the right to the longest."""
+    import torch
+
     length = max(len(e.input_ids) for e in examples)
     batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for e in examples:

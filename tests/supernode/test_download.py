@@ -105,7 +105,9 @@ def test_prepare_without_network_takes_what_download_left(
     assert json.loads((folder / "base.json").read_text())["name"] == MODEL
     weights = (model_folder(cache, MODEL, None) / "model.safetensors").read_bytes()
     assert weights == (tiny_model / "model.safetensors").read_bytes()
-    assert len(prepare_data(federation, Split(DATA, 2), cache)) == 4
+    assert "somebody/flashcards: 40 rows, 40 of them used" in prepare_data(
+        federation, Split(DATA, 2), cache
+    )
     rows = "".join(p.read_text() for p in federation.glob("site-*/data/*.jsonl"))
     assert rows.count('"output": "A ') == 40
     assert {p: p.stat().st_mtime_ns for p in cache.rglob("*")} == before

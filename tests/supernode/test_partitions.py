@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from app.site import partition
+from app.site.rows import read
 from supernode import partitions
 from supernode.download import PrepareError
 from supernode.partitions import BUNDLED, Split, prepare_data
@@ -179,17 +180,36 @@ def test_a_damaged_manifest_is_one_line_and_nothing_is_overwritten(
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "holdout.jsonl"])
-@pytest.mark.parametrize("seed", [2025, 9])
-def test_a_file_that_was_changed_is_never_overwritten(
-    source: str, federation: Path, name: str, seed: int
+def test_a_file_that_was_corrected_is_the_sites_own_and_never_overwritten(
+    source: str, federation: Path, name: str
 ) -> None:
-    prepare_data(federation, Split(source, 3))
+    first = prepare_data(federation, Split(source, 3))
     mine = federation / "site-01" / "data" / name
     mine.write_text(mine.read_text("utf-8") + json.dumps(ROWS[0]) + "\n", encoding="utf-8")
     before = files(federation)
+    again = prepare_data(federation, Split(source, 3))  # as with each `docker compose up`
+    said = f"site-01/data/{name}: changed or put there since; it is the site's own, and stays"
+    assert said in again
+    assert set(first) - set(again) == {line for line in first if f"site-01/data/{name}" in line}
     with pytest.raises(PrepareError, match=f"site-01/data/{name}"):
-        prepare_data(federation, Split(source, 3, seed=seed))
+        prepare_data(federation, Split(source, 3, seed=9))  # others would get its rows
     assert files(federation) == before
+
+
+def test_a_site_may_put_a_file_of_its_own_in_the_place_of_prepares(
+    source: str, federation: Path
+) -> None:
+    prepare_data(federation, Split(source, 3))
+    (federation / "site-02" / "data" / "train.jsonl").unlink()
+    own = federation / "site-02" / "data" / "train.CSV"
+    own.write_text("question;answer\nWhy?;Because.\n")
+    before = files(federation)
+    said = prepare_data(federation, Split(source, 3))
+    assert [line for line in said if "site's own" in line] == [
+        "site-02/data/train.CSV: changed or put there since; it is the site's own, and stays"
+    ]
+    assert files(federation) == before
+    assert partition.load(federation / "site-02", "train") == [partition.Row("Why?", "Because.")]
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.parquet", "holdout.jsonl"])
@@ -198,7 +218,7 @@ def test_a_hospitals_own_file_is_never_overwritten(
     source: str, federation: Path, name: str, prepared: bool
 ) -> None:
     if prepared:
-        prepare_data(federation, Split(source, 3))
+        prepare_data(federation, Split(source, 3, seed=9))
     mine = federation / "site-02" / "data" / name
     mine.parent.mkdir(parents=True, exist_ok=True)
     mine.write_text("my own")
@@ -284,7 +304,7 @@ def test_a_question_that_a_sites_file_has_twice_is_taken_once(
     assert len(holdout) == 10
     answers = {r["output"] for part in ("train", "holdout") for r in rows_of(federation, 0, part)}
     assert answers == {r["output"] for r in rows}  # the first of each
-    assert said[-1] == "site-00.jsonl: 17 rows ask a question again and are left out"
+    assert "WARNING: site-00.jsonl: 37 rows, 20 of them used, 17 that ask a question again" in said
 
 
 def test_what_several_sites_have_is_trained_on_and_never_held_out(
@@ -311,26 +331,28 @@ def test_what_several_sites_have_is_trained_on_and_never_held_out(
     assert [len(all_of(federation, site)[1]) for site in range(3)] == [6, 8, 5]
 
 
-def test_files_that_were_split_with_their_repeats_are_split_anew(
+def test_partitions_of_another_versions_reader_are_made_anew(
     tmp_path: Path, federation: Path
 ) -> None:
     write_jsonl(tmp_path / "own" / "site-00.jsonl", numbered(20))
     split = Split(str(tmp_path / "own"), 1, "files")
     prepare_data(federation, split)
-    manifest = json.loads((federation / "prepared" / "data.json").read_text())
-    del manifest["notes"]  # as an older version wrote it
-    (federation / "prepared" / "data.json").write_text(json.dumps(manifest))
+    manifest_file = federation / "prepared" / "data.json"
+    written = manifest_file.read_text()
+    manifest = json.loads(written)
+    del manifest["split"]["reader"]  # as an older version wrote it
+    manifest_file.write_text(json.dumps(manifest))
     prepare_data(federation, split)
-    assert "notes" in json.loads((federation / "prepared" / "data.json").read_text())
+    assert manifest_file.read_text() == written
 
 
 def test_killed_anywhere_prepare_is_completed_by_the_next_call(
     tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = tmp_path / "start"
-    loaded = partitions._Reader(tmp_path, None, tmp_path / "scratch").rows(source)
+    table = read({source: Path(source)})
     # Read once, not fifty times.
-    monkeypatch.setattr(partitions._Reader, "rows", lambda reader, source: loaded)
+    monkeypatch.setattr(partitions, "source_table", lambda *_: table)
     prepare_data(start, Split(source, 3))
     copies = (Path(shutil.copytree(start, tmp_path / str(n))) for n in count())
     for federation in kills(lambda f: prepare_data(f, Split(source, 2, seed=9)), copies):
@@ -354,17 +376,21 @@ def test_own_files_must_be_exactly_one_a_site(
     assert not list(federation.rglob("*.jsonl"))
 
 
-@pytest.mark.parametrize("missing", ["instruction", "input", "output"])
-def test_a_source_without_a_column_is_refused_naming_it(
-    tmp_path: Path, federation: Path, missing: str
+@pytest.mark.parametrize(
+    ("left", "missing"), [(("input", "topic"), "output"), (("output", "topic"), "instruction")]
+)
+def test_a_source_without_a_column_is_refused_naming_it_and_those_it_has(
+    tmp_path: Path, federation: Path, left: tuple[str, str], missing: str
 ) -> None:
-    rows = [{k: v for k, v in row.items() if k != missing} for row in numbered(20)]
+    rows = [{k: v for k, v in row.items() if k in left} for row in numbered(20)]
     source = write_jsonl(tmp_path / "source.jsonl", rows)
-    with pytest.raises(PrepareError, match=f"no column {missing};"):
+    with pytest.raises(PrepareError, match=f"no column '{missing}'.*; it has {', '.join(left)}$"):
         prepare_data(federation, Split(str(source), 2))
 
 
 def _write_source(path: Path, content: Any) -> str:
+    if content is None:
+        return str(path)
     path.write_bytes(content) if isinstance(content, bytes) else write_jsonl(path, content)
     return str(path)
 
@@ -381,7 +407,25 @@ def _write_source(path: Path, content: Any) -> str:
             {"partitioner": "dirichlet", "partition_by": "specialty"},
             "specialty.*topic",
         ),
-        ("rows.csv", b"instruction,input,output\n", {}, r"\.jsonl"),
+        ("rows.xlsx", b"PK", {}, r"one of \.jsonl, \.json, \.csv, \.parquet is needed"),
+        ("rows.csv", b"instruction,input,output\n", {}, "0 rows are too few"),
+        ("x.jsonl", numbered(20), {"sites": 0}, "^--sites 0: a whole number above 0"),
+        ("x.jsonl", numbered(20), {"alpha": -1.0}, r"^--alpha -1\.0: a number above 0"),
+        ("x.jsonl", numbered(20), {"alpha": float("nan")}, "^--alpha nan: a number above 0"),
+        ("x.jsonl", numbered(20), {"seed": -1}, "^--seed -1: a whole number from 0"),
+        ("gone.jsonl", None, {"partitioner": "random"}, "--partitioner random: iid, dirichlet or"),
+        (
+            "x.jsonl",
+            [*numbered(20), numbered(21)[20] | {"topic": None}],
+            {"partitioner": "dirichlet", "partition_by": "topic"},
+            "1 rows have nothing in column 'topic'; .*of instruction, input, output, topic$",
+        ),
+        (
+            "x.jsonl",
+            numbered(20),
+            {"columns": "question"},
+            "DATA_COLUMNS=question: two names are needed",
+        ),
         ("bad.parquet", b"not parquet", {}, "bad.parquet"),
         ("bad.json", b"{", {}, "bad.json"),
     ],
@@ -396,7 +440,7 @@ def test_a_split_that_cannot_be_made_is_one_line_and_writes_nothing(
 ) -> None:
     source = _write_source(tmp_path / name, content)
     with pytest.raises(PrepareError, match=words) as caught:
-        prepare_data(federation, Split(source, 3, **changes))
+        prepare_data(federation, Split(source, **{"sites": 3, **changes}))
     assert "\n" not in str(caught.value)
     assert not list(federation.rglob("*.json*"))
 

@@ -18,6 +18,7 @@ from app.server.site_list import SiteListError
 from tests.samples import run_config, write_site_list
 from tests.stand_in_grid import Clock, Node, StandInGrid
 
+COUNTS = dict.fromkeys(("read", "empty", "repeated", "known", "too_long", "cut", "used"), 0)
 LINEAR = {"model.layers.0.self_attn.q_proj": [32, 32], "lm_head": [300, 32]}
 
 
@@ -32,8 +33,16 @@ def answer(partition_id: int, **changes: Any) -> dict[str, Any]:
         "num-holdout": 10 + partition_id,
         "fingerprint": "aaaa",
         "linear-layers": json.dumps(LINEAR),
+        "rows": json.dumps(rows(100 + partition_id, 10 + partition_id)),
         **changes,
     }
+
+
+def rows(train: int, holdout: int, **lost: int) -> dict[str, dict[str, int]]:
+    """What a site says that became of its rows: so many used, others lost of those to train on."""
+    read = train + sum(n for why, n in lost.items() if why != "cut")
+    of_train = COUNTS | lost | {"read": read, "used": train}
+    return {"train": of_train, "holdout": COUNTS | {"read": holdout, "used": holdout}}
 
 
 def broken(partition_id: int, why: str) -> dict[str, Any]:
@@ -69,6 +78,7 @@ def test_sites_that_agree_may_start_and_are_known_by_their_partitions() -> None:
         left_out={},
         devices=dict.fromkeys((0, 3, 7), "cpu"),
         turns={0: "host of 0", 3: "host of 0", 7: "host of 1"},
+        rows={p: rows(100 + p, 10 + p) for p in (0, 3, 7)},
     )
     assert list(sites.linear_layers) == list(LINEAR)  # their order is the adapter's
 
@@ -216,6 +226,16 @@ def test_the_order_of_the_answers_does_not_matter() -> None:
         answer(2, **{"linear-layers": json.dumps(["a list"])}),
         answer(2, **{"linear-layers": json.dumps({"lm_head": [1]})}),
         answer(2, **{"linear-layers": "[" * 100_000}),
+        answer(2, **{"num-examples": 103}),  # and 102 in its counts
+        answer(2, rows="[]"),
+        answer(2, rows=json.dumps({"train": rows(102, 12)["train"]})),
+        answer(2, rows=json.dumps(rows(102, 13))),
+        answer(2, rows=json.dumps(rows(102, 12, cut=103))),
+        answer(2, rows=json.dumps(rows(102, 12, empty=-1))),
+        answer(2, rows=json.dumps(rows(102, 12, empty=True))),
+        answer(2, rows=json.dumps(rows(102, 12, patients=1))),
+        answer(2, rows=json.dumps(rows(102, 12) | {"train": COUNTS | {"used": 102}})),
+        answer(2, rows="[" * 100_000),
         answer(2, versions=json.dumps({"python": "x" * 50_000_000})),
     ],
 )

@@ -1,5 +1,6 @@
 """A site's rows: what is read, what is left out, and that no message carries a row's text."""
 
+import csv
 import json
 import logging
 import os
@@ -15,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.site.partition import Row, SiteError, load
+from app.site.partition import Row, SiteError, load, part_of
 from tests.samples import ROWS, write_jsonl
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 MARKER = "Mrs Lindqvist was told on Tuesday"  # stands for a patient's text
 GOOD = {"instruction": "Answer", "input": "Why?", "output": "Because."}
 
@@ -30,6 +31,11 @@ def write(site: Path, rows: list[Any], suffix: str = ".jsonl", part: str = "trai
         write_jsonl(path, rows)
     elif suffix == ".json":
         path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+    elif suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, ("instruction", "input", "output"))
+            writer.writeheader()
+            writer.writerows(rows)
     else:
         pq.write_table(pa.Table.from_pylist(rows), path)
     return path
@@ -70,7 +76,7 @@ def test_any_text_survives_line_separators_included(
 
 def test_a_line_separator_within_a_text_does_not_shift_the_line_numbers(tmp_path: Path) -> None:
     strange = GOOD | {"output": "one\u2028two\x85three"}
-    write(tmp_path, [strange, strange, {"input": MARKER}])
+    write(tmp_path, [strange, strange, {"input": [MARKER], "output": ""}])
     assert "line 3" in error_of(tmp_path)
 
 
@@ -94,11 +100,11 @@ def test_repeats_and_rows_without_question_or_answer_are_left_out(
     no_answer = GOOD | {"output": " \n"}
     no_question = {"instruction": "", "input": "", "output": "Because."}
     spaced = GOOD | {"input": " Why? "}
-    write(tmp_path, [GOOD, no_answer, spaced, no_question, ROWS[0], GOOD], suffix)
-    assert load(tmp_path, "train") == [
-        Row("Why?", "Because."),
-        Row(ROWS[0]["input"], ROWS[0]["output"]),
-    ]
+    other = GOOD | {"input": ROWS[0]["input"]}
+    write(tmp_path, [GOOD, no_answer, spaced, no_question, other, GOOD], suffix)
+    found = part_of(tmp_path, "train")
+    assert found.rows == [Row("Why?", "Because."), Row(ROWS[0]["input"], "Because.")]
+    assert found.counts() == {"read": 6, "empty": 2, "repeated": 2, "known": 0}
 
 
 @pytest.fixture
@@ -117,6 +123,7 @@ def test_what_a_site_trains_on_is_not_scored_as_held_out(
     spaced = [r | {"input": f" {r['input']} "} for r in ROWS[5:10]]  # with other answers
     write(tmp_path, spaced, ".jsonl", "holdout")
     assert load(tmp_path, "holdout") == [Row(r["input"], r["output"]) for r in ROWS[8:10]]
+    assert part_of(tmp_path, "holdout").known == 3
     assert len(load(tmp_path, "train")) == 8
     assert {r.getMessage() for r in site_log.records} == {
         f"data/holdout.jsonl: 3 of 5 rows ask what data/train{suffix} asks too; they are not "
@@ -157,14 +164,10 @@ def test_two_files_for_one_part_are_both_named(tmp_path: Path, part: str) -> Non
 @pytest.mark.parametrize(
     ("bad", "column"),
     [
-        ({"instruction": MARKER, "input": MARKER}, "output"),
-        ({"instruction": MARKER, "output": MARKER}, "input"),
-        ({"input": MARKER, "output": MARKER}, "instruction"),
-        ({"instruction": MARKER, "input": MARKER, "output": 7}, "output"),
-        ({"instruction": MARKER, "input": MARKER, "output": None}, "output"),
-        ({"instruction": MARKER, "input": [MARKER], "output": MARKER}, "input"),
-        ([MARKER, MARKER, MARKER], "instruction"),
-        (MARKER, "instruction"),
+        ({"instruction": MARKER, "input": MARKER, "output": {MARKER: 1}}, "column 'output'"),
+        ({"instruction": MARKER, "input": [MARKER], "output": MARKER}, "column 'input'"),
+        ([MARKER, MARKER, MARKER], "not an object of columns"),
+        (MARKER, "not an object of columns"),
     ],
 )
 def test_a_bad_row_is_named_by_its_place_and_column_never_by_its_text(
@@ -174,7 +177,7 @@ def test_a_bad_row_is_named_by_its_place_and_column_never_by_its_text(
     message = error_of(tmp_path)
     assert f"train{suffix}" in message
     assert place in message
-    assert f"'{column}'" in message
+    assert column in message
     assert MARKER not in message
     assert "Lindqvist" not in message
 
@@ -182,9 +185,7 @@ def test_a_bad_row_is_named_by_its_place_and_column_never_by_its_text(
 def test_a_parquet_file_without_a_column_is_named_by_the_column(tmp_path: Path) -> None:
     write(tmp_path, [{"instruction": MARKER, "input": MARKER}], ".parquet")
     message = error_of(tmp_path)
-    assert "train.parquet" in message
-    assert "row 1" in message
-    assert "'output'" in message
+    assert "train.parquet: no column 'output'" in message
     assert MARKER not in message
 
 
@@ -194,10 +195,9 @@ def test_a_parquet_file_without_a_column_is_named_by_the_column(tmp_path: Path) 
         '{"input": "' + MARKER,
         f"{MARKER}",
         f'{{"input": "{MARKER}"}} {{}}',
-        f'{{"input": "{MARKER}", "age": ' + "9" * 5000 + "}",  # Python refuses such a number
         f'["{MARKER}", ' + "[" * 100_000,
     ],
-    ids=["cut", "plain text", "two values", "number of 5000 digits", "nested too deep"],
+    ids=["cut", "plain text", "two values", "nested too deep"],
 )
 def test_a_line_that_is_not_json_is_named_by_its_number_never_by_its_text(
     tmp_path: Path, line: str
@@ -213,10 +213,9 @@ def test_a_line_that_is_not_json_is_named_by_its_number_never_by_its_text(
     ("text", "place"),
     [
         (f'[\n{{"instruction": "",\n"input": "{MARKER}" "output": ""}}\n]', ", line 3"),
-        (f'["{MARKER}", ' + "9" * 5000 + "]", ""),
         (f'["{MARKER}", ' + "[" * 100_000, ""),
     ],
-    ids=["breaks off", "number of 5000 digits", "nested too deep"],
+    ids=["breaks off", "nested too deep"],
 )
 def test_a_json_file_that_is_none_is_named_and_where_json_tells_by_the_line(
     tmp_path: Path, text: str, place: str
@@ -243,7 +242,7 @@ def test_half_a_character_that_no_tokenizer_takes_is_found_before_training(
     assert "Lindqvist" not in message
 
 
-@pytest.mark.parametrize("value", [{"rows": [GOOD]}, MARKER, 3, None])
+@pytest.mark.parametrize("value", [{"rows": [GOOD]}, {MARKER: [GOOD]}, MARKER, 3, None])
 def test_a_json_file_must_be_an_array(tmp_path: Path, value: object) -> None:
     path = tmp_path / "data" / "train.json"
     path.parent.mkdir()

@@ -1,0 +1,92 @@
+"""Where a data set's rows come from: a file, a folder, or the hub; each question once.
+
+What stands there is read anew each time, and no library's copy of it is made.
+"""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from app.site.rows import SUFFIXES, RowsError, Table, read
+from supernode.download import PrepareError, data_folder
+
+MUCH = 0.1  # of the rows, left out, is worth a warning
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def identity(source: str, cache: Path, token: str | None, old: dict[str, Any]) -> str:
+    """Of a file or of all files of a folder; of a data set of the hub its revision."""
+    path = Path(source)
+    if not path.exists():
+        try:
+            return data_folder(cache, source, token).name
+        except PrepareError:  # gone from the cache, or not there yet: reading it will say so
+            return str((old.get("split") or {}).get("source_sha256", ""))
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    whole = "".join(f"{f.relative_to(path)} {sha256_of(f)}\n" for f in files)
+    return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def data_files(source: str, cache: Path, token: str | None, scratch: str) -> dict[str, Path]:
+    """The data files by name: the file itself, or those of a folder's or hub set's train split."""
+    if Path(source).is_file():
+        return {source: Path(source)}
+    folder = Path(source) if Path(source).is_dir() else data_folder(cache, source, token)
+    import datasets
+
+    try:
+        names = datasets.get_dataset_config_names(str(folder))
+        default = datasets.get_dataset_default_config_name(str(folder))
+        if not default:
+            raise PrepareError(
+                f"data set {source}: it has the configurations {', '.join(names)}; give the file "
+                f"of one as --source, out of {folder}"
+            )
+        builder = datasets.load_dataset_builder(str(folder), default, cache_dir=scratch)
+    except PrepareError:
+        raise
+    except Exception as err:  # of no common class
+        raise PrepareError(
+            f"data set {source}: no files that can be read ({type(err).__name__}); give one of "
+            f"{', '.join(SUFFIXES)} as --source, out of {folder}"
+        ) from err
+    splits: dict[str, list[str]] = builder.config.data_files or {}
+    if "train" not in splits:
+        raise PrepareError(
+            f"data set {source}: no split 'train', it has {', '.join(splits) or 'none'}; give the "
+            f"file of one as --source, out of {folder}"
+        )
+    return {f"{source}: {Path(file).name}": Path(file) for file in splits["train"]}
+
+
+def source_table(
+    files: dict[str, Path], called: str, columns: str, class_column: str, notes: list[str]
+) -> Table:
+    """The files' rows, each question once: else it could be held out and trained on.
+
+    Adds to ``notes`` how many there are, and why others are left out. Raises PrepareError.
+    """
+    try:
+        table = read(files, columns, class_column)
+    except RowsError as err:
+        has = f"; it has {', '.join(err.columns)}" if err.columns else ""
+        raise PrepareError(f"data set {err}{has}") from None
+    first = {r.question: i for i, r in reversed(list(enumerate(table.rows)))}
+    once = sorted(first.values())
+    lost = {
+        "without a question or an answer": table.empty,
+        "that ask a question again": table.repeated + len(table.rows) - len(once),
+    }
+    told = "".join(f", {count} {what}" for what, count in lost.items() if count)
+    warning = "WARNING: " if sum(lost.values()) > MUCH * table.read else ""
+    notes.append(f"{warning}{called}: {table.read} rows, {len(once)} of them used{told}")
+    if table.left_out:
+        notes.append(f"{called}: the instruction that all rows share is no part of the questions")
+    return replace(
+        table, rows=[table.rows[i] for i in once], classes=[table.classes[i] for i in once]
+    )
