@@ -232,16 +232,15 @@ def _decoded(name: str, path: Path) -> str:
     except OSError as err:
         raise RowsError(f"{name}: cannot be read ({err.strerror})") from None
     coding = next((c for bom, c in _BOMS.items() if raw.startswith(bom)), "utf-8")
+    if coding == "utf-8" and 0 in raw[:4]:  # UTF-16 or UTF-32 without a mark
+        raise RowsError(f"{name}: a zero byte at its start, not UTF-8; {_RESAVE}")
     try:
-        text = raw.decode(coding)
+        return raw.decode(coding)
     except UnicodeDecodeError as err:
         raise RowsError(
             f"{name}, line {raw.count(10, 0, err.start) + 1}, byte {err.start} "
             f"(0x{raw[err.start]:02x}): not {coding.removesuffix('-sig').upper()}; {_RESAVE}"
         ) from None
-    if "\0" in text[:4]:  # UTF-16 or UTF-32 without a mark
-        raise RowsError(f"{name}: a zero byte at its start, not UTF-8; {_RESAVE}")
-    return text
 
 
 def _csv(text: str) -> Iterator[tuple[str, Any]]:

@@ -1,5 +1,6 @@
 """Rows to token ids and labels: what is learned, what is not, and what is cut."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from app.site.examples import IGNORED, Example, collate, encode, encode_all
+from app.site.examples import (
+    IGNORED,
+    Example,
+    FileTokenizer,
+    collate,
+    encode,
+    encode_all,
+    encode_rows,
+    lengths,
+)
 from app.site.partition import Row
 from app.site.prompts import training_prompt
 from tests.samples import ROWS
@@ -83,6 +94,124 @@ def test_rows_whose_prompt_fills_the_length_are_dropped(tokenizer: Any) -> None:
 def test_the_order_of_the_rows_is_kept(tokenizer: Any) -> None:
     examples = encode_all(ALL, tokenizer, LONG)
     assert [tokenizer.decode(learned(e)[:-1]) for e in examples] == [" " + r.answer for r in ALL]
+
+
+ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def behind_as_well(tokenizer: Any) -> Any:
+    """The tiny tokenizer, but it puts EOS behind each text by itself."""
+    made = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    made._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>",
+        special_tokens=[("<s>", made.bos_token_id), ("</s>", made.eos_token_id)],
+    )  # fmt: skip
+    return made
+
+
+def nothing_in_front(tokenizer: Any) -> Any:
+    """As GPT-2's and SmolLM2's: it has a BOS, and puts it nowhere."""
+    made = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    made._tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return made
+
+
+def a_space_in_front(tokenizer: Any) -> Any:
+    """As Llama-2's: a normalizer puts a space in front of each text. No merge crosses words."""
+    made = Tokenizer(models.BPE())
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    letters = [chr(c) for c in range(32, 127)] + ["é", "漢", "▁", "\n"]
+    special = list(ENDS.values())
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(letters) + 2, initial_alphabet=letters, special_tokens=special,
+        show_progress=False,
+    )  # fmt: skip
+    made.train_from_iterator(["a"], trainer)
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, **ENDS)
+
+
+KINDS = {
+    "as Llama-3's": lambda tokenizer: tokenizer,
+    "EOS behind": behind_as_well,
+    "no BOS": nothing_in_front,
+    "as Llama-2's": a_space_in_front,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_question_and_answer_are_text_whatever_they_say(tokenizer: Any, kind: str) -> None:
+    made = KINDS[kind](tokenizer)
+    bos = [] if kind == "no BOS" else [made.bos_token_id]
+    marks = st.sampled_from(["<s>", "</s>", "<s>5</s> 6 mg", "a</s>", " <s>", "5 mg."])
+
+    @settings(max_examples=40, deadline=None)
+    @given(marks | WORDS, marks | WORDS.filter(lambda t: not t.startswith((" ", "\n"))))
+    def check(question: str, answer: str) -> None:
+        example = encode(Row(question, answer), made, LONG)
+        labels = learned(example)
+        prompt = example.input_ids[: -len(labels)]
+        assert labels[-1] == made.eos_token_id
+        assert prompt[: len(bos)] == bos
+        text = [*prompt[len(bos) :], *labels[:-1]]
+        assert not {made.bos_token_id, made.eos_token_id} & set(text)
+        assert made.decode(text) == training_prompt(question) + " " + answer
+        # As at inference, and as one text would be.
+        asked = made(training_prompt(question), split_special_tokens=True)["input_ids"]
+        assert prompt == (asked[:-1] if kind == "EOS behind" else asked)
+        assert text == made(
+            training_prompt(question) + " " + answer, split_special_tokens=True,
+            add_special_tokens=False,
+        )["input_ids"]  # fmt: skip
+
+    check()
+
+
+def test_where_prompt_and_answer_would_share_a_token_no_space_is_added(tokenizer: Any) -> None:
+    """A vocabulary with ":▁5" in it: the prompt stays as at inference."""
+    made = a_space_in_front(tokenizer)
+    inner = json.loads(made._tokenizer.to_str())
+    for token in (":▁", ":▁5"):
+        inner["model"]["vocab"][token] = len(inner["model"]["vocab"])
+    inner["model"]["merges"] += [[":", "▁"], [":▁", "5"]]
+    changed = Tokenizer.from_str(json.dumps(inner))
+    made = PreTrainedTokenizerFast(tokenizer_object=changed, **ENDS)
+    example = encode(Row("Dose?", "5 mg."), made, LONG)
+    ids = example.input_ids
+    assert made.convert_ids_to_tokens(learned(example)) == ["▁", "5", "▁", "m", "g", ".", "</s>"]
+    assert ids[: -len(learned(example))] == made(training_prompt("Dose?"))["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["as Llama-3's", "EOS behind", "no BOS"])
+def test_the_preflights_tokenizer_is_the_one_that_trains(
+    tokenizer: Any, tmp_path: Path, name: str
+) -> None:
+    KINDS[name](tokenizer).save_pretrained(tmp_path)
+    of_file, of_library = FileTokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    rows = [*ALL, Row("<s>?", "</s> é漢\n")]
+    for length in (LONG, 250, 230, 10):
+        assert encode_rows(rows, of_file, length) == encode_rows(rows, of_library, length)
+
+
+def test_a_row_is_too_long_or_cut_or_whole(tokenizer: Any) -> None:
+    whole = encode_rows(ALL, tokenizer, LONG)
+    most = sorted(len(e.input_ids) for e in whole)[len(ALL) // 2]
+    kept = encode_all(ALL, tokenizer, most)
+    counts = lengths(ALL * 50, tokenizer, most)  # more than are encoded at once
+    assert counts["too_long"] == 50 * (len(ALL) - len(kept))
+    assert counts["cut"] == 50 * sum(e.input_ids[-1] != tokenizer.eos_token_id for e in kept)
+    assert counts["cut"] > 0
+    assert lengths(ALL, tokenizer, LONG) == {"too_long": 0, "cut": 0}
+    assert lengths(ALL, tokenizer, 16) == {"too_long": len(ALL), "cut": 0}
+    assert lengths([], tokenizer, 16) == {"too_long": 0, "cut": 0}
 
 
 @settings(max_examples=40, deadline=None)
