@@ -55,7 +55,7 @@ def data_files(source: str, cache: Path, token: str | None, scratch: str) -> dic
             f"data set {source}: no files that can be read ({type(err).__name__}); give one of "
             f"{', '.join(SUFFIXES)} as --source, out of {folder}"
         ) from err
-    splits: dict[str, list[str]] = builder.config.data_files or {}
+    splits = {str(name): files for name, files in (builder.config.data_files or {}).items()}
     if "train" not in splits:
         raise PrepareError(
             f"data set {source}: no split 'train', it has {', '.join(splits) or 'none'}; give the "
