@@ -6,6 +6,7 @@
 | MODELS_DIR   | (required)       | prepared base models, read-only                          |
 | DEVICE       | cuda             | cuda or cpu                                              |
 | SUPERNODE_GPU| partition mod GPUs | index of the GPU among the visible ones                |
+| DATA_COLUMNS | (none)           | QUESTION,ANSWER: columns of data/ with names of their own |
 | LOCK_DIR     | (required)       | shared by the SuperNodes of a host: one computes a GPU   |
 | SUPERLINK, PARTITION_ID, NUM_PARTITIONS | from site.env | set them only to override it   |
 | RUNTIME_PORT | 9094             | ClientApp process, on 127.0.0.1 only                     |

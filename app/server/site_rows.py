@@ -43,8 +43,8 @@ def in_words(used: Mapping[int, int], sites: Mapping[int, Mapping[str, Counts]])
         for part, counts in parts.items():
             if max(_lost(counts).values(), default=0) > MUCH * counts["read"]:
                 logger.warning(
-                    "[preflight] %s: of %d rows in %s %d are used: %s",
-                    site_name(partition_id), counts["read"], part, counts["used"], _told(counts),
+                    "[preflight] %s: many rows are lost or cut: %d of %d in %s are used (%s)",
+                    site_name(partition_id), counts["used"], counts["read"], part, _told(counts),
                 )  # fmt: skip
     told = f" of {total['read']} ({_told(total)})" if _lost(total) else ""
     return f"{sum(used.values())} rows{told}"

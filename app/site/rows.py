@@ -125,7 +125,9 @@ def _named(bad: list[tuple[str, str, str]]) -> str:
     for name, place, why in bad[:SHOWN]:
         reasons.setdefault((name, why), []).append(place)
     shown = "; ".join(f"{n}, {', '.join(places)}: {why}" for (n, why), places in reasons.items())
-    return f"{len(bad)} bad rows{', the first ten' if len(bad) > SHOWN else ''}: {shown}"
+    return (
+        f"{len(bad)} rows cannot be taken{', the first ten' if len(bad) > SHOWN else ''}: {shown}"
+    )
 
 
 def _form(names: list[str], columns: str, called: str) -> Callable[[dict[str, Any]], _Texts]:

@@ -16,7 +16,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from app import client_app
 from app.config import CODECS, STRATEGIES, RunConfig
-from app.server.preflight import Sites
+from app.server.preflight import Answer, Sites
 from app.server.strategy import Strategy
 from app.site import training, verified
 from app.site.base_model import find
@@ -177,6 +177,50 @@ def test_the_preflight_names_the_device_and_whom_the_site_shares_it_with(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.setenv("LOCK_DIR", str(tmp_path / "elsewhere"))
     assert asked(run_config(**base))["turn"] != first["turn"]
+
+
+def test_the_preflight_says_what_becomes_of_each_row_and_training_uses_as_many(
+    site: Path, models_dir: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(question: str, answer: Any) -> dict[str, Any]:
+        return {"frage": question, "antwort": answer}
+
+    short = [row(f"What is {n}?", "A") for n in range(5)]
+    cut = [row(f"And {n}?", "A word and another. " * 40) for n in range(3)]
+    too_long = [row(f"{n} " + "and what of this? " * 40, "A") for n in range(2)]
+    lost = [row("Why?", None), row("N/A", "So."), short[0], short[0], short[1]]
+    write_jsonl(site / "data" / "train.jsonl", short + cut + too_long + lost)
+    write_jsonl(
+        site / "data" / "holdout.jsonl", [short[3], row("Or " * 300, "A"), row("Where?", "Here.")]
+    )
+    monkeypatch.setenv("DATA_COLUMNS", "Frage,Antwort")
+    config = run_config(**base, seq_length=300)
+    facts = dict(asked(config))
+    answer = Answer.of(facts)
+    assert answer.rows == {
+        "train": {
+            "read": 15, "empty": 2, "repeated": 3, "known": 0, "too_long": 2, "cut": 3, "used": 8,
+        },
+        "holdout": {
+            "read": 3, "empty": 0, "repeated": 0, "known": 1, "too_long": 1, "cut": 0, "used": 1,
+        },
+    }  # fmt: skip
+    assert (answer.num_examples, answer.num_holdout) == (8, 1)
+    s = strategy(models_dir, config)
+    new, line = s.train_round(1, initial_adapter(s.layout, config.seed))
+    assert (line["num_examples"], line["rejected"]) == ([8], {})
+    assert s.evaluate(1, new)["eval_partitions"] == [PARTITION]
+    assert asked(run_config(**base, seq_length=16))["error"] == (
+        "data/train.jsonl: no row keeps an answer within train.seq-length = 16 tokens"
+    )
+
+
+def test_a_base_model_without_a_readable_tokenizer_is_named_in_the_preflight(
+    site: Path, models_dir: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenizers.Tokenizer.token_to_id", lambda *_: None)
+    said = str(asked(run_config(**base))["error"])
+    assert said.startswith(f"base model {base['model_name']}: no tokenizer.json with an EOS")
 
 
 def test_too_little_memory_is_an_error_of_the_site_that_says_what_to_lower(

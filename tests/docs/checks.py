@@ -167,7 +167,7 @@ def keys(page: Page) -> Iterator[str]:
         hyphenated = r"(?<![\w./-])[a-z]+(?:\.[a-z-]+)*\.[a-z]+(?:-[a-z]+)+(?![\w.])"
         for key in {*re.findall(of_tables, code), *re.findall(hyphenated, code)}:
             stem = key.rstrip(".*")
-            if re.search(r"\.(jsonl?|parquet)$", key):
+            if re.search(r"\.(jsonl?|csv|parquet)$", key):
                 continue
             if stem not in known and not any(k.startswith(f"{stem}.") for k in known):
                 yield f"no run-config key {key}"

@@ -124,7 +124,10 @@ def test_the_run_completes_and_submit_says_so(done: Done) -> None:
     facts = json.loads((done.run / "run.json").read_text())
     assert facts["status"] == "completed"
     assert sorted(facts["sites"]) == ["site-00", "site-01", "site-02"]
-    assert {site["device"] for site in facts["sites"].values()} == {"cpu"}
+    for site in facts["sites"].values():
+        assert site["device"] == "cpu"
+        train = site["rows"]["train"]
+        assert train["used"] == site["num_examples"] == train["read"] - train["too_long"] > 0
 
 
 def test_sites_of_one_device_take_turns_and_their_logs_say_who_waits(done: Done) -> None:

@@ -188,7 +188,7 @@ def test_all_bad_lines_are_counted_and_the_first_ten_named(tmp_path: Path) -> No
         with pytest.raises(error) as caught:
             read(tmp_path, "a.jsonl", content.encode())
         message = str(caught.value)
-        assert "16 bad rows, the first ten: " in message
+        assert "16 rows cannot be taken, the first ten: " in message
         named = [f"line {n}" for n in range(2, 22, 2)]
         assert ", ".join(named[:4]) + ": half a character" in message
         assert ", ".join(named[4:8]) + ": no text in column 'answer'" in message
