@@ -47,6 +47,10 @@ class Split:
         for flag, value, fits, allowed in (
             ("--sites", self.sites, self.sites > 0, "a whole number above 0"),
             ("--seed", self.seed, self.seed >= 0, "a whole number from 0"),
+            (
+                "--columns", self.columns, not self.columns or self.columns.count(",") == 1,
+                "QUESTION,ANSWER",
+            ),
             ("--alpha", self.alpha, 0 < self.alpha < math.inf, "a number above 0"),
             (
                 "--partitioner", self.partitioner, self.partitioner in PARTITIONERS,

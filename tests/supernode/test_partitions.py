@@ -424,7 +424,7 @@ def _write_source(path: Path, content: Any) -> str:
             "x.jsonl",
             numbered(20),
             {"columns": "question"},
-            "DATA_COLUMNS=question: two names are needed",
+            "^--columns question: QUESTION,ANSWER is needed",
         ),
         ("bad.parquet", b"not parquet", {}, "bad.parquet"),
         ("bad.json", b"{", {}, "bad.json"),
