@@ -68,12 +68,10 @@ def test_a_server_certificate_of_a_hospitals_own_ca_with_its_chain_is_used_and_k
         handshake(tmp_path, "superlink.example")
 
     (tmp_path / "public" / "ca.crt").write_bytes(ours + pem(root))
-    for command in (
-        lambda: provision(tmp_path, 2, ADDRESS, []),
-        lambda: superlink.provision.renew(tmp_path),
-    ):
+    for renewed in (False, True):
         before = snapshot(folder)
-        made = command()
+        renew = superlink.provision.renew
+        made = renew(tmp_path) if renewed else provision(tmp_path, 2, ADDRESS, [])
         assert any("server.crt kept: it is of another CA" in m and "in 364 days" in m for m in made)
         assert snapshot(folder)[folder / "server.crt"] == before[folder / "server.crt"]
         assert snapshot(folder)[folder / "server.key"] == before[folder / "server.key"]
