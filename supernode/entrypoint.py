@@ -29,7 +29,7 @@ from pathlib import Path
 
 from supernode import verify
 from supernode.node_log import Joining, plain
-from supernode.pinned import ANY
+from supernode.pinned import ANY, EX_NOPERM
 
 STOP_AFTER_S = 10
 SMI_TIMEOUT_S = 30.0  # a driver that hangs shows its GPUs in /dev; torch finds it in the preflight
@@ -52,8 +52,6 @@ HOPELESS = {
     "Tls handshake failed": "the SuperLink's certificate was not issued by the CA in "
     "superlink-ca.crt, or not for this address; get a new site kit",
 }
-# Flower stops as if it had been asked to when the SuperLink refuses a message's signature: it does
-# not say so, and exits with 0.
 REFUSED = (
     "the SuperLink refuses this site's key: it was revoked or replaced while the SuperNode ran "
     "(ask the operator for a new supernode.key), or this host's clock is ahead of the SuperLink's"
@@ -276,10 +274,12 @@ def watch(argv: list[str], env: dict[str, str]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hopeless:
         return EX_TEMPFAIL if hopeless == [NOT_ACTIVATED] else 1
-    if code == 0 and not asked:
-        print(f"supernode: ERROR: {REFUSED}", file=sys.stderr, flush=True)
-        return 1
-    return code
+    if code != EX_NOPERM:
+        return code
+    if asked:  # it could not sign off
+        return 0
+    print(f"supernode: ERROR: {REFUSED}", file=sys.stderr, flush=True)
+    return 1
 
 
 if __name__ == "__main__":
