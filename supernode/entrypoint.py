@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from supernode import verify
-from supernode.node_log import Joining, plain
+from supernode.node_log import QUIET, Joining, plain
 from supernode.pinned import ANY, EX_NOPERM
 
 STOP_AFTER_S = 10
@@ -200,7 +200,7 @@ def warm_client_apps(env: dict[str, str]) -> Iterator[None]:
 
 
 def main() -> int:
-    env = read_site(dict(os.environ))
+    env = QUIET | read_site(dict(os.environ))
     device = env.setdefault("DEVICE", "cuda")
     if device == "cuda":
         set_gpu(env)

@@ -1,11 +1,17 @@
-"""Reading a SuperNode's log: what Flower says while it joins, and nothing that others say in it.
+"""A site's log: what gets into it, and what its SuperNode's entrypoint reads in it.
 
+What libraries warn of is for who writes code, and is left out unless these variables are set.
+
+Read is what Flower says while it joins, and nothing that others say in it.
 Later the log also holds what a run's code prints and texts that a run chooses: they are passed on
 without what could steer a terminal, and mean nothing here.
 """
 
+import os
 import re
+import warnings
 
+QUIET = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error"}
 # Escape sequences whole, then what is left of control characters (not tab and newline), and the
 # characters that break a line or turn its direction.
 _NO_TEXT = re.compile(
@@ -15,6 +21,13 @@ _NO_TEXT = re.compile(
 _JOINED = re.compile(r"INFO\b.*: +SuperNode ID: \d+\n?")
 _NOT_JOINED = re.compile(r"ERROR\b.*: +<_InactiveRpcError of RPC that terminated with:\n?")
 _REASON = '\tdetails = "'
+
+
+def quiet() -> None:
+    """Let this process's libraries, not imported yet, keep their warnings to themselves."""
+    if "PYTHONWARNINGS" not in os.environ:
+        warnings.simplefilter("ignore")
+    os.environ.update(QUIET | os.environ)
 
 
 def plain(line: str) -> str:
