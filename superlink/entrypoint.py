@@ -12,6 +12,7 @@
 | RUNTIME_PORT   | 9091            | of 127.0.0.1, for those child processes             |
 | SITES_DIR      | (required then) | who is who, from register; the ServerApp reads it   |
 | HEALTH_PORT    | 9190            | liveness, on 127.0.0.1 only                         |
+| FLWR_LOG_LEVEL | INFO            | DEBUG: also what Flower's processes poll            |
 """
 
 import os

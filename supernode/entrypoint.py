@@ -12,6 +12,7 @@
 | HEALTH_PORT  | (none)           | liveness, on 127.0.0.1 only                              |
 | APP_SHA256   | from app.sha256  | the app (FAB) that runs may bring; app.sha256 is the image's |
 | ALLOW_APP_UPDATES | (none)      | 1: run whatever app a run brings                         |
+| PYTHONWARNINGS | ignore         | default: the log also holds what libraries warn of       |
 | WARM_S       | 600              | idle seconds that the loaded libraries are kept; 0: not at all |
 """
 

@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import subprocess
 import termios
 from contextlib import suppress
@@ -11,6 +12,12 @@ from contextlib import suppress
 from tests.samples import REPOSITORY
 
 _PARTS = re.compile(r"\x1b\[\??([\d;]*)([a-zA-Z])|(\r)|(\n)|([^\x1b\r\n]+)")
+
+
+def _take_it() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    # Started from a background job of a shell, the tests ignore it, and so would what they start.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Terminal:
@@ -23,7 +30,7 @@ class Terminal:
         self.process = subprocess.Popen(
             command, cwd=REPOSITORY, stdin=theirs, stdout=theirs, stderr=theirs,
             env=kept | {"TERM": "xterm-256color", **env}, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_take_it,
         )  # fmt: skip
         os.close(theirs)
         self.output = ""
