@@ -25,8 +25,8 @@ _SAYS = {
     "round": r"\[round (\d+/\d+)\] training",
     "done": r"\[round (\d+/\d+)\] train loss",
     "loss": r"\[before\] (held-out loss \S+),|\[round \d+/\d+\] (train loss [^;]*);",
-    "sent": r"\[round .*; (\S+ MiB sent, \d+) of the budget left; ",
-    "left_s": r"\[round .*; (?:about (\d+) s left|last round)",
+    "sent": r"\[round \d+/\d+\] train loss .*; (\S+ MiB sent, \d+) of the budget left; ",
+    "left_s": r"\[round \d+/\d+\] train loss .*; (?:about (\d+) s left|last round)",
 }
 
 
