@@ -20,9 +20,8 @@ from rich.text import Text
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 # What the lines say, by what they say it of; a later line's counts.
 _SAYS = {
-    "phase": r"submit: (run .*|the SuperLink is away.*)|\[(preflight)\]",
+    "phase": r"submit: (run .*|the SuperLink is away.*)|\[(preflight|round \d+/\d+)\] ",
     "sites": r"submit: (\d+ of \d+ SuperNodes online)|\[round \d+/\d+\] (training at .*)",
-    "round": r"\[round (\d+/\d+)\] training",
     "done": r"\[round (\d+/\d+)\] train loss",
     "loss": r"\[before\] (held-out loss \S+),|\[round \d+/\d+\] (train loss [^;]*);",
     "sent": r"\[round \d+/\d+\] train loss .*; (\S+ MiB sent, \d+) of the budget left; ",
@@ -46,8 +45,7 @@ class Status:
     def __rich__(self) -> Table:
         said, now = self.said, time.monotonic()
         done, total = (int(n) for n in (said["done"] or "0/1").split("/"))
-        first = [said["round"] and f"round {said['round']}", said["phase"]]
-        first += [str(timedelta(seconds=round(now - self._started)))]
+        first = [said["phase"], str(timedelta(seconds=round(now - self._started)))]
         if said["left_s"]:
             left_s = max(0, round(int(said["left_s"]) + self._told - now))
             first += [f"about {timedelta(seconds=left_s)} left"]

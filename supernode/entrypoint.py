@@ -30,7 +30,7 @@ from pathlib import Path
 
 from supernode import verify
 from supernode.node_log import QUIET, Joining, plain
-from supernode.pinned import ANY, EX_NOPERM
+from supernode.pinned import ANY
 
 STOP_AFTER_S = 10
 SMI_TIMEOUT_S = 30.0  # a driver that hangs shows its GPUs in /dev; torch finds it in the preflight
@@ -275,7 +275,7 @@ def watch(argv: list[str], env: dict[str, str]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hopeless:
         return EX_TEMPFAIL if hopeless == [NOT_ACTIVATED] else 1
-    if code != EX_NOPERM:
+    if code != os.EX_NOPERM:
         return code
     if asked:  # it could not sign off
         return 0

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 
 ANY = "any"  # in the place of the SHA-256
-EX_NOPERM = 77
 
 
 def install(pinned: str, site: str) -> None:
@@ -55,7 +54,7 @@ def install(pinned: str, site: str) -> None:
 
 
 def install_refusal() -> None:
-    """Let this process end with EX_NOPERM when the SuperLink refuses its key.
+    """Let this process end with EX_NOPERM (77) when the SuperLink refuses its key.
 
     Flower 1.36 then sends itself the signal of a Ctrl-C, and ends as if somebody had asked it to.
     """
@@ -63,7 +62,7 @@ def install_refusal() -> None:
 
     def end(*_: object) -> None:
         sys.stdout.flush()
-        os._exit(EX_NOPERM)  # nobody is left to sign off at; what it has started ends with it
+        os._exit(os.EX_NOPERM)  # nobody is left to sign off at; what it has started ends with it
 
     vars(grpc_retry)["os"] = SimpleNamespace(getpid=os.getpid, kill=end)
 

@@ -150,7 +150,6 @@ def test_what_a_terminal_shows_of_a_run_is_read_from_what_is_printed(done: Done)
     assert status.said == {
         "phase": f"run {done.run.name} finished:completed",
         "sites": "training at " + ", ".join(f"site-{p:02d}" for p in last["partitions"]),  # type: ignore[attr-defined]
-        "round": "2/2",
         "done": "2/2",
         "loss": "train loss {train_loss:.4f}, held-out loss {eval_loss_median:.4f}".format(**last),  # type: ignore[str-format]
         "sent": f"{last['mb_sent']:.1f} MiB sent, {last['mb_left']:.0f}",
@@ -301,7 +300,7 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_no_process_behind(
     screen = terminal.screen()
     print("\n".join(screen))
     state = screen.index("demo: stopped; every process it started has ended") - 2
-    assert re.fullmatch(r"round 1/99, preflight, 0:0\d:\d\d", screen[state])
+    assert re.fullmatch(r"round 1/99, 0:0\d:\d\d", screen[state])
     assert screen[state + 1].startswith("training at site-0")
     assert _processes_of(tmp_path) == []
     (run,) = (tmp_path / "results").glob("*/run.json")

@@ -33,7 +33,6 @@ from supernode.entrypoint import (
     warm_client_apps,
     watch,
 )
-from supernode.pinned import EX_NOPERM
 from tests.samples import REPOSITORY
 
 PIN = "0123456789abcdef" * 4
@@ -327,7 +326,7 @@ def test_a_node_that_is_stopped_and_then_refused_was_stopped(
 ) -> None:
     # Revoked a moment before, it cannot sign off.
     node = (
-        f"import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: os._exit({EX_NOPERM}))"
+        "import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: os._exit(os.EX_NOPERM))"
     )
     node += "; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
     assert watch(child(node), dict(os.environ)) == 0
