@@ -170,9 +170,11 @@ def _smollm2_from_package(target: Path) -> Path:
 
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
         from transformers import modeling_gguf_pytorch_utils as reader
+        from transformers.utils.logging import set_tqdm_hook
 
-        from supernode.progress import STEPS, Progress
+        from supernode.progress import STEPS, Progress, of_steps
 
+        set_tqdm_hook(of_steps)
         reader.tqdm = partial(Progress, name=STEPS)
         # Without dequantize=True the model counts as quantised and cannot be saved.
         model = AutoModelForCausalLM.from_pretrained(

@@ -33,3 +33,8 @@ class Progress(tqdm):  # type: ignore[misc]
             self._due = time.monotonic() + EVERY_S
             print(self, file=sys.stderr, flush=True)
         return None
+
+
+def of_steps(_: object, args: tuple[Any, ...], given: dict[str, Any]) -> Progress:
+    """For Transformers' ``set_tqdm_hook``."""
+    return Progress(*args, **given | {"name": STEPS})

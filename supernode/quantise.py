@@ -79,9 +79,9 @@ def _convert(source: Path, target: Path, name: str, kind: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from transformers.utils.logging import set_tqdm_hook
 
-    from supernode.progress import STEPS, Progress
+    from supernode.progress import of_steps
 
-    set_tqdm_hook(lambda _, args, given: Progress(*args, **given | {"name": STEPS}))
+    set_tqdm_hook(of_steps)
     size = sum(p.stat().st_size for p in source.glob("*.safetensors"))
     _say(f"loading {name}, {size / 1e9:.1f} GB, as {kind}")
     settings: Any = {
