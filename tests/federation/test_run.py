@@ -299,7 +299,7 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_no_process_behind(
     assert terminal.end() == 130
     screen = terminal.screen()
     print("\n".join(screen))
-    state = screen.index("demo: stopped; every process it started has ended") - 2
+    state = screen.index("demo: stopped; every process it started has ended") - 3
     assert re.fullmatch(r"round 1/99, 0:0\d:\d\d", screen[state])
     assert screen[state + 1].startswith("training at site-0")
     assert _processes_of(tmp_path) == []
