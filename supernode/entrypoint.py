@@ -31,6 +31,8 @@ from pathlib import Path
 from supernode import verify
 from supernode.node_log import QUIET, Joining, plain
 from supernode.pinned import ANY
+from supernode.reach import direct, parsed, why_not
+from supernode.site_env import read_site
 
 STOP_AFTER_S = 10
 SMI_TIMEOUT_S = 30.0  # a driver that hangs shows its GPUs in /dev; torch finds it in the preflight
@@ -40,9 +42,10 @@ ACTIVATION_TIMEOUT_S, ACTIVATION_PAUSE_S = 75, 10
 WARM_PROGRAMS = Path(__file__).parent / "warm" / "bin"
 
 NOT_ACTIVATED = "Failed to activate SuperNode"
+AWAY = "Connection attempt failed"  # and Flower tries again
 # What Flower gives as the reason when joining can't work, and what to tell the hospital. Flower
 # itself would go on running without ever working, so that no restart policy could help. The first
-# sign in a reason counts.
+# sign in a reason counts; of TLS, what is seen by then is told.
 HOPELESS = {
     NOT_ACTIVATED: "the SuperLink does not know this site's key (its operator must run "
     "superlink.register with this site's .pub file), or the key was revoked (superlink.provision "
@@ -57,31 +60,6 @@ REFUSED = (
     "the SuperLink refuses this site's key: it was revoked or replaced while the SuperNode ran "
     "(ask the operator for a new supernode.key), or this host's clock is ahead of the SuperLink's"
 )
-
-
-def read_site(env: dict[str, str]) -> dict[str, str]:
-    """The environment completed by the site's own site.env.
-
-    Raises:
-        SystemExit: a setting or file is missing; one line says which.
-    """
-    for name in ("SITE_DIR", "MODELS_DIR", "LOCK_DIR"):
-        if not env.get(name):
-            raise SystemExit(f"supernode: {name} is not set")
-    site = Path(env["SITE_DIR"])
-    for file in ("supernode.key", "superlink-ca.crt", "site.env"):
-        if not (site / file).is_file():
-            raise SystemExit(f"supernode: {site / file} is missing; is this a site's folder?")
-        if not os.access(site / file, os.R_OK):
-            raise SystemExit(f"supernode: {site / file} is not readable by user {os.getuid()}")
-    lines = (site / "site.env").read_text().splitlines()
-    settings = dict(line.split("=", 1) for line in lines if "=" in line)
-    complete = {**settings, **env}
-    for name in ("SUPERLINK", "PARTITION_ID", "NUM_PARTITIONS"):
-        value = complete.get(name, "")
-        if not (value if name == "SUPERLINK" else value.isdecimal()):
-            raise SystemExit(f"supernode: {name}={value!r} cannot work; see site.env")
-    return complete
 
 
 class NoGpuError(Exception):
@@ -202,6 +180,7 @@ def warm_client_apps(env: dict[str, str]) -> Iterator[None]:
 
 def main() -> int:
     env = QUIET | read_site(dict(os.environ))
+    env |= direct(env, parsed(env["SUPERLINK"])[0])
     device = env.setdefault("DEVICE", "cuda")
     if device == "cuda":
         set_gpu(env)
@@ -232,6 +211,12 @@ def main() -> int:
             time.sleep(ACTIVATION_PAUSE_S)
 
 
+def _why_not(env: dict[str, str]) -> str:
+    address = env["SUPERLINK"]
+    reason = why_not(address, Path(env["SITE_DIR"]) / "superlink-ca.crt", env)
+    return reason and f"no connection to the SuperLink at {address}: {reason}"
+
+
 def watch(argv: list[str], env: dict[str, str]) -> int:
     """Run the SuperNode, pass its log on as plain text, and end it when it cannot join.
 
@@ -242,6 +227,7 @@ def watch(argv: list[str], env: dict[str, str]) -> int:
         argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
     hopeless: list[str] = []
+    away: list[str] = []
     asked = False
 
     def stop(*_: object) -> None:
@@ -257,9 +243,13 @@ def watch(argv: list[str], env: dict[str, str]) -> int:
         for line in map(plain, node.stdout or ()):
             print(line, end="", flush=True)
             reason = joining.reason(line)
+            if AWAY in line and not away:
+                away.append(_why_not(env))
+                print(f"supernode: {away[0] or 'no connection yet'}; trying on", flush=True)
             for sign, advice in HOPELESS.items():
                 if sign in reason and not hopeless:
-                    print(f"supernode: ERROR: {advice}", file=sys.stderr, flush=True)
+                    told = (sign != NOT_ACTIVATED and _why_not(env)) or advice
+                    print(f"supernode: ERROR: {told}", file=sys.stderr, flush=True)
                     hopeless.append(sign)
                     stop()
 

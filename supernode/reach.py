@@ -19,7 +19,7 @@ PROBE_TIMEOUT_S = 5
 # OpenSSL's X509_V_ERR_…
 _NOT_YET_VALID, _EXPIRED, _OTHER_NAME, _OTHER_IP = 9, 10, 62, 64
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy")
+_GRPC_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # so written, and no others
 
 
 class AddressError(ValueError):
@@ -68,38 +68,37 @@ def direct(env: Mapping[str, str], *hosts: str) -> dict[str, str]:
     own = [host for host in hosts if "." not in host and ":" not in host]
     said = [part.strip() for name in _both("no_proxy") for part in env.get(name, "").split(",")]
     all_of_them = ",".join(dict.fromkeys(filter(None, [*said, *_LOOPBACK, *own])))
-    socks = [name for name in _variables() if env.get(name, "").lower().startswith("socks")]
+    proxies = [name for proxy in (*_GRPC_PROXIES, "all_proxy") for name in _both(proxy)]
+    socks = [name for name in proxies if env.get(name, "").lower().startswith("socks")]
     return dict.fromkeys(_both("no_proxy"), all_of_them) | dict.fromkeys(socks, "")
 
 
 def proxy_for(env: Mapping[str, str], host: str) -> str:
-    """The variable of ``env`` that names a proxy for calls to ``host``; empty if there is none."""
-    exempt = [p.strip().lstrip(".") for n in _both("no_proxy") for p in env.get(n, "").split(",")]
-    if any(p == "*" or (p and f".{host}".endswith(f".{p}")) for p in exempt):
+    """The variable of ``env`` that names gRPC's proxy for ``host``; empty if there is none."""
+    exempt = (env.get("no_grpc_proxy") or env.get("no_proxy", "")).split(",")
+    if any(p and f".{host}".endswith(f".{p}") for p in (p.strip().lstrip(".") for p in exempt)):
         return ""
-    return next((name for name in _variables() if env.get(name)), "")
+    return next((name for name in _GRPC_PROXIES if env.get(name)), "")
 
 
 def _both(name: str) -> tuple[str, str]:
     return name, name.upper()
 
 
-def _variables() -> list[str]:
-    return [name for proxy in _PROXIES for name in _both(proxy)]
-
-
 def why_not(address: str, ca_file: Path, env: Mapping[str, str]) -> str:
-    """Why no TLS connection to ``address`` comes about, and what to do; empty if one does.
+    """Why gRPC has no connection to ``address``, and what to do; empty if it should have one.
 
-    Asked of the host itself: what a proxy between makes of it is not seen, so one is named.
+    Asked of the host itself; what a proxy between makes of it is not seen, so that is named.
     """
     try:
         host, port = parsed(address)
     except AddressError as err:
         return str(err)
     reason = _reason(host, port, ca_file)
-    proxy = reason and proxy_for(env, host)
-    return f"{reason}; {proxy} names a proxy (no_proxy={host} goes past it)" if proxy else reason
+    if proxy := proxy_for(env, host):
+        said = reason or "it answers"
+        return f"{said}; but {proxy} names a proxy, which may refuse it (no_proxy={host} goes past)"
+    return reason
 
 
 def _reason(host: str, port: int, ca_file: Path) -> str:

@@ -13,9 +13,11 @@ from typing import Any
 
 import grpc
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from superlink.onehost.processes import free_port
 from superlink.provision import provision
 from supernode import entrypoint
 from supernode.entrypoint import (
@@ -28,11 +30,11 @@ from supernode.entrypoint import (
     choose_gpu,
     command,
     main,
-    read_site,
     set_gpu,
     warm_client_apps,
     watch,
 )
+from supernode.site_env import read_site, settings
 from tests.samples import REPOSITORY
 
 PIN = "0123456789abcdef" * 4
@@ -108,6 +110,46 @@ def test_a_setting_that_is_no_number_is_named_in_one_line(env: dict[str, str]) -
         command(read_site(env | {"PARTITION_ID": "site-02"}))
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "SUPERLINK='fed:9092'",
+        'SUPERLINK="fed:9092"',
+        " SUPERLINK=fed:9092 ",
+        "\ufeffSUPERLINK=fed:9092",
+    ],
+)
+def test_quotes_spaces_around_and_a_byte_order_mark_are_taken_off(
+    env: dict[str, str], line: str
+) -> None:
+    file = Path(env["SITE_DIR"]) / "site.env"
+    rest = [x for x in file.read_text().splitlines() if not x.startswith("SUPERLINK")]
+    file.write_text("\n".join([line, *rest, "EMPTY=", "EQUALS=a=b"]), encoding="utf-8")
+    assert read_site(env)["SUPERLINK"] == "fed:9092"
+    assert settings(file)["EMPTY"] == ""
+    assert settings(file)["EQUALS"] == "a=b"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["export SUPERLINK=fed:9092", "SUPERLINK = fed:9092", "SUPERLINK= fed:9092", "SUPERLINK",
+     "SUPERLINK='fed:9092", 'SUPERLINK="', "=fed:9092", "SUPERLINK: fed:9092"],
+)  # fmt: skip
+def test_another_line_in_the_settings_is_named_by_its_number(
+    env: dict[str, str], line: str
+) -> None:
+    file = Path(env["SITE_DIR"]) / "site.env"
+    file.write_text(f"# ours\n{line}\n" + file.read_text())
+    with pytest.raises(SystemExit, match=r"site.env, line 2 is not of the form NAME=value"):
+        read_site(env)
+
+
+@pytest.mark.parametrize("address", ["https://fed:9092", "fed", "fed:99999"])
+def test_an_address_that_cannot_work_is_named(env: dict[str, str], address: str) -> None:
+    with pytest.raises(SystemExit, match=r"SUPERLINK: .*host:port is needed.*see site.env"):
+        read_site(env | {"SUPERLINK": address})
+
+
 def test_comments_and_windows_line_ends_in_the_settings_do_no_harm(env: dict[str, str]) -> None:
     file = Path(env["SITE_DIR"]) / "site.env"
     file.write_bytes(b"# our site\r\n\r\n" + file.read_bytes().replace(b"\n", b"\r\n"))
@@ -153,7 +195,7 @@ def test_nothing_listens_beyond_the_loopback(env: dict[str, str]) -> None:
     assert "--health-server-address" not in command(read_site(env))
 
 
-@settings(max_examples=50, deadline=None)
+@hypothesis_settings(max_examples=50, deadline=None)
 @given(st.integers(1, 16), st.integers(1, 99))
 def test_the_gpus_of_a_host_are_shared_out_evenly(gpus: int, nodes: int) -> None:
     chosen = [choose_gpu({"PARTITION_ID": str(n)}, gpus) for n in range(nodes)]
@@ -369,7 +411,7 @@ JOINED = "\x1b[92mINFO \x1b[0m:      SuperNode ID: 8087837277720571498\n"
 @pytest.mark.usefixtures("_own_signal_handlers")
 @pytest.mark.parametrize("sign", HOPELESS)
 def test_a_node_that_cannot_join_is_ended_with_advice(
-    sign: str, capfd: pytest.CaptureFixture[str]
+    env: dict[str, str], sign: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     script = (
         "import os, time; print(os.getpid(), flush=True); "
@@ -377,11 +419,13 @@ def test_a_node_that_cannot_join_is_ended_with_advice(
     )
     started = time.monotonic()
     again = EX_TEMPFAIL if sign == NOT_ACTIVATED else 1
-    assert watch(child(script), dict(os.environ)) == again
+    nobody = f"127.0.0.1:{free_port()}"
+    assert watch(child(script), {**os.environ, **env, "SUPERLINK": nobody}) == again
     assert time.monotonic() - started < 20
     out, err = capfd.readouterr()
     assert not alive(int(out.splitlines()[0]))
-    assert HOPELESS[sign] in err
+    seen = f"no connection to the SuperLink at {nobody}: nothing listens"  # by then
+    assert (HOPELESS[sign] if sign == NOT_ACTIVATED else seen) in err
     assert len(err.strip().splitlines()) == 1
 
 

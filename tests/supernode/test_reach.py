@@ -199,5 +199,18 @@ def test_another_ca_no_tls_nobody_there_and_no_such_name(
         assert "no TLS at port" in why_not(f"127.0.0.1:{port}", ca[2], {})
     assert "cannot be resolved" in why_not("no-such-host.invalid:9092", ca[2], {})
     assert "host:port is needed" in why_not("fed.example.org", ca[2], {})
-    proxied = why_not(f"127.0.0.1:{port}", ca[2], {"HTTPS_PROXY": "http://proxy:3128"})
-    assert proxied.endswith("HTTPS_PROXY names a proxy (no_proxy=127.0.0.1 goes past it)")
+    proxied = why_not(f"127.0.0.1:{port}", ca[2], {"https_proxy": "http://proxy:3128"})
+    assert "https_proxy names a proxy" in proxied
+    assert proxied.endswith("(no_proxy=127.0.0.1 goes past)")
+    assert "proxy" not in why_not(f"127.0.0.1:{port}", ca[2], {"HTTPS_PROXY": "http://proxy:3128"})
+
+
+def test_where_it_answers_but_a_proxy_is_named_the_proxy_is_told(
+    ca: tuple[Key, x509.Certificate, Path], tmp_path: Path
+) -> None:
+    key, (ca_key, ca_cert, ca_file) = new_key(), ca
+    context = _server(tmp_path, key, server_certificate(key, ca_key, ca_cert, ["127.0.0.1"]))
+    with _listening(context) as port:
+        env = {"http_proxy": "http://proxy.example.org:3128"}
+        assert why_not(f"127.0.0.1:{port}", ca_file, env).startswith("it answers; but http_proxy")
+        assert why_not(f"127.0.0.1:{port}", ca_file, env | direct(env)) == ""
