@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from superlink import link_log
+from supernode.reach import AddressError, direct, parsed
 
 STOP_AFTER_S = 10
 
@@ -33,6 +34,10 @@ def arguments(env: dict[str, str]) -> list[str]:
     for name in ("SERVERAPP_DIR", "RUNTIME_ADDRESS", "RESULTS_DIR", "SITES_DIR"):
         if not env.get(name):
             raise SystemExit(f"serverapp: {name} is not set")
+    try:
+        parsed(env["RUNTIME_ADDRESS"])
+    except AddressError as err:
+        raise SystemExit(f"serverapp: RUNTIME_ADDRESS: {err}") from None
     own, results = Path(env["SERVERAPP_DIR"]), Path(env["RESULTS_DIR"])
     for file in ("ca.crt", "runtime.secret"):
         if not os.access(own / file, os.R_OK):
@@ -72,11 +77,15 @@ def _children(pid: int) -> set[int]:
 
 def main() -> int:
     argv = arguments(dict(os.environ))
-    env = os.environ | {
-        "PATH": link_log.path(),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-    }
+    env = (
+        os.environ
+        | direct(os.environ, parsed(os.environ["RUNTIME_ADDRESS"])[0])
+        | {
+            "PATH": link_log.path(),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+        }
+    )
     superexec = subprocess.Popen(argv, env=env)
 
     def stop(*_: object) -> None:

@@ -34,12 +34,14 @@ from superlink.control import (
     KnownRun,
     RunLostError,
     RunStatus,
+    connected,
     public_keys,
 )
 
 _POLL_S = 2
 _STALLED_AFTER_S = 60  # after this long without another node, say where to look
 MAX_RESUMES = 3
+PENDING_S = 180
 DEAD_AFTER_S = 90  # Flower takes up to 60 s to see that a ServerApp is gone
 # compose.yaml's restart policy starts a submission that failed once more, at once: it must not
 # repeat a run that has ended for good.
@@ -173,9 +175,11 @@ def _follow(control: Control, run_id: int, env: dict[str, str], timeout_s: float
     """Print the run's log until the run has ended; a SuperLink that is away is waited for.
 
     Raises:
-        ControlError: the SuperLink stays away for ``timeout_s``, or no longer knows the run.
+        ControlError: the SuperLink stays away for ``timeout_s``, or no longer knows the run, or
+            nobody has taken it up.
     """
     while True:
+        _wait_until_taken_up(control, run_id)
         _print_log(run_id, env | {"PYTHONUNBUFFERED": "1"})
         # The log ends a moment before the run's status is written; or it broke off, and the run
         # goes on, or died with its SuperLink.
@@ -192,6 +196,30 @@ def _follow(control: Control, run_id: int, env: dict[str, str], timeout_s: float
                 control.wait_until_up(timeout_s)
                 deadline = time.monotonic() + DEAD_AFTER_S
             time.sleep(_POLL_S)
+
+
+def _wait_until_taken_up(control: Control, run_id: int) -> None:
+    """Flower would wait for ever for a ServerApp that nobody starts, and say nothing.
+
+    Raises:
+        ControlError: nobody has for PENDING_S, or the SuperLink no longer knows the run.
+    """
+    deadline = time.monotonic() + PENDING_S
+    while True:
+        try:
+            if control.run_status(run_id).status != "pending":
+                return
+        except RunLostError:
+            raise
+        except ControlError:  # it is away: _follow waits for it
+            return
+        if time.monotonic() > deadline:
+            raise ControlError(
+                f"run {run_id} has been pending for {PENDING_S} s: nobody has started its "
+                "ServerApp; the log of the SuperLink, or of the container serverapp, says why "
+                f"(flwr stop {run_id} deployment takes the run back)"
+            )
+        time.sleep(_POLL_S)
 
 
 def _print_log(run_id: int, env: dict[str, str]) -> None:
@@ -241,7 +269,7 @@ def main() -> int:
     address = os.environ.get("CONTROL_ADDRESS", "localhost:9093")
     overrides = [*args.run_config, *filter(None, [os.environ.get("RUN_CONFIG")])]
     try:
-        return submit(args.app, overrides, Control(address, public / "ca.crt"), public)
+        return submit(args.app, overrides, connected(address, public / "ca.crt"), public)
     except (ConfigError, ControlError) as err:
         print(f"submit: ERROR: {err}", file=sys.stderr)
         return 1
