@@ -29,13 +29,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from supernode import verify
+from supernode.gpus import set_gpu
 from supernode.node_log import QUIET, Joining, plain
 from supernode.pinned import ANY
 from supernode.reach import direct, parsed, why_not
 from supernode.site_env import read_site
 
 STOP_AFTER_S = 10
-SMI_TIMEOUT_S = 30.0  # a driver that hangs shows its GPUs in /dev; torch finds it in the preflight
 EX_TEMPFAIL = 75
 # A SuperNode that was killed counts as online for a minute, and its successor is refused.
 ACTIVATION_TIMEOUT_S, ACTIVATION_PAUSE_S = 75, 10
@@ -60,60 +60,6 @@ REFUSED = (
     "the SuperLink refuses this site's key: it was revoked or replaced while the SuperNode ran "
     "(ask the operator for a new supernode.key), or this host's clock is ahead of the SuperLink's"
 )
-
-
-class NoGpuError(Exception):
-    """This SuperNode has no GPU; the message is one line that says why."""
-
-
-def choose_gpu(env: dict[str, str], visible: int) -> int:
-    """The index of this SuperNode's GPU among the visible ones.
-
-    Raises:
-        NoGpuError: there is none, or not that one.
-    """
-    if not visible:
-        raise NoGpuError(
-            "DEVICE=cuda but no NVIDIA GPU is visible here; on a host without GPU use "
-            "docker/compose.cpu.yaml (or DEVICE=cpu), else check nvidia-smi and the NVIDIA "
-            "container toolkit, and start the SuperNode anew"
-        )
-    if not env.get("SUPERNODE_GPU"):
-        return int(env["PARTITION_ID"]) % visible
-    chosen = env["SUPERNODE_GPU"]
-    if not chosen.isdigit() or int(chosen) >= visible:
-        raise NoGpuError(f"SUPERNODE_GPU={chosen}: this host shows GPUs 0 to {visible - 1}")
-    return int(chosen)
-
-
-def set_gpu(env: dict[str, str]) -> None:
-    """Choose this SuperNode's GPU for its ClientApps: CUDA_VISIBLE_DEVICES, or DEVICE_ERROR.
-
-    Without a GPU the SuperNode starts all the same: the preflight of a run then refuses the site
-    with the reason, where the operator reads it. One that ends says it to nobody else.
-    """
-    allowed = [g for g in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
-    visible = allowed or [str(n) for n in range(visible_gpus())]
-    try:
-        chosen = visible[choose_gpu(env, len(visible))]
-    except NoGpuError as err:
-        print(f"supernode: ERROR: {err}; no run can start with it", file=sys.stderr, flush=True)
-        env["DEVICE_ERROR"] = str(err)
-        return
-    env["CUDA_VISIBLE_DEVICES"] = chosen
-    env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as nvidia-smi counts
-    print(f"supernode: GPU {chosen}, one of {len(visible)}", flush=True)
-
-
-def visible_gpus() -> int:
-    """Number of NVIDIA GPUs, without importing torch (5 s and 300 MB)."""
-    try:
-        listed = subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=SMI_TIMEOUT_S
-        )
-    except (OSError, subprocess.SubprocessError):
-        return len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
 def pinned_app(env: dict[str, str]) -> str:

@@ -19,21 +19,19 @@ from hypothesis import strategies as st
 
 from superlink.onehost.processes import free_port
 from superlink.provision import provision
-from supernode import entrypoint
+from supernode import gpus
 from supernode.entrypoint import (
     EX_TEMPFAIL,
     HOPELESS,
     NOT_ACTIVATED,
     REFUSED,
     WARM_PROGRAMS,
-    NoGpuError,
-    choose_gpu,
     command,
     main,
-    set_gpu,
     warm_client_apps,
     watch,
 )
+from supernode.gpus import NoGpuError, choose_gpu, set_gpu, visible_gpus
 from supernode.site_env import read_site, settings
 from tests.samples import REPOSITORY
 
@@ -242,12 +240,54 @@ def test_a_node_with_gpus_says_which_is_its_own(
     assert env["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
 
 
+def test_slices_of_a_gpu_are_what_its_sites_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = """cat <<'L'
+GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-5d5ba0d6)
+  MIG 3g.40gb     Device  0: (UUID: MIG-7f4b)
+  MIG 3g.40gb     Device  1: (UUID: MIG-91aa)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-7c1e)
+L"""
+    nvidia_smi(tmp_path, monkeypatch, listed)
+    assert visible_gpus() == ["MIG-7f4b", "MIG-91aa", "1"]
+    env = {"PARTITION_ID": "4"}
+    set_gpu(env)
+    assert env["CUDA_VISIBLE_DEVICES"] == "MIG-91aa"
+    assert env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+@pytest.mark.parametrize(
+    ("given", "first", "count"),
+    [
+        ("2", "2", 1), (" 1 , 3 ", "1", 2), ("GPU-ab,GPU-cd,MIG-ef", "GPU-ab", 3),
+        ("3,-1,0", "3", 1), ("0,none,1", "0", 1), ("", "0", 4),
+    ],
+)  # fmt: skip
+def test_cuda_visible_devices_means_what_cuda_takes_it_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    given: str, first: str, count: int,
+) -> None:  # fmt: skip
+    nvidia_smi(tmp_path, monkeypatch, "for n in 0 1 2 3; do echo GPU $n: Stand-in; done")
+    env = {"PARTITION_ID": "0", "CUDA_VISIBLE_DEVICES": given}
+    set_gpu(env)
+    assert env["CUDA_VISIBLE_DEVICES"] == first
+    assert f"one of {count}\n" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("given", ["-1", "none", "NoDevFiles", ",0", "void"])
+def test_where_every_gpu_is_hidden_it_is_said_by_what(given: str) -> None:
+    env = {"PARTITION_ID": "0", "CUDA_VISIBLE_DEVICES": given}
+    set_gpu(env)
+    assert env["DEVICE_ERROR"].startswith(f"CUDA_VISIBLE_DEVICES={given} hides every GPU")
+
+
 def test_a_driver_that_does_not_answer_does_not_keep_a_node_from_starting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nvidia_smi(tmp_path, monkeypatch, "exec sleep 600")
-    monkeypatch.setattr(entrypoint, "SMI_TIMEOUT_S", 0.5)
-    assert entrypoint.visible_gpus() == len(list(Path("/dev").glob("nvidia[0-9]*")))
+    monkeypatch.setattr(gpus, "SMI_TIMEOUT_S", 0.5)
+    assert len(visible_gpus()) == len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def test_a_node_without_gpu_starts_and_leaves_the_reason_to_the_preflight(
