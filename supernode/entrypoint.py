@@ -42,7 +42,8 @@ ACTIVATION_TIMEOUT_S, ACTIVATION_PAUSE_S = 75, 10
 WARM_PROGRAMS = Path(__file__).parent / "warm" / "bin"
 
 NOT_ACTIVATED = "Failed to activate SuperNode"
-AWAY = "Connection attempt failed"  # and Flower tries again
+# Then Flower tries again. At a good start its own processes say it of each other, once or twice.
+AWAY, SAID_AFTER = "Connection attempt failed", 4
 # What Flower gives as the reason when joining can't work, and what to tell the hospital. Flower
 # itself would go on running without ever working, so that no restart policy could help. The first
 # sign in a reason counts; of TLS, what is seen by then is told.
@@ -173,7 +174,6 @@ def watch(argv: list[str], env: dict[str, str]) -> int:
         argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
     hopeless: list[str] = []
-    away: list[str] = []
     asked = False
 
     def stop(*_: object) -> None:
@@ -185,13 +185,13 @@ def watch(argv: list[str], env: dict[str, str]) -> int:
         late.start()
 
     def forward() -> None:
-        joining = Joining()
+        joining, away = Joining(), 0
         for line in map(plain, node.stdout or ()):
             print(line, end="", flush=True)
             reason = joining.reason(line)
-            if AWAY in line and not away:
-                away.append(_why_not(env))
-                print(f"supernode: {away[0] or 'no connection yet'}; trying on", flush=True)
+            away += AWAY in line
+            if AWAY in line and away == SAID_AFTER and (seen := _why_not(env)):
+                print(f"supernode: {seen}; trying on", flush=True)
             for sign, advice in HOPELESS.items():
                 if sign in reason and not hopeless:
                     told = (sign != NOT_ACTIVATED and _why_not(env)) or advice
