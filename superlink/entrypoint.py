@@ -12,12 +12,15 @@
 | RUNTIME_PORT   | 9091            | of 127.0.0.1, for those child processes             |
 | SITES_DIR      | (required then) | who is who, from register; the ServerApp reads it   |
 | HEALTH_PORT    | 9190            | liveness, on 127.0.0.1 only                         |
+| FLWR_LOG_LEVEL | INFO            | DEBUG: also what Flower's processes poll            |
 """
 
 import os
 import socket
 import sys
 from pathlib import Path
+
+from superlink import link_log
 
 DATABASE_LOCK_TIMEOUT_MS = 120_000
 
@@ -98,9 +101,8 @@ def _check_free(name: str, address: str) -> None:
 
 def main() -> None:
     sys.argv = arguments(dict(os.environ))
-    programs = Path(sys.executable).parent  # Flower starts flower-superexec by its bare name
     os.environ |= {
-        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "PATH": link_log.path(),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
     }
@@ -110,6 +112,7 @@ def main() -> None:
 
     from superlink import fleet_door, runtime_door
 
+    link_log.set_up()
     fleet_door.install(Path(os.environ["RESULTS_DIR"]))
     runtime_door.install()
     # Flower 1.36 gives up a database lock after 5 s, and no flag changes that. With 20 busy

@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+from superlink import link_log
+
 STOP_AFTER_S = 10
 
 
@@ -45,7 +47,7 @@ def arguments(env: dict[str, str]) -> list[str]:
             f"run --rm --no-deps --user 0 --cap-add CHOWN serverapp chown {os.getuid()} {results}"
         )
     return [
-        str(Path(sys.executable).with_name("flower-superexec")),
+        str(link_log.PROGRAMS / "flower-superexec"),
         "--plugin-type", "serverapp",
         "--runtime-api-address", env["RUNTIME_ADDRESS"],
         "--root-certificates", str(own / "ca.crt"),
@@ -70,9 +72,8 @@ def _children(pid: int) -> set[int]:
 
 def main() -> int:
     argv = arguments(dict(os.environ))
-    programs = Path(sys.executable).parent  # Flower starts flwr-serverapp by its bare name
     env = os.environ | {
-        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "PATH": link_log.path(),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
     }

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from app.config import GIVEN_UP, SILENT, ConfigError, merged_config
+from superlink import run_view
 from superlink.connection import write_connection
 from superlink.control import (
     Control,
@@ -91,6 +92,11 @@ def submit(app_dir: Path, overrides: list[str], control: Control, public: Path) 
     Raises:
         ConfigError, ControlError: it could not be started or followed.
     """
+    with run_view.shown():
+        return _submit(app_dir, overrides, control, public)
+
+
+def _submit(app_dir: Path, overrides: list[str], control: Control, public: Path) -> int:
     flat, config = merged_config(app_dir, overrides)
     app = _app_sha256(app_dir)
     control.wait_until_up(config.node_timeout_s)
@@ -170,8 +176,7 @@ def _follow(control: Control, run_id: int, env: dict[str, str], timeout_s: float
         ControlError: the SuperLink stays away for ``timeout_s``, or no longer knows the run.
     """
     while True:
-        flwr = [_flwr(), "log", str(run_id), "deployment", "--stream"]
-        subprocess.run(flwr, env=env, check=False)
+        _print_log(run_id, env | {"PYTHONUNBUFFERED": "1"})
         # The log ends a moment before the run's status is written; or it broke off, and the run
         # goes on, or died with its SuperLink.
         deadline = time.monotonic() + DEAD_AFTER_S
@@ -187,6 +192,20 @@ def _follow(control: Control, run_id: int, env: dict[str, str], timeout_s: float
                 control.wait_until_up(timeout_s)
                 deadline = time.monotonic() + DEAD_AFTER_S
             time.sleep(_POLL_S)
+
+
+def _print_log(run_id: int, env: dict[str, str]) -> None:
+    """Flower's own follower prints it; its colours are for a terminal, which this pipe is not."""
+    flwr = [_flwr(), "log", str(run_id), "deployment", "--stream"]
+    with subprocess.Popen(
+        flwr, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as log:
+        try:
+            for line in log.stdout or ():
+                print(run_view.plain(line), end="", flush=True)
+        except BaseException:
+            log.kill()
+            raise
 
 
 def _start(app_dir: Path, flat: dict[str, Any], home: Path, env: dict[str, str]) -> int:

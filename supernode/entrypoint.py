@@ -12,6 +12,7 @@
 | HEALTH_PORT  | (none)           | liveness, on 127.0.0.1 only                              |
 | APP_SHA256   | from app.sha256  | the app (FAB) that runs may bring; app.sha256 is the image's |
 | ALLOW_APP_UPDATES | (none)      | 1: run whatever app a run brings                         |
+| PYTHONWARNINGS | ignore         | default: the log also holds what libraries warn of       |
 | WARM_S       | 600              | idle seconds that the loaded libraries are kept; 0: not at all |
 """
 
@@ -28,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from supernode import verify
-from supernode.node_log import Joining, plain
+from supernode.node_log import QUIET, Joining, plain
 from supernode.pinned import ANY
 
 STOP_AFTER_S = 10
@@ -52,8 +53,6 @@ HOPELESS = {
     "Tls handshake failed": "the SuperLink's certificate was not issued by the CA in "
     "superlink-ca.crt, or not for this address; get a new site kit",
 }
-# Flower stops as if it had been asked to when the SuperLink refuses a message's signature: it does
-# not say so, and exits with 0.
 REFUSED = (
     "the SuperLink refuses this site's key: it was revoked or replaced while the SuperNode ran "
     "(ask the operator for a new supernode.key), or this host's clock is ahead of the SuperLink's"
@@ -202,7 +201,7 @@ def warm_client_apps(env: dict[str, str]) -> Iterator[None]:
 
 
 def main() -> int:
-    env = read_site(dict(os.environ))
+    env = QUIET | read_site(dict(os.environ))
     device = env.setdefault("DEVICE", "cuda")
     if device == "cuda":
         set_gpu(env)
@@ -276,10 +275,12 @@ def watch(argv: list[str], env: dict[str, str]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hopeless:
         return EX_TEMPFAIL if hopeless == [NOT_ACTIVATED] else 1
-    if code == 0 and not asked:
-        print(f"supernode: ERROR: {REFUSED}", file=sys.stderr, flush=True)
-        return 1
-    return code
+    if code != os.EX_NOPERM:
+        return code
+    if asked:  # it could not sign off
+        return 0
+    print(f"supernode: ERROR: {REFUSED}", file=sys.stderr, flush=True)
+    return 1
 
 
 if __name__ == "__main__":

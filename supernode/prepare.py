@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from supernode.download import CACHE, DATA, MODEL, PrepareError, hub_token, trust_own_ca
+from supernode.node_log import quiet
 from supernode.partitions import BUNDLED, Split, prepare_data
 from supernode.quantise import prepare_model
 
@@ -53,6 +54,7 @@ def main() -> int:
     data.add_argument("--alpha", type=float, default=env("DIRICHLET_ALPHA", "0.5"))
     data.add_argument("--seed", type=int, default=env("DATA_SEED", "2025"))
     args = parser.parse_args()
+    quiet()
     trust_own_ca()
     try:
         token = hub_token()

@@ -105,13 +105,12 @@ def test_when_stopped_a_serverapp_has_its_time_to_write_down_how_it_ended(
     """A container ends with its first process: the ServerApp has to end before."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    (programs / "python").symlink_to(sys.executable)
     told, up = tmp_path / "told", tmp_path / "up"
     superexec = programs / "flower-superexec"
     superexec.write_text(SUPEREXEC.format(python=sys.executable, told=told, up=up))
     superexec.chmod(0o755)
-    code = f"import sys; sys.executable = {str(programs / 'python')!r}; "
-    code += "from superlink.serverapp import main; sys.exit(main())"
+    code = "import sys; from pathlib import Path; from superlink import link_log, serverapp; "
+    code += f"link_log.PROGRAMS = Path({str(programs)!r}); sys.exit(serverapp.main())"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env={**os.environ, **env, "RUNTIME_ADDRESS": "localhost:1"},

@@ -7,8 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -282,11 +285,52 @@ def test_the_nodes_log_and_exit_code_are_passed_on(capfd: pytest.CaptureFixture[
 
 
 @pytest.mark.usefixtures("_own_signal_handlers")
-def test_a_node_that_ends_well_without_being_asked_was_shut_out(
+@pytest.mark.parametrize("code", ["UNAUTHENTICATED", "UNIMPLEMENTED"])
+def test_a_node_whose_key_is_refused_says_so(code: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Flower's own answer to what a SuperLink says, here one that refuses every call."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    refuse = Refuse(getattr(grpc.StatusCode, code))
+    server.add_generic_rpc_handlers([refuse])
+    server.start()
+    calls = (
+        "import grpc, supernode.pinned as p; p.install_refusal()\n"
+        "from flwr.supercore.retry.grpc_retry import make_simple_grpc_retry_invoker as retry\n"
+        f"call = grpc.insecure_channel('127.0.0.1:{port}').unary_unary('/flwr.proto.Fleet/Any')\n"
+        "retry().invoke(call, b'')"
+    )
+    try:
+        assert watch(child(calls), dict(os.environ)) == 1
+    finally:
+        server.stop(None)
+    refused = f"supernode: ERROR: {REFUSED}\n" if code == "UNAUTHENTICATED" else ""
+    assert capfd.readouterr().err == refused
+    assert refuse.asked
+
+
+@pytest.mark.usefixtures("_own_signal_handlers")
+@pytest.mark.parametrize("ended_by", ["itself", "somebody"])
+def test_an_end_that_is_no_refusal_is_not_called_one(
+    ended_by: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # As Flower's SuperNode does, whose process anybody may end, and not its entrypoint only.
+    ends = "import os, signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); "
+    ends += "os.kill(os.getpid(), signal.SIGTERM); " if ended_by == "somebody" else ""
+    assert watch(child(f"{ends}print('bye')"), dict(os.environ)) == 0
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("_own_signal_handlers")
+def test_a_node_that_is_stopped_and_then_refused_was_stopped(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    assert watch(child("print('bye')"), dict(os.environ)) == 1
-    assert capfd.readouterr().err == f"supernode: ERROR: {REFUSED}\n"
+    # Revoked a moment before, it cannot sign off.
+    node = (
+        "import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: os._exit(os.EX_NOPERM))"
+    )
+    node += "; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    assert watch(child(node), dict(os.environ)) == 0
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.usefixtures("_own_signal_handlers")
@@ -294,6 +338,20 @@ def test_a_log_of_strange_bytes_does_not_end_the_node(capfd: pytest.CaptureFixtu
     script = r"import os, sys; os.write(1, b'caf\xe9\nlast\n'); sys.exit(3)"
     assert watch(child(script), dict(os.environ)) == 3
     assert capfd.readouterr().out.splitlines()[-1] == "last"
+
+
+class Refuse(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Every call ends with this status."""
+
+    def __init__(self, code: grpc.StatusCode) -> None:
+        self.code, self.asked = code, False
+
+    def service(self, _: object) -> Any:
+        def end(_: bytes, context: Any) -> None:
+            self.asked = True
+            context.abort(self.code, "no")
+
+        return grpc.unary_unary_rpc_method_handler(end)
 
 
 def failure(reason: str) -> str:
