@@ -46,8 +46,7 @@ class Status:
         said, now = self.said, time.monotonic()
         done, total = (int(n) for n in (said["done"] or "0/1").split("/"))
         first = [said["phase"], str(timedelta(seconds=round(now - self._started)))]
-        if said["left_s"]:
-            left_s = max(0, round(int(said["left_s"]) + self._told - now))
+        if (left_s := round(int(said["left_s"] or 0) + self._told - now)) > 0:
             first += [f"about {timedelta(seconds=left_s)} left"]
         sent = said["sent"] and f"{said['sent']} of the budget left"
         shown = Table.grid()
