@@ -20,7 +20,6 @@ from superlink.control import ControlError
 from superlink.onehost.processes import REPOSITORY, LocalFederation
 from superlink.provision import ProvisionError
 from superlink.submit import submit
-from supernode.reach import direct
 
 # Medians of the sites: no single one decides them (app/server/held_out.py).
 _SHOWN = ("eval_loss_median", "eval_token_accuracy_median")
@@ -98,7 +97,6 @@ def main() -> int:
     args = parser.parse_args()
     if not 1 <= args.sites <= 100:
         parser.error(f"--sites {args.sites}: 1 to 100")
-    os.environ.update(direct(os.environ))
     try:
         for number in (signal.SIGTERM, signal.SIGHUP):  # unwind as on Ctrl-C
             signal.signal(number, signal.default_int_handler)

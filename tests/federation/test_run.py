@@ -94,6 +94,19 @@ def waits(work: Path) -> list[bool]:
     return [f"{n} waits for its turn on the CPU" in t for n, t in zip(names, logs, strict=True)]
 
 
+@contextmanager
+def dead_proxies() -> Iterator[None]:
+    """Every variable names a proxy that is not there, as on a host that is behind one."""
+    with pytest.MonkeyPatch.context() as host:
+        for name in ("grpc_proxy", "http_proxy", "https_proxy"):
+            host.setenv(name, "http://127.0.0.1:9")
+            host.setenv(name.upper(), "http://127.0.0.1:9")
+        host.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+        for name in ("no_proxy", "NO_PROXY"):
+            host.setenv(name, "")
+        yield
+
+
 @pytest.fixture(scope="module")
 def done(models_dir: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     work = tmp_path_factory.mktemp("federation")
@@ -108,7 +121,10 @@ def done(models_dir: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
         "train.learning-rate-max=0.01 train.learning-rate-min=0.001",
         'communication.down="bf16" communication.up="int8"',
     ]
-    with LocalFederation(work, models_dir, work / "results", SITES) as federation:
+    with (
+        dead_proxies(),
+        LocalFederation(work, models_dir, work / "results", SITES) as federation,
+    ):
         federation.provision()
         prepare_data(federation.federation, Split(str(source), SITES))
         control = federation.start()
