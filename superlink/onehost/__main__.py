@@ -129,7 +129,8 @@ def demo(args: argparse.Namespace) -> int:
         say("4/5 the run")
         code = submit(REPOSITORY, config, control, federation.public)
     if code == 0:
-        run = (args.results / "latest").resolve()
+        ended = args.results.glob("*/run.json")
+        run = max(ended, key=lambda facts: facts.stat().st_mtime).parent.resolve()
         print(f"\n{table(run)}\n")
         say(f"final adapter: {run / max(run.glob('peft_*'), key=_round_of).name}")
         say("5/5 evaluation: base model and final adapter on the bundled questions")
