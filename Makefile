@@ -5,18 +5,29 @@ SITES  ?= 4
 # Tests of a file share models and federations: a file stays with one worker. On two cores a third
 # one computes while others wait.
 SHARED := -n 3 --dist loadfile --no-loadscope-reorder
+PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
 CPU    := -f compose.yaml -f docker/compose.cpu.yaml
 
-.PHONY: install demo test lint test-faults drill test-gpu test-containers images up down clean
+.PHONY: install lock demo test lint test-faults drill test-gpu test-containers images up down clean
 
 install: .venv/.installed
 
-.venv/.installed: pyproject.toml
+.venv/.installed: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; make PYTHON=/path/to/python3.11" % v)'
 	@echo "installing into .venv: 2 GB, a minute or more; once"
 	@test -x $(PY) || $(PYTHON) -m venv .venv
-	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[node,eval,dev]'
+	@$(PIP) -e '.[node,eval,dev]'
 	@touch $@
+
+# All packages of all extras, in exact versions. What is locked stays as long as pyproject.toml
+# allows it; newer: make lock UPGRADE='-P pytest', or UPGRADE=--upgrade for all. The uv that
+# resolves is Flower's own; torch is the index's build, a folder of wheels (UV_FIND_LINKS) is not asked.
+lock:
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PIP) uv
+	@$(PY) -m uv pip compile --quiet --universal --python-version 3.11 --all-extras $(UPGRADE) \
+		--no-emit-package pip --custom-compile-command 'make lock' -o requirements.lock pyproject.toml
+	@git --no-pager diff --unified=0 -- requirements.lock
 
 # SuperLink and SuperNodes as processes: a real run in minutes. make demo SITES=20 ARGS='--data FILE'
 demo: install

@@ -1,4 +1,4 @@
-"""pip-audit over the installed packages: red if one has a known vulnerability.
+"""pip-audit over requirements.lock: red if one has a known vulnerability.
 
     python .ci/audit.py [PIP-AUDIT]
 
@@ -8,22 +8,21 @@ that is known to be vulnerable. If that is not found, a loud notice, and not red
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+LOCK = Path(__file__).parents[1] / "requirements.lock"
 CANARY = "jinja2==2.10"
 TIMEOUT_S = 600
 
 
-def installed() -> list[str]:
-    """name==version of all dependencies, without local parts such as torch's +cpu."""
-    found = {d.metadata["Name"]: d.version.split("+")[0] for d in distributions()}
-    not_dependencies = ("fedllm-medical", "pip")  # pip is the one that came with this Python
-    return [f"{n}=={v}" for n, v in sorted(found.items()) if n not in not_dependencies]
+def locked() -> list[str]:
+    """name==version of all dependencies, also those of other machines and extras."""
+    return re.findall(r"^[\w.-]+==[\w.]+", LOCK.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def audit(program: str, requirements: list[str]) -> list[dict[str, Any]]:
@@ -53,7 +52,7 @@ def audit(program: str, requirements: list[str]) -> list[dict[str, Any]]:
 
 def main() -> int:
     program = (sys.argv[1:] or [str(Path(sys.executable).with_name("pip-audit"))])[0]
-    requirements = installed()
+    requirements = locked()
     try:
         if not any(a.get("vulns") for a in audit(program, [CANARY])):
             raise ValueError(f"the vulnerability service does not know that {CANARY} is vulnerable")

@@ -23,7 +23,7 @@ from app.server.preflight import PreflightError, SilenceError, Sites, preflight
 from app.server.resume import Earlier, adopt, bytes_before, find_earlier
 from app.server.site_list import SiteListError, site_name
 from app.server.site_rows import in_words
-from app.server.strategy import RoundError, Strategy
+from app.server.strategy import HopelessError, RoundError, Strategy
 from app.wire.adapter import Layout, Vector, initial_adapter
 from app.wire.noise import noise_norm
 
@@ -56,7 +56,9 @@ def main(grid: Grid, context: Context) -> None:
             logger.error("ERROR: %s", err)
         if isinstance(err, SilenceError):
             raise type(err)(f"{SILENT}{err}") from None  # superlink.submit looks for these two
-        if isinstance(err, (ConfigError, PreflightError, SiteListError, ResultsError)):
+        if isinstance(
+            err, (ConfigError, PreflightError, SiteListError, ResultsError, HopelessError)
+        ):
             raise type(err)(f"{GIVEN_UP}{err}") from None
         raise
     finally:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from app.server.checkpoint import rounds, sha256
+from app.server.checkpoint import newest, rounds, sha256
 from eval import EvalError
 from eval.model import Adapter
 
@@ -16,16 +16,11 @@ def newest_run(results: Path) -> Path:
     Raises:
         EvalError: there is none yet.
     """
-    latest = (results / "latest").resolve()
-    if rounds(latest):
-        return latest
-    # Copied without its link, or the link's run was deleted.
-    complete = [r[max(r)] for p in results.glob("*/") if (r := rounds(p))]
-    if not complete:
-        raise EvalError(
-            f"no complete adapter in {results} yet; wait with --wait MINUTES, or give --peft-path"
-        )
-    return max(complete, key=lambda folder: (folder / "round.json").stat().st_mtime).parent
+    if run := newest(results):
+        return run
+    raise EvalError(
+        f"no complete adapter in {results} yet; wait with --wait MINUTES, or give --peft-path"
+    )
 
 
 def choose_run(results: Path, run: str | None, wait_s: float) -> Path:

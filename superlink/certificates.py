@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 CA_DAYS, SERVER_DAYS = 3650, 365
+OUR_CA = "fedllm-medical CA"
 Key = ec.EllipticCurvePrivateKey
 
 
@@ -26,7 +27,7 @@ def new_key() -> Key:
 
 def ca_certificate(key: Key) -> x509.Certificate:
     """Self-signed. A later one of the same key is as good: it vouches for the same servers."""
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedllm-medical CA")])
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, OUR_CA)])
     return (
         _certificate(name, name, key.public_key(), CA_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -77,13 +78,38 @@ def issued_by(certificate: x509.Certificate, ca_cert: x509.Certificate) -> bool:
 
 
 def load_certificate(path: Path) -> x509.Certificate:
-    """Raises: CertificateError: not a certificate; OSError: cannot be read."""
+    """Our CA's, where there are several; else the first, which in a chain is the server's.
+
+    Raises:
+        CertificateError: not a certificate; OSError: cannot be read.
+    """
+    ours, others = load_certificates(path)
+    return (ours or others)[0]
+
+
+def load_certificates(path: Path) -> tuple[list[x509.Certificate], list[x509.Certificate]]:
+    """The file's certificates: those of a CA that ``provision`` has made, and others.
+
+    Raises:
+        CertificateError: not certificates; OSError: cannot be read.
+    """
     try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
+        found = x509.load_pem_x509_certificates(path.read_bytes())
     except ValueError:
         raise CertificateError(
             f"{path} is not a PEM certificate: put the right file back from a backup"
         ) from None
+    ours = [certificate for certificate in found if _common_name(certificate.subject) == OUR_CA]
+    return ours, [certificate for certificate in found if certificate not in ours]
+
+
+def made_by_us(certificate: x509.Certificate) -> bool:
+    """Whether it was issued by a CA that ``provision`` has made, this one or one before it."""
+    return _common_name(certificate.issuer) == OUR_CA
+
+
+def _common_name(name: x509.Name) -> str:
+    return "".join(str(part.value) for part in name.get_attributes_for_oid(NameOID.COMMON_NAME))
 
 
 def load_key(path: Path) -> Key:
@@ -106,8 +132,9 @@ def load_key(path: Path) -> Key:
     return key
 
 
-def write_certificate(path: Path, certificate: x509.Certificate) -> None:
-    write(path, certificate.public_bytes(serialization.Encoding.PEM))
+def write_certificate(path: Path, *certificates: x509.Certificate) -> None:
+    pem = serialization.Encoding.PEM
+    write(path, b"".join(certificate.public_bytes(pem) for certificate in certificates))
 
 
 def write_key(path: Path, key: Key, openssh: bool = False) -> None:

@@ -12,6 +12,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+from supernode.reach import parsed
+
 _TEMPLATE = """
 [superlink.deployment]
 address = "{address}"
@@ -51,6 +53,7 @@ def main() -> int:
         print(f"connection: no CA certificate at {ca_file}", file=sys.stderr)
         return 1
     try:
+        parsed(sys.argv[1])
         path = write_connection(home, sys.argv[1], ca_file)
     except ValueError as err:
         print(f"connection: {err}", file=sys.stderr)

@@ -4,6 +4,7 @@
 register 20 keys or to watch the nodes come online.
 """
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,6 +26,8 @@ from flwr.proto.control_pb2_grpc import ControlStub
 from flwr.supercore.grpc import create_channel
 from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+from supernode.reach import AddressError, direct, parsed, why_not
 
 CALL_TIMEOUT_S = 150  # above the time that the SuperLink may wait for its database
 ALREADY_IN_USE = "already in use"  # in the details of Flower's error 23
@@ -63,6 +66,20 @@ class KnownRun:
     ended_s_ago: float  # by the SuperLink's clock; 0 of a run that has not ended
 
 
+def connected(address: str, ca_file: Path) -> "Control":
+    """The SuperLink at ``address``; where that is on this host or network, past any proxy.
+
+    Raises:
+        ControlError: that is no address, or there is no CA certificate.
+    """
+    try:
+        host, _ = parsed(address)
+    except AddressError as err:
+        raise ControlError(f"CONTROL_ADDRESS: {err}") from None
+    os.environ.update(direct(os.environ, host))
+    return Control(address, ca_file)
+
+
 class Control:
     """One TLS channel to the Control API at ``address`` (host:port)."""
 
@@ -71,7 +88,7 @@ class Control:
             ca = ca_file.read_bytes()
         except OSError as err:
             raise ControlError(f"CA certificate {ca_file}: {err.strerror}") from None
-        self.address = address
+        self.address, self._ca_file = address, ca_file
         self._channel = create_channel(
             server_address=address,
             insecure=False,
@@ -88,9 +105,10 @@ class Control:
         try:
             grpc.channel_ready_future(self._channel).result(timeout=timeout_s)
         except grpc.FutureTimeoutError:
+            reason = why_not(self.address, self._ca_file, os.environ)
             raise ControlError(
-                f"no SuperLink answers at {self.address} with a certificate of this CA "
-                f"({timeout_s:.0f} s); is it running, and is the CA certificate its own?"
+                f"no connection to the SuperLink at {self.address} within {timeout_s:.0f} s: "
+                f"{reason or 'it answers now; try again'}"
             ) from None
 
     def register(self, public_key: bytes) -> bool:

@@ -12,14 +12,25 @@
 | RUNTIME_PORT   | 9091            | of 127.0.0.1, for those child processes             |
 | SITES_DIR      | (required then) | who is who, from register; the ServerApp reads it   |
 | HEALTH_PORT    | 9190            | liveness, on 127.0.0.1 only                         |
+| FLWR_LOG_LEVEL | INFO            | DEBUG: also what Flower's processes poll            |
 """
 
+import errno
 import os
 import socket
 import sys
 from pathlib import Path
 
+from superlink import link_log
+from supernode.reach import AddressError, direct, parsed
+
 DATABASE_LOCK_TIMEOUT_MS = 120_000
+_ADVICE = {
+    errno.EADDRINUSE: "another program does; end it, or set another port",
+    errno.EADDRNOTAVAIL: "this host has no such address; 0.0.0.0 is all that it has",
+    errno.EACCES: "a port below 1024 is root's; set another",
+    socket.EAI_NONAME: "check the name, or give an address of this host",
+}
 
 
 def arguments(env: dict[str, str]) -> list[str]:
@@ -68,7 +79,7 @@ def arguments(env: dict[str, str]) -> list[str]:
         "--disable-runtime-dependency-installation",
         "--fleet-api-address", fleet,
         "--control-api-address", control,
-        "--host", runtime.rsplit(":", 1)[0], "--port", runtime.rsplit(":", 1)[1],
+        "--host", parsed(runtime)[0], "--port", str(parsed(runtime)[1]),
         "--health-server-address", health,
         *(_apart(certificates) if apart else ()),
     ]  # fmt: skip
@@ -86,21 +97,26 @@ def _apart(certificates: Path) -> list[str]:
 
 
 def _check_free(name: str, address: str) -> None:
-    host, port = address.rsplit(":", 1)
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as after a restart
-        try:
-            probe.bind((host, int(port)))
-        except (OSError, ValueError) as err:
-            why = "in use by another program" if isinstance(err, OSError) else "not host:port"
-            raise SystemExit(f"superlink: {name}: {address} is {why}; set {name}") from None
+    """Raises SystemExit with the system's own reason if nobody can listen there now."""
+    try:
+        host, port = parsed(address)
+        family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as after a restart
+            probe.bind(target)
+    except AddressError as err:
+        raise SystemExit(f"superlink: {name}: {err}") from None
+    except OSError as err:
+        advice = _ADVICE.get(err.errno or 0, "set another")
+        raise SystemExit(
+            f"superlink: {name}: nobody can listen at {address}: {err.strerror}; {advice}"
+        ) from None
 
 
 def main() -> None:
     sys.argv = arguments(dict(os.environ))
-    programs = Path(sys.executable).parent  # Flower starts flower-superexec by its bare name
-    os.environ |= {
-        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+    os.environ |= direct(os.environ) | {
+        "PATH": link_log.path(),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
     }
@@ -110,6 +126,7 @@ def main() -> None:
 
     from superlink import fleet_door, runtime_door
 
+    link_log.set_up()
     fleet_door.install(Path(os.environ["RESULTS_DIR"]))
     runtime_door.install()
     # Flower 1.36 gives up a database lock after 5 s, and no flag changes that. With 20 busy

@@ -8,7 +8,7 @@ Writes, under FEDERATION_DIR (default ``federation``); what is there and valid i
     ca/ca.key                              signs the server certificate; for this command only
     public/{ca.crt,site-NN.pub}            no secrets: for submitting and registering
     public/revoked/site-NN-HASH.pub        keys that must not come back
-    superlink/{ca.crt,server.crt,server.key,runtime.secret}
+    superlink/{ca.crt,server.crt,server.key,runtime.secret}    a server.crt of another CA is kept
     serverapp/{ca.crt,runtime.secret}      for the ServerApps' container
     prepared/                              supernode.prepare's list of what it made
     site-NN/{supernode.key,superlink-ca.crt,site.env,data/,state/}   all that site NN receives
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from superlink import site_keys
+from superlink import site_keys, site_kit
 from superlink.certificates import (
     SERVER_DAYS,
     CertificateError,
@@ -37,17 +37,19 @@ from superlink.certificates import (
     issued_by,
     keys_of_their_owner,
     load_certificate,
+    load_certificates,
     load_key,
+    made_by_us,
     names_of,
     new_key,
     server_certificate,
     time_left,
-    write,
     write_certificate,
     write_key,
 )
 from superlink.container_files import manifest_folder, runtime_secret
 from superlink.show import show
+from supernode.reach import AddressError, parsed
 
 RENEW_BEFORE = timedelta(days=30)
 RENEW_CA_BEFORE = timedelta(days=SERVER_DAYS) + RENEW_BEFORE  # no server's outlives it
@@ -80,16 +82,20 @@ def provision(federation: Path, sites: int, address: str, names: list[str]) -> l
         ProvisionError: the CA's key or certificate alone is missing, a file there is not what it
             should be, or one cannot be written.
     """
+    try:
+        host, _ = parsed(address)
+    except AddressError as err:
+        raise ProvisionError(f"--address: {err}") from None
     made: list[str] = []
     for torn in federation.glob("*/.*.part"):  # of a call that was killed; maybe half a key
         torn.unlink(missing_ok=True)
     ca_key, ca_cert = _authority(federation, made)
-    host = address.rsplit(":", 1)[0].strip("[]")  # [::1]:9092
     wanted = list(dict.fromkeys([host, *names, "localhost", "127.0.0.1"]))
     _server(federation, ca_key, ca_cert, wanted, made)
     runtime_secret(federation, made)
     for number in range(sites):
-        _site(federation, number, sites, address, ca_cert, made)
+        site_kit.complete(federation, number, sites, address, made)
+    site_kit.note_address(federation, address)
     manifest_folder(federation)
     return made + keys_of_their_owner(federation)
 
@@ -103,7 +109,7 @@ def renew(federation: Path) -> list[str]:
     names, made = _names(federation), list[str]()
     ca_key, ca_cert = _authority(federation, made)
     for folder in sorted(federation.glob("site-*")):
-        write_certificate(folder / "superlink-ca.crt", ca_cert)
+        site_kit.write_ca(folder / "superlink-ca.crt", federation, made)
     _server(federation, ca_key, ca_cert, names, made, new=True)
     return made
 
@@ -114,9 +120,10 @@ def reset(federation: Path) -> list[str]:
     What was revoked stays so. To be called again if interrupted. Raises as renew does.
     """
     _names(federation)  # before anything is overwritten
-    key = new_key()
+    key, cert_file = new_key(), federation / "public" / "ca.crt"
+    others = load_certificates(cert_file)[1] if cert_file.exists() else []
     write_key(federation / "ca" / "ca.key", key)
-    write_certificate(federation / "public" / "ca.crt", ca_certificate(key))
+    write_certificate(cert_file, ca_certificate(key), *others)
     made = ["CA", *renew(federation)]
     runtime_secret(federation, made, new=True)
     for pub in sorted((federation / "public").glob("site-*.pub")):
@@ -144,8 +151,10 @@ def _authority(federation: Path, made: list[str]) -> tuple[Key, x509.Certificate
             f"{have} is there but {lost} is not: put it back, or delete {federation} to start "
             "anew (every site then needs a new kit)"
         )
+    others: list[x509.Certificate] = []
     if cert_file.exists():
         key, cert = load_key(key_file), load_certificate(cert_file)
+        others = load_certificates(cert_file)[1]
         if key.public_key() != cert.public_key():
             raise ProvisionError(
                 f"{key_file} is not the key of {cert_file}: put the right one back, or, after a "
@@ -162,7 +171,7 @@ def _authority(federation: Path, made: list[str]) -> tuple[Key, x509.Certificate
         made.append("CA")
     cert = ca_certificate(key)
     write_key(key_file, key)
-    write_certificate(cert_file, cert)
+    write_certificate(cert_file, cert, *others)
     return key, cert
 
 
@@ -177,7 +186,10 @@ def _server(
     folder = federation / "superlink"
     key_file, cert_file = folder / "server.key", folder / "server.crt"
     for user in ("superlink", "serverapp"):
-        write_certificate(federation / user / "ca.crt", ca_cert)
+        site_kit.write_ca(federation / user / "ca.crt", federation, made)
+    if cert_file.exists() and not made_by_us(old := load_certificate(cert_file)):
+        made.append(f"{cert_file} kept: {site_kit.of_another_ca(old, names)}")
+        return
     if key_file.exists() and cert_file.exists() and not new:
         old = load_certificate(cert_file)
         wanted = {canonical(n) for n in names}
@@ -190,30 +202,6 @@ def _server(
     write_key(key_file, key)
     write_certificate(cert_file, cert)
     made.append(f"server certificate for {', '.join(names)}")
-
-
-def _site(
-    federation: Path,
-    number: int,
-    sites: int,
-    address: str,
-    ca_cert: x509.Certificate,
-    made: list[str],
-) -> None:
-    name = f"site-{number:02d}"
-    folder = federation / name
-    for part in ("data", "state"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    if site_keys.is_revoked(federation, name):
-        return
-    if (folder / "supernode.key").exists():
-        site_keys.publish(federation, name)
-    else:
-        site_keys.renew(federation, name)  # a lost private key may be somebody's now
-        made.append(name)
-    write_certificate(folder / "superlink-ca.crt", ca_cert)
-    settings = f"SUPERLINK={address}\nPARTITION_ID={number}\nNUM_PARTITIONS={sites}\n"
-    write(folder / "site.env", settings.encode())
 
 
 def main() -> int:

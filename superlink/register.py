@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from superlink.certificates import write
-from superlink.control import UNREGISTERED, Control, ControlError, public_keys
+from superlink.control import UNREGISTERED, Control, ControlError, connected, public_keys
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def main() -> int:
     sites_dir = Path(os.environ.get("SITES_DIR", "federation/sites"))
     address = os.environ.get("CONTROL_ADDRESS", "localhost:9093")
     try:
-        done = register(Control(address, public / "ca.crt"), public, sites_dir)
+        done = register(connected(address, public / "ca.crt"), public, sites_dir)
     except ControlError as err:
         print(f"register: {err}", file=sys.stderr)
         return 1

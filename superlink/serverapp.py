@@ -19,6 +19,9 @@ import sys
 import time
 from pathlib import Path
 
+from superlink import link_log
+from supernode.reach import AddressError, direct, parsed
+
 STOP_AFTER_S = 10
 
 
@@ -31,6 +34,10 @@ def arguments(env: dict[str, str]) -> list[str]:
     for name in ("SERVERAPP_DIR", "RUNTIME_ADDRESS", "RESULTS_DIR", "SITES_DIR"):
         if not env.get(name):
             raise SystemExit(f"serverapp: {name} is not set")
+    try:
+        parsed(env["RUNTIME_ADDRESS"])
+    except AddressError as err:
+        raise SystemExit(f"serverapp: RUNTIME_ADDRESS: {err}") from None
     own, results = Path(env["SERVERAPP_DIR"]), Path(env["RESULTS_DIR"])
     for file in ("ca.crt", "runtime.secret"):
         if not os.access(own / file, os.R_OK):
@@ -45,7 +52,7 @@ def arguments(env: dict[str, str]) -> list[str]:
             f"run --rm --no-deps --user 0 --cap-add CHOWN serverapp chown {os.getuid()} {results}"
         )
     return [
-        str(Path(sys.executable).with_name("flower-superexec")),
+        str(link_log.PROGRAMS / "flower-superexec"),
         "--plugin-type", "serverapp",
         "--runtime-api-address", env["RUNTIME_ADDRESS"],
         "--root-certificates", str(own / "ca.crt"),
@@ -70,12 +77,15 @@ def _children(pid: int) -> set[int]:
 
 def main() -> int:
     argv = arguments(dict(os.environ))
-    programs = Path(sys.executable).parent  # Flower starts flwr-serverapp by its bare name
-    env = os.environ | {
-        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-    }
+    env = (
+        os.environ
+        | direct(os.environ, parsed(os.environ["RUNTIME_ADDRESS"])[0])
+        | {
+            "PATH": link_log.path(),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+        }
+    )
     superexec = subprocess.Popen(argv, env=env)
 
     def stop(*_: object) -> None:

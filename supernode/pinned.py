@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ANY = "any"  # in the place of the SHA-256
@@ -52,6 +53,20 @@ def install(pinned: str, site: str) -> None:
     flower.FAB_VERIFICATION_ERROR = Error(ErrorCode.INVALID_FAB, refusal)
 
 
+def install_refusal() -> None:
+    """Let this process end with EX_NOPERM (77) when the SuperLink refuses its key.
+
+    Flower 1.36 then sends itself the signal of a Ctrl-C, and ends as if somebody had asked it to.
+    """
+    from flwr.supercore.retry import grpc_retry
+
+    def end(*_: object) -> None:
+        sys.stdout.flush()
+        os._exit(os.EX_NOPERM)  # nobody is left to sign off at; what it has started ends with it
+
+    vars(grpc_retry)["os"] = SimpleNamespace(getpid=os.getpid, kill=end)
+
+
 def main() -> None:
     if sys.argv[1] == "hash":
         from flwr.cli.build import build_fab_from_disk
@@ -67,6 +82,7 @@ def main() -> None:
     pin, site = sys.argv[2:4]
     if pin != ANY:
         install(pin, site)
+    install_refusal()
     if socket := os.environ.get("WARM_SOCKET"):
         orders.install(Path(socket), float(os.environ["WARM_S"]))
         lost.install(Path(socket).parent)

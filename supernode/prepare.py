@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from supernode.download import CACHE, DATA, MODEL, PrepareError, hub_token, trust_own_ca
+from supernode.node_log import quiet
 from supernode.partitions import BUNDLED, Split, prepare_data
 from supernode.quantise import prepare_model
 
@@ -58,6 +59,7 @@ def main() -> int:
         help="QUESTION,ANSWER: the columns, where they have other names than the usual ones",
     )
     args = parser.parse_args()
+    quiet()
     trust_own_ca()
     try:
         token = hub_token()

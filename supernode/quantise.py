@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,13 @@ def _lock(folder: Path) -> int | None:
 def _convert(source: Path, target: Path, name: str, kind: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers.utils.logging import set_tqdm_hook
 
+    from supernode.progress import of_steps
+
+    set_tqdm_hook(of_steps)
+    size = sum(p.stat().st_size for p in source.glob("*.safetensors"))
+    _say(f"loading {name}, {size / 1e9:.1f} GB, as {kind}")
     settings: Any = {
         "nf4": {
             "load_in_4bit": True,
@@ -102,6 +109,7 @@ def _convert(source: Path, target: Path, name: str, kind: str) -> None:
         raise PrepareError(
             f"{source} does not load as a causal language model: {type(err).__name__}: {first}"
         ) from None
+    _say("writing it, and a fingerprint of what it was made of")
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     files = sorted(p for p in target.rglob("*") if p.is_file())
@@ -122,6 +130,10 @@ def _convert(source: Path, target: Path, name: str, kind: str) -> None:
         "sha256": {p.relative_to(target).as_posix(): _sha256(p).hex() for p in files},
     }
     (target / "base.json").write_text(json.dumps(base, indent=2) + "\n")
+
+
+def _say(text: str) -> None:
+    print(f"prepare: {text}", file=sys.stderr, flush=True)
 
 
 def fingerprint(source: Path, kind: str) -> str:

@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "app/site/": ("app.site", "app.wire", "app.config"),
     "app/client_app.py": ("app.site", "app.wire", "app.config"),
     "app/plan.py": ("app.site", "app.wire", "app.config"),
-    "superlink/": ("superlink", "app.config"),
+    "superlink/": ("superlink", "app.config", "supernode.reach"),
     "supernode/": ("supernode",),
     "supernode/partitions.py": ("supernode", "app.site.rows"),
     "supernode/sources.py": ("supernode", "app.site.rows"),

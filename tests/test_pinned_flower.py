@@ -96,7 +96,7 @@ COLUMNS = {
 def found(path: str) -> Any:
     module, _, names = path.partition(":")
     thing: Any = import_module(module)
-    for name in names.split("."):
+    for name in names.split(".") if names else ():
         assert hasattr(thing, name), f"the pinned Flower has no {path}, which we wrap"
         thing = getattr(thing, name)
     return thing
@@ -115,6 +115,12 @@ def test_a_supernode_starts_superexec_by_its_bare_name_and_tells_who_it_is() -> 
     source = inspect.getsource(found("flwr.supernode.start_client_internal:start_client_internal"))
     assert 'command = ["flower-superexec"]' in source  # the first in the PATH: supernode/warm/bin
     assert 'command += ["--parent-pid", str(os.getpid())]' in source
+
+
+def test_a_refused_supernode_ends_itself_by_a_signal() -> None:
+    source = inspect.getsource(found("flwr.supercore.retry.grpc_retry"))
+    assert "os.kill(os.getpid(), signal.SIGINT)" in source  # replaced by supernode/pinned.py
+    assert source.count("os.kill(") == 1
 
 
 @pytest.mark.parametrize(("path", "parameters"), CALLED)

@@ -5,8 +5,10 @@ adapter_config.json, round.json}, eval/ (written by the evaluation); results/lat
 run with an adapter
 """
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,6 +18,10 @@ from typing import Any
 
 from app.config import MIB, RunConfig
 from app.wire.adapter import Layout, Vector, save_peft
+
+logger = logging.getLogger("app")
+# What no other way around helps with; anything else a file system may say of what it lacks.
+_REAL = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS)
 
 
 class ResultsError(Exception):
@@ -31,7 +37,7 @@ class RunFolder:
         Raises:
             ResultsError: it cannot be written.
         """
-        self.results = results
+        self.results, self._told = results, False
         self.path = results / str(run_id)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -129,7 +135,7 @@ class RunFolder:
             # An old one goes as a whole: without its manifest it is invisible.
             (target / "round.json").unlink(missing_ok=True)
             shutil.rmtree(target, ignore_errors=True)
-            part.replace(target)
+            _rename_folder(part, target)
             _fsync(self.path)
             self.point_latest_here()
         except OSError as err:
@@ -141,17 +147,46 @@ class RunFolder:
         return target
 
     def point_latest_here(self) -> None:
-        """Make ``latest`` name this run. Raises OSError."""
-        link = self.results / f".latest-{self.path.name}"
-        link.unlink(missing_ok=True)
-        link.symlink_to(self.path.name)  # relative: holds wherever the volume is mounted
-        link.replace(self.results / "latest")
+        """Make ``latest`` name this run, where the file system has links; readers do without.
+
+        Raises:
+            OSError: the disk is full, or fails.
+        """
+        link, latest = self.results / f".latest-{self.path.name}", self.results / "latest"
+        try:
+            link.unlink(missing_ok=True)
+            link.symlink_to(self.path.name)  # relative: holds wherever the volume is mounted
+            link.replace(latest)
+        except OSError as err:
+            link.unlink(missing_ok=True)
+            if err.errno in _REAL:
+                raise
+            if not self._told:
+                logger.warning("[results] no link %s to this run: %s", latest, err.strerror)
+            self._told = True
+
+
+def _rename_folder(part: Path, target: Path) -> None:
+    """To a new name. Some file systems rename files only: then its manifest comes last."""
+    try:
+        part.replace(target)
+    except OSError as err:
+        if err.errno in _REAL:
+            raise
+        target.mkdir()
+        for file in sorted(part.iterdir(), key=lambda file: file.name == "round.json"):
+            file.replace(target / file.name)
+        part.rmdir()
+        _fsync(target)
 
 
 def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as err:  # some file systems cannot sync a folder
+        if err.errno in _REAL or not path.is_dir():
+            raise
     finally:
         os.close(handle)
 
@@ -166,3 +201,14 @@ def rounds(run: Path) -> dict[int, Path]:
     """The complete checkpoints of a run folder, by round, in order."""
     names = {p.parent.name.removeprefix("peft_"): p.parent for p in run.glob("peft_*/round.json")}
     return dict(sorted((int(n), folder) for n, folder in names.items() if n.isdecimal()))
+
+
+def newest(results: Path) -> Path | None:
+    """The run that ``latest`` names, or, without that link, whose checkpoint is the newest."""
+    latest = results / "latest"
+    if latest.is_symlink() and rounds(latest):
+        return latest.resolve()
+    runs = [p for p in results.glob("*/") if p.name != "latest" or latest.is_symlink()]
+    complete = [r[max(r)] for p in runs if (r := rounds(p))]
+    by_age = max(complete, key=lambda f: (f / "round.json").stat().st_mtime, default=None)
+    return by_age and by_age.parent

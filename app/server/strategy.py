@@ -28,11 +28,16 @@ from app.wire.codec import decode, encode
 
 logger = logging.getLogger(__name__)
 
+RAISED = "<class '"  # so Flower tells what a ClientApp has raised
 NPY_HEADER_BYTES = 128  # that Flower puts in front of an array; framing, not counted
 
 
 class RoundError(Exception):
     """Too few usable replies; the adapter of the round before stands."""
+
+
+class HopelessError(RoundError):
+    """Every site fails alike: neither others nor another run would do better."""
 
 
 @dataclass
@@ -104,7 +109,8 @@ class Strategy:
             The new adapter [layout.size] and the round's line for metrics.jsonl.
 
         Raises:
-            RoundError: after max-retries fewer than min-replies replies could be used.
+            RoundError: after max-retries fewer than min-replies replies could be used; earlier
+                (HopelessError) where all sites, or those of two attempts, fail with one reason.
         """
         started = time.monotonic()
         total = self.config.num_server_rounds
@@ -126,6 +132,7 @@ class Strategy:
                 rejected[name] = why
             if len(updates) >= self.config.min_replies:
                 break
+            self._check_hope(server_round, attempt, partitions, rejected)
         else:
             reasons = "; ".join(f"{name}: {why}" for name, why in sorted(rejected.items()))
             raise RoundError(
@@ -142,6 +149,19 @@ class Strategy:
             "attempts": attempt + 1,
             "seconds": time.monotonic() - started,
         }
+
+    def _check_hope(
+        self, server_round: int, attempt: int, asked: list[int], rejected: Mapping[str, str]
+    ) -> None:
+        everybody = len(asked) == len(self.sites.node_of)
+        reasons, all_failed = set(rejected.values()), {*map(site_name, asked)} <= rejected.keys()
+        if not all_failed or len(reasons) > 1 or not (attempt or everybody) or len(rejected) < 2:
+            return
+        (why,) = reasons
+        if why.startswith(RAISED):  # by its app, on its rows and model; what is late may come yet
+            raise HopelessError(
+                f"round {server_round}: {', '.join(sorted(rejected))} fail alike: {why}"
+            )
 
     def _aggregate(
         self,

@@ -60,16 +60,10 @@ def _prepare(args: argparse.Namespace, federation: Path) -> None:
         "--quantization", args.quantization, "--models", str(args.models),
         "--federation", str(federation), "--sites", str(args.sites), "--source", args.data,
     ]  # fmt: skip
-    done = subprocess.run(
-        command,
-        cwd=REPOSITORY,
-        check=False,
-        stderr=subprocess.PIPE,
-        text=True,
-        stdout=subprocess.DEVNULL,
-    )
+    # How far it is, and an error, it says on stderr.
+    done = subprocess.run(command, cwd=REPOSITORY, check=False, stdout=subprocess.DEVNULL)
     if done.returncode:
-        raise ControlError(done.stderr.strip().rsplit("\n", 1)[-1])  # the libraries talk before it
+        raise ControlError("base model and data are not prepared; the reason stands above")
 
 
 def _evaluate(args: argparse.Namespace, run: Path) -> int:
@@ -101,6 +95,8 @@ def main() -> int:
         "--results", type=Path, default=os.environ.get("RESULTS_DIR", REPOSITORY / "results")
     )
     args = parser.parse_args()
+    if not 1 <= args.sites <= 100:
+        parser.error(f"--sites {args.sites}: 1 to 100")
     try:
         for number in (signal.SIGTERM, signal.SIGHUP):  # unwind as on Ctrl-C
             signal.signal(number, signal.default_int_handler)
@@ -133,7 +129,8 @@ def demo(args: argparse.Namespace) -> int:
         say("4/5 the run")
         code = submit(REPOSITORY, config, control, federation.public)
     if code == 0:
-        run = (args.results / "latest").resolve()
+        ended = args.results.glob("*/run.json")
+        run = max(ended, key=lambda facts: facts.stat().st_mtime).parent.resolve()
         print(f"\n{table(run)}\n")
         say(f"final adapter: {run / max(run.glob('peft_*'), key=_round_of).name}")
         say("5/5 evaluation: base model and final adapter on the bundled questions")

@@ -14,7 +14,7 @@ from typing import Self
 
 import psutil
 
-from superlink.control import Control, ControlError
+from superlink.control import Control, ControlError, connected
 from superlink.provision import provision
 from superlink.register import register
 
@@ -78,7 +78,7 @@ class LocalFederation:
             RUNTIME_PORT=str(free_port()),
             HEALTH_PORT=str(free_port()),
         )
-        control = Control(f"localhost:{self.control_port}", self.public / "ca.crt")
+        control = connected(f"localhost:{self.control_port}", self.public / "ca.crt")
         self._wait_until_up(control)
         return control
 

@@ -7,6 +7,7 @@ import socket
 import sys
 from pathlib import Path
 
+from supernode.node_log import quiet
 from supernode.warm import libraries
 from supernode.warm.ending import end_at_once, end_with
 from supernode.warm.server import Server, UnsafeError, end_idle_threads
@@ -15,6 +16,7 @@ from supernode.warm.server import Server, UnsafeError, end_idle_threads
 def main() -> int:
     listener, idle_s, parent = sys.argv[1:]
     end_with(int(parent))
+    quiet()
     libraries.load(os.environ["DEVICE"])
     end_idle_threads()
     gc.freeze()  # or each child's collections would copy what all of them share

@@ -15,6 +15,7 @@ from flwr.supercore.exit import exit_handler
 from flwr.supercore.superexec.executor import subprocess_executor
 from flwr.supernode.cli import flwr_clientapp
 
+from supernode.node_log import quiet
 from supernode.warm import lost
 from supernode.warm.asking import ask
 from supernode.warm.ending import end_at_once, end_like, end_with, name_process
@@ -88,6 +89,7 @@ def main() -> None:
     sys.path[0] = str(Path(sys.executable).parent)  # as Flower's own programs have it
     starts = SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
     vars(subprocess_executor)["subprocess"] = starts
+    quiet()  # for a ClientApp that nobody else forks
     end_idle_threads()
     gc.freeze()
     signal.signal(signal.SIGCHLD, reap)

@@ -1,6 +1,6 @@
 """A round of the real deployment against a round of Flower's Simulation Engine.
 
-    pip install -e '.[node,bench]'
+    pip install -c requirements.lock -e '.[node,bench]'
     python -m tests.benchmarks.against_simulation
     python -m tests.benchmarks.against_simulation --data FILE \
         --batch-size 16 --seq-length 512 --steps 2

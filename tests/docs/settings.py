@@ -20,8 +20,8 @@ from tests.samples import REPOSITORY
 PAGE = REPOSITORY / "docs" / "settings.md"
 COMPOSE_FILES = ("compose.yaml", "docker/compose.cpu.yaml")
 PROGRAMS = ("superlink/entrypoint.py", "superlink/serverapp.py", "supernode/entrypoint.py")
-# They read what the SuperNode's entrypoint sets for them.
-OF_CHILDREN = ("supernode/pinned.py", "supernode/warm/")
+# They read what an entrypoint sets for them.
+OF_CHILDREN = ("superlink/link_log.py", "supernode/pinned.py", "supernode/warm/")
 CODE = ("app", "superlink", "supernode", "eval")
 
 HEAD = """# Settings

@@ -7,14 +7,14 @@ is what a hospital would run.
 import fcntl
 import json
 import os
-import signal
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +27,12 @@ from app.site.base_model import find
 from app.wire.adapter import Layout
 from app.wire.codec import unpacked_bytes
 from superlink.onehost.processes import LocalFederation
+from superlink.run_view import Status
 from superlink.submit import submit
+from supernode.entrypoint import REFUSED
 from supernode.partitions import Split, prepare_data
 from tests.samples import REPOSITORY, ROWS
+from tests.terminal import Terminal
 
 SITES = 3
 MARKER = "patient Wilhelmina Zwetschge of ward 13"
@@ -44,7 +47,11 @@ class Done:
     config: RunConfig
     exit_code: int
     failed_exit_code: int
+    printed: str
     processes: list[int]
+
+    def log(self, name: str) -> str:
+        return (self.work / "logs" / f"{name}.log").read_text()
 
     @property
     def run(self) -> Path:
@@ -87,6 +94,19 @@ def waits(work: Path) -> list[bool]:
     return [f"{n} waits for its turn on the CPU" in t for n, t in zip(names, logs, strict=True)]
 
 
+@contextmanager
+def dead_proxies() -> Iterator[None]:
+    """Every variable names a proxy that is not there, as on a host that is behind one."""
+    with pytest.MonkeyPatch.context() as host:
+        for name in ("grpc_proxy", "http_proxy", "https_proxy"):
+            host.setenv(name, "http://127.0.0.1:9")
+            host.setenv(name.upper(), "http://127.0.0.1:9")
+        host.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+        for name in ("no_proxy", "NO_PROXY"):
+            host.setenv(name, "")
+        yield
+
+
 @pytest.fixture(scope="module")
 def done(models_dir: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     work = tmp_path_factory.mktemp("federation")
@@ -101,18 +121,24 @@ def done(models_dir: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
         "train.learning-rate-max=0.01 train.learning-rate-min=0.001",
         'communication.down="bf16" communication.up="int8"',
     ]
-    with LocalFederation(work, models_dir, work / "results", SITES) as federation:
+    with (
+        dead_proxies(),
+        LocalFederation(work, models_dir, work / "results", SITES) as federation,
+    ):
         federation.provision()
         prepare_data(federation.federation, Split(str(source), SITES))
         control = federation.start()
-        with held_until_somebody_waits(work):
+        with held_until_somebody_waits(work), redirect_stdout(StringIO()) as printed:
             exit_code = submit(REPOSITORY, overrides, control, federation.public)
         bad = federation.federation / "site-01" / "data" / "train.jsonl"
         bad.write_text(bad.read_text() + json.dumps({"instruction": "", "input": MARKER}) + "\n")
         failed_exit_code = submit(REPOSITORY, overrides, control, federation.public)
         processes = [p.pid for p in federation.processes.values()]
     _, config = merged_config(REPOSITORY, overrides)
-    return Done(work, models_dir, config, exit_code, failed_exit_code, processes)
+    print(printed.getvalue())
+    return Done(
+        work, models_dir, config, exit_code, failed_exit_code, printed.getvalue(), processes
+    )
 
 
 def metrics(done: Done) -> list[dict[str, object]]:
@@ -132,6 +158,43 @@ def test_the_run_completes_and_submit_says_so(done: Done) -> None:
 
 def test_sites_of_one_device_take_turns_and_their_logs_say_who_waits(done: Done) -> None:
     assert any(waits(done.work))
+
+
+def test_what_a_terminal_shows_of_a_run_is_read_from_what_is_printed(done: Done) -> None:
+    lines = done.printed.splitlines()
+    assert len([line for line in lines if line.startswith("[round 1/2] ")]) == 2
+    status, last = Status(), metrics(done)[-1]
+    for line in lines:
+        status.read(line)
+    assert status.said == {
+        "phase": f"run {done.run.name} finished:completed",
+        "sites": "training at " + ", ".join(f"site-{p:02d}" for p in last["partitions"]),  # type: ignore[attr-defined]
+        "done": "2/2",
+        "loss": "train loss {train_loss:.4f}, held-out loss {eval_loss_median:.4f}".format(**last),  # type: ignore[str-format]
+        "sent": f"{last['mb_sent']:.1f} MiB sent, {last['mb_left']:.0f}",
+        "left_s": "",
+    }
+    assert "\x1b" not in done.printed
+
+
+def test_the_logs_hold_what_happened_and_neither_polling_nor_colours(done: Done) -> None:
+    names = ["superlink", *(f"site-{n:02d}" for n in range(SITES))]
+    for name in names:
+        log = done.log(name)
+        for noise in ("\x1b", "Warning", "warnings.warn", "Failed to load CPU", "PullMessages"):
+            assert noise not in log, name
+        for noise in ("uvicorn.access", "ListNodes", "ListRuns", "StreamLogs"):
+            assert noise not in log, name
+        assert [line for line in log.splitlines() if re.fullmatch(r"INFO *:\s*|\s*", line)] == []
+    assert all("Receiving: train message" in done.log(name) for name in names[1:])
+    for event in ("[Fleet.ActivateNode] Activated", "Created run", "[Fleet.PushMessages]"):
+        assert event in done.log("superlink")
+
+
+def test_a_site_that_was_stopped_with_all_the_rest_says_so_and_nothing_else(done: Done) -> None:
+    for number in range(SITES):
+        assert "SuperNode terminated gracefully" in done.log(f"site-{number:02d}")
+        assert REFUSED not in done.log(f"site-{number:02d}")
 
 
 def test_every_round_has_its_checkpoint_and_its_line(done: Done) -> None:
@@ -247,19 +310,17 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_no_process_behind(
         "--models", str(models_dir), "--work", str(tmp_path / "work"),
         "--results", str(tmp_path / "results"), "--run-config", "num-server-rounds=99",
     ]  # fmt: skip
-    # Started from a background job of a shell, this process ignores SIGINT, and so would the demo.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, preexec_fn=heed
-    ) as demo:
-        assert demo.stdout
-        for line in demo.stdout:
-            if "[round 1/99] training at" in line:
-                break
-        assert demo.poll() is None, "the demo ended before its first round"
-        assert len(_processes_of(tmp_path)) >= 5  # itself, SuperLink, SuperNodes, ServerApp
-        demo.send_signal(signal.SIGINT)
-        assert demo.wait(timeout=60) == 130
+    terminal = Terminal(command)
+    terminal.read_until("[round 1/99] training at")
+    assert terminal.process.poll() is None, "the demo ended before its first round"
+    assert len(_processes_of(tmp_path)) >= 5  # itself, SuperLink, SuperNodes, ServerApp
+    terminal.type(b"\x03")
+    assert terminal.end() == 130
+    screen = terminal.screen()
+    print("\n".join(screen))
+    state = screen.index("demo: stopped; every process it started has ended") - 3
+    assert re.fullmatch(r"round 1/99, 0:0\d:\d\d", screen[state])
+    assert screen[state + 1].startswith("training at site-0")
     assert _processes_of(tmp_path) == []
     (run,) = (tmp_path / "results").glob("*/run.json")
     assert json.loads(run.read_text())["status"] == "failed"  # not "running" for ever

@@ -100,3 +100,14 @@ def test_the_command_writes_to_flwr_home_and_refuses_a_missing_certificate(
     assert connections(tmp_path / "home")["deployment"]["address"] == "localhost:9093"
     monkeypatch.setattr(sys, "argv", ["superlink.connection"])
     assert main() == 2
+
+
+def test_an_address_that_flwr_could_not_use_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ca.crt").touch()
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(sys, "argv", ["x", "https://localhost:9093", str(tmp_path / "ca.crt")])
+    assert main() == 1
+    assert "host:port is needed" in capsys.readouterr().err
+    assert not (tmp_path / "home").exists()

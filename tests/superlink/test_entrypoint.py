@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -70,6 +71,7 @@ def test_what_asks_for_no_login_is_on_the_loopback_unless_somebody_says_otherwis
     [
         ({"SERVERAPP_DIR": "/nowhere"}, "/nowhere/ca.crt is missing or not readable by user"),
         ({"RUNTIME_ADDRESS": ""}, "RUNTIME_ADDRESS is not set"),
+        ({"RUNTIME_ADDRESS": "superlink"}, "RUNTIME_ADDRESS: 'superlink' is no address"),
         ({"SITES_DIR": ""}, "SITES_DIR is not set"),
         ({"RESULTS_DIR": "/nowhere"}, "RESULTS_DIR=/nowhere cannot be written by user .* CHOWN"),
     ],
@@ -86,6 +88,28 @@ def test_a_missing_secret_is_named_before_the_superlink_starts(env: dict[str, st
     arguments(env)  # not needed there
     with pytest.raises(SystemExit, match=r"runtime\.secret is missing; run superlink\.provision"):
         arguments(env | {"RUNTIME_ADDRESS": "localhost:1"})
+
+
+def test_where_nobody_can_listen_the_systems_own_reason_is_told(env: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for address, why in (
+            (f"127.0.0.1:{port}", "Address already in use; another program does"),
+            ("192.0.2.1:9092", "Cannot assign requested address; this host has no such address"),
+            ("no-such-host.invalid:9092", "; check the name"),
+            ("https://localhost:9092", "host:port is needed"),
+            ("127.0.0.1:99999", "with a port from 1 to 65535"),
+        ):
+            with pytest.raises(SystemExit) as ended:
+                arguments(env | {"FLEET_ADDRESS": address})
+            assert str(ended.value).startswith("superlink: FLEET_ADDRESS: ")
+            assert why in str(ended.value)
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_an_ipv6_address_is_an_address(env: dict[str, str]) -> None:
+    address = f"[::1]:{free_port()}"
+    assert flags(arguments(env | {"FLEET_ADDRESS": address}))["--fleet-api-address"] == address
 
 
 SUPEREXEC = """\
@@ -105,13 +129,12 @@ def test_when_stopped_a_serverapp_has_its_time_to_write_down_how_it_ended(
     """A container ends with its first process: the ServerApp has to end before."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    (programs / "python").symlink_to(sys.executable)
     told, up = tmp_path / "told", tmp_path / "up"
     superexec = programs / "flower-superexec"
     superexec.write_text(SUPEREXEC.format(python=sys.executable, told=told, up=up))
     superexec.chmod(0o755)
-    code = f"import sys; sys.executable = {str(programs / 'python')!r}; "
-    code += "from superlink.serverapp import main; sys.exit(main())"
+    code = "import sys; from pathlib import Path; from superlink import link_log, serverapp; "
+    code += f"link_log.PROGRAMS = Path({str(programs)!r}); sys.exit(serverapp.main())"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env={**os.environ, **env, "RUNTIME_ADDRESS": "localhost:1"},

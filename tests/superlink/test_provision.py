@@ -424,7 +424,7 @@ def test_reset_leaves_nothing_that_was_good_before_and_can_be_interrupted(
     assert "site-02" not in lines[0]
     after = snapshot(tmp_path)
     same = {p.name for p in before if p in after and after[p][0] == before[p][0]}
-    assert same - {p.name for p in files(tmp_path / "site-02")} <= {"site.env"} | {
+    assert same - {p.name for p in files(tmp_path / "site-02")} <= {"site.env", "address"} | {
         p.name for p in files(tmp_path / "public" / "revoked")
     }
     keys, revoked = public_keys(tmp_path / "public"), public_keys(tmp_path / "public" / "revoked")
@@ -595,7 +595,7 @@ def readmitted(federation: Path) -> None:
 COMPLETE = {
     "site-00/superlink-ca.crt", "site-00/site.env", "site-00/supernode.key",
     "site-01/superlink-ca.crt", "site-01/site.env", "site-01/supernode.key",
-    "public/ca.crt", "public/site-01.pub", "ca/ca.key",
+    "public/ca.crt", "public/address", "public/site-01.pub", "ca/ca.key",
     "superlink/ca.crt", "superlink/server.crt", "superlink/server.key",
     "superlink/runtime.secret", "serverapp/ca.crt", "serverapp/runtime.secret",
 }  # fmt: skip

@@ -264,3 +264,25 @@ def test_who_waits_for_sites_is_told_where_to_look_long_before_the_time_is_up(
     soon = {f"site-{n:02d}": clock.now + 40.0 * n for n in range(3)}
     submit.wait_for_nodes(Sites(public, clock, soon), public, 3, 600)
     assert [text for _, text in told] == [f"{n} of 3 SuperNodes online" for n in (1, 2, 3)]
+
+
+class Untaken(Control):
+    """In the place of a SuperLink: a run that nobody takes up until ``taken_at_s``."""
+
+    def __init__(self, clock: Clock, taken_at_s: float) -> None:
+        self.clock, self.taken_at_s = clock, taken_at_s
+
+    def run_status(self, run_id: int) -> RunStatus:
+        return state("running" if self.clock.now >= self.taken_at_s else "pending")
+
+
+def test_a_run_that_nobody_takes_up_is_told_and_not_waited_for_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(submit, "time", clock)
+    submit._wait_until_taken_up(Untaken(clock, clock.now + submit.PENDING_S - 5), 7)
+    began = clock.now
+    with pytest.raises(ControlError, match=r"run 7 has been pending for 180 s.*flwr stop 7"):
+        submit._wait_until_taken_up(Untaken(clock, float("inf")), 7)
+    assert clock.now - began == pytest.approx(submit.PENDING_S, abs=5)

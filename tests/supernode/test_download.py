@@ -3,10 +3,14 @@
 import hashlib
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
+import termios
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +25,7 @@ from tests.samples import write_jsonl
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"  # pragma: allowlist secret
 MODEL, DATA = "somebody/model", "somebody/flashcards"
+PIECE_BYTES, PAUSE_S = 10 * 2**20, 1.0
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(/tree/)?")
 FILE = re.compile(rf"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/{COMMIT}/(.+)")
 REPOSITORY = Path(__file__).parents[2]
@@ -60,7 +65,10 @@ class Hub(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content)
+            # The client counts what it has in pieces of 10 MiB.
+            for start in range(0, len(content), PIECE_BYTES):
+                self.wfile.write(content[start : start + PIECE_BYTES])
+                time.sleep(PAUSE_S if len(content) > PIECE_BYTES else 0)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -81,12 +89,15 @@ def hub(tmp_path: Path, tiny_model: Path) -> Iterator[tuple[str, ThreadingHTTPSe
     server.shutdown()
 
 
+def settings(cache: Path, hub: str) -> dict[str, str]:
+    named = {"MODEL_NAME": MODEL, "DATA_SOURCE": DATA, "MODEL_CACHE": str(cache)}
+    return named | {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+
+
 def download(cache: Path, hub: str, **env: str) -> subprocess.CompletedProcess[str]:
-    settings = {"MODEL_NAME": MODEL, "DATA_SOURCE": DATA, "MODEL_CACHE": str(cache)}
-    settings |= {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
     return subprocess.run(
         [sys.executable, "-m", "supernode.download"], cwd=REPOSITORY, check=False, text=True,
-        capture_output=True, env={**os.environ, **settings, **env},
+        capture_output=True, env={**os.environ, **settings(cache, hub), **env},
     )  # fmt: skip
 
 
@@ -111,6 +122,43 @@ def test_prepare_without_network_takes_what_download_left(
     rows = "".join(p.read_text() for p in federation.glob("site-*/data/*.jsonl"))
     assert rows.count('"output": "A ') == 40
     assert {p: p.stat().st_mtime_ns for p in cache.rglob("*")} == before
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_long_download_says_how_far_it_is(
+    hub: tuple[str, ThreadingHTTPServer], tmp_path: Path, terminal: bool
+) -> None:
+    """A bar in a terminal, lines elsewhere; nothing of it on stdout."""
+    large = tmp_path / "hub" / "models" / "somebody" / "large"
+    large.mkdir()
+    (large / "config.json").write_text("{}")
+    (large / "model.safetensors").write_bytes(bytes(4 * PIECE_BYTES))
+    often = "import sys; from supernode import download, progress; progress.EVERY_S = 0.5; "
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    if terminal:
+        termios.tcsetwinsize(theirs, (24, 80))
+    done = subprocess.run(
+        [sys.executable, "-c", f"{often}sys.exit(download.main())"], cwd=REPOSITORY, check=True,
+        text=True, stdout=subprocess.PIPE, stderr=theirs,
+        env=os.environ | settings(tmp_path / "cache", hub[0]) | {"MODEL_NAME": "somebody/large"},
+    )  # fmt: skip
+    os.close(theirs)
+    told = ""
+    with suppress(OSError):  # a terminal's way to say that nobody is there any more
+        while part := os.read(ours, 2**16):
+            told += part.decode()
+    print(told)
+    assert re.fullmatch(r"download: base model .*\ndownload: data set .*\n", done.stdout)
+    if terminal:
+        assert re.search(
+            r"\rdownload: +\d\d%\|.*\| [23].\.\dM/41\.9M \[00:0\d<00:\d\d, .*MB/s\]", told
+        )
+    else:
+        lines = told.splitlines()
+        assert all(line.startswith("download: ") for line in lines)
+        assert re.fullmatch(
+            r"download: \d+ %, [1-4]\d\.\dM of 41\.9MB, +\d+\.?\d*MB/s, 00:\d\d left", lines[-1]
+        )
 
 
 def test_a_download_that_was_cut_off_is_not_taken_for_a_complete_one(

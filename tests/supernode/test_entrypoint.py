@@ -7,29 +7,32 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from superlink.onehost.processes import free_port
 from superlink.provision import provision
-from supernode import entrypoint
+from supernode import gpus
 from supernode.entrypoint import (
     EX_TEMPFAIL,
     HOPELESS,
     NOT_ACTIVATED,
     REFUSED,
     WARM_PROGRAMS,
-    NoGpuError,
-    choose_gpu,
     command,
     main,
-    read_site,
-    set_gpu,
     warm_client_apps,
     watch,
 )
+from supernode.gpus import NoGpuError, choose_gpu, set_gpu, visible_gpus
+from supernode.site_env import read_site, settings
 from tests.samples import REPOSITORY
 
 PIN = "0123456789abcdef" * 4
@@ -105,6 +108,46 @@ def test_a_setting_that_is_no_number_is_named_in_one_line(env: dict[str, str]) -
         command(read_site(env | {"PARTITION_ID": "site-02"}))
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "SUPERLINK='fed:9092'",
+        'SUPERLINK="fed:9092"',
+        " SUPERLINK=fed:9092 ",
+        "\ufeffSUPERLINK=fed:9092",
+    ],
+)
+def test_quotes_spaces_around_and_a_byte_order_mark_are_taken_off(
+    env: dict[str, str], line: str
+) -> None:
+    file = Path(env["SITE_DIR"]) / "site.env"
+    rest = [x for x in file.read_text().splitlines() if not x.startswith("SUPERLINK")]
+    file.write_text("\n".join([line, *rest, "EMPTY=", "EQUALS=a=b"]), encoding="utf-8")
+    assert read_site(env)["SUPERLINK"] == "fed:9092"
+    assert settings(file)["EMPTY"] == ""
+    assert settings(file)["EQUALS"] == "a=b"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["export SUPERLINK=fed:9092", "SUPERLINK = fed:9092", "SUPERLINK= fed:9092", "SUPERLINK",
+     "SUPERLINK='fed:9092", 'SUPERLINK="', "=fed:9092", "SUPERLINK: fed:9092"],
+)  # fmt: skip
+def test_another_line_in_the_settings_is_named_by_its_number(
+    env: dict[str, str], line: str
+) -> None:
+    file = Path(env["SITE_DIR"]) / "site.env"
+    file.write_text(f"# ours\n{line}\n" + file.read_text())
+    with pytest.raises(SystemExit, match=r"site.env, line 2 is not of the form NAME=value"):
+        read_site(env)
+
+
+@pytest.mark.parametrize("address", ["https://fed:9092", "fed", "fed:99999"])
+def test_an_address_that_cannot_work_is_named(env: dict[str, str], address: str) -> None:
+    with pytest.raises(SystemExit, match=r"SUPERLINK: .*host:port is needed.*see site.env"):
+        read_site(env | {"SUPERLINK": address})
+
+
 def test_comments_and_windows_line_ends_in_the_settings_do_no_harm(env: dict[str, str]) -> None:
     file = Path(env["SITE_DIR"]) / "site.env"
     file.write_bytes(b"# our site\r\n\r\n" + file.read_bytes().replace(b"\n", b"\r\n"))
@@ -150,7 +193,7 @@ def test_nothing_listens_beyond_the_loopback(env: dict[str, str]) -> None:
     assert "--health-server-address" not in command(read_site(env))
 
 
-@settings(max_examples=50, deadline=None)
+@hypothesis_settings(max_examples=50, deadline=None)
 @given(st.integers(1, 16), st.integers(1, 99))
 def test_the_gpus_of_a_host_are_shared_out_evenly(gpus: int, nodes: int) -> None:
     chosen = [choose_gpu({"PARTITION_ID": str(n)}, gpus) for n in range(nodes)]
@@ -197,12 +240,54 @@ def test_a_node_with_gpus_says_which_is_its_own(
     assert env["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
 
 
+def test_slices_of_a_gpu_are_what_its_sites_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = """cat <<'L'
+GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-5d5ba0d6)
+  MIG 3g.40gb     Device  0: (UUID: MIG-7f4b)
+  MIG 3g.40gb     Device  1: (UUID: MIG-91aa)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-7c1e)
+L"""
+    nvidia_smi(tmp_path, monkeypatch, listed)
+    assert visible_gpus() == ["MIG-7f4b", "MIG-91aa", "1"]
+    env = {"PARTITION_ID": "4"}
+    set_gpu(env)
+    assert env["CUDA_VISIBLE_DEVICES"] == "MIG-91aa"
+    assert env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+@pytest.mark.parametrize(
+    ("given", "first", "count"),
+    [
+        ("2", "2", 1), (" 1 , 3 ", "1", 2), ("GPU-ab,GPU-cd,MIG-ef", "GPU-ab", 3),
+        ("3,-1,0", "3", 1), ("0,none,1", "0", 1), ("", "0", 4),
+    ],
+)  # fmt: skip
+def test_cuda_visible_devices_means_what_cuda_takes_it_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    given: str, first: str, count: int,
+) -> None:  # fmt: skip
+    nvidia_smi(tmp_path, monkeypatch, "for n in 0 1 2 3; do echo GPU $n: Stand-in; done")
+    env = {"PARTITION_ID": "0", "CUDA_VISIBLE_DEVICES": given}
+    set_gpu(env)
+    assert env["CUDA_VISIBLE_DEVICES"] == first
+    assert f"one of {count}\n" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("given", ["-1", "none", "NoDevFiles", ",0", "void"])
+def test_where_every_gpu_is_hidden_it_is_said_by_what(given: str) -> None:
+    env = {"PARTITION_ID": "0", "CUDA_VISIBLE_DEVICES": given}
+    set_gpu(env)
+    assert env["DEVICE_ERROR"].startswith(f"CUDA_VISIBLE_DEVICES={given} hides every GPU")
+
+
 def test_a_driver_that_does_not_answer_does_not_keep_a_node_from_starting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nvidia_smi(tmp_path, monkeypatch, "exec sleep 600")
-    monkeypatch.setattr(entrypoint, "SMI_TIMEOUT_S", 0.5)
-    assert entrypoint.visible_gpus() == len(list(Path("/dev").glob("nvidia[0-9]*")))
+    monkeypatch.setattr(gpus, "SMI_TIMEOUT_S", 0.5)
+    assert len(visible_gpus()) == len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def test_a_node_without_gpu_starts_and_leaves_the_reason_to_the_preflight(
@@ -282,11 +367,52 @@ def test_the_nodes_log_and_exit_code_are_passed_on(capfd: pytest.CaptureFixture[
 
 
 @pytest.mark.usefixtures("_own_signal_handlers")
-def test_a_node_that_ends_well_without_being_asked_was_shut_out(
+@pytest.mark.parametrize("code", ["UNAUTHENTICATED", "UNIMPLEMENTED"])
+def test_a_node_whose_key_is_refused_says_so(code: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Flower's own answer to what a SuperLink says, here one that refuses every call."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    refuse = Refuse(getattr(grpc.StatusCode, code))
+    server.add_generic_rpc_handlers([refuse])
+    server.start()
+    calls = (
+        "import grpc, supernode.pinned as p; p.install_refusal()\n"
+        "from flwr.supercore.retry.grpc_retry import make_simple_grpc_retry_invoker as retry\n"
+        f"call = grpc.insecure_channel('127.0.0.1:{port}').unary_unary('/flwr.proto.Fleet/Any')\n"
+        "retry().invoke(call, b'')"
+    )
+    try:
+        assert watch(child(calls), dict(os.environ)) == 1
+    finally:
+        server.stop(None)
+    refused = f"supernode: ERROR: {REFUSED}\n" if code == "UNAUTHENTICATED" else ""
+    assert capfd.readouterr().err == refused
+    assert refuse.asked
+
+
+@pytest.mark.usefixtures("_own_signal_handlers")
+@pytest.mark.parametrize("ended_by", ["itself", "somebody"])
+def test_an_end_that_is_no_refusal_is_not_called_one(
+    ended_by: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # As Flower's SuperNode does, whose process anybody may end, and not its entrypoint only.
+    ends = "import os, signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); "
+    ends += "os.kill(os.getpid(), signal.SIGTERM); " if ended_by == "somebody" else ""
+    assert watch(child(f"{ends}print('bye')"), dict(os.environ)) == 0
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("_own_signal_handlers")
+def test_a_node_that_is_stopped_and_then_refused_was_stopped(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    assert watch(child("print('bye')"), dict(os.environ)) == 1
-    assert capfd.readouterr().err == f"supernode: ERROR: {REFUSED}\n"
+    # Revoked a moment before, it cannot sign off.
+    node = (
+        "import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: os._exit(os.EX_NOPERM))"
+    )
+    node += "; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    assert watch(child(node), dict(os.environ)) == 0
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.usefixtures("_own_signal_handlers")
@@ -294,6 +420,20 @@ def test_a_log_of_strange_bytes_does_not_end_the_node(capfd: pytest.CaptureFixtu
     script = r"import os, sys; os.write(1, b'caf\xe9\nlast\n'); sys.exit(3)"
     assert watch(child(script), dict(os.environ)) == 3
     assert capfd.readouterr().out.splitlines()[-1] == "last"
+
+
+class Refuse(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Every call ends with this status."""
+
+    def __init__(self, code: grpc.StatusCode) -> None:
+        self.code, self.asked = code, False
+
+    def service(self, _: object) -> Any:
+        def end(_: bytes, context: Any) -> None:
+            self.asked = True
+            context.abort(self.code, "no")
+
+        return grpc.unary_unary_rpc_method_handler(end)
 
 
 def failure(reason: str) -> str:
@@ -311,7 +451,7 @@ JOINED = "\x1b[92mINFO \x1b[0m:      SuperNode ID: 8087837277720571498\n"
 @pytest.mark.usefixtures("_own_signal_handlers")
 @pytest.mark.parametrize("sign", HOPELESS)
 def test_a_node_that_cannot_join_is_ended_with_advice(
-    sign: str, capfd: pytest.CaptureFixture[str]
+    env: dict[str, str], sign: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     script = (
         "import os, time; print(os.getpid(), flush=True); "
@@ -319,11 +459,13 @@ def test_a_node_that_cannot_join_is_ended_with_advice(
     )
     started = time.monotonic()
     again = EX_TEMPFAIL if sign == NOT_ACTIVATED else 1
-    assert watch(child(script), dict(os.environ)) == again
+    nobody = f"127.0.0.1:{free_port()}"
+    assert watch(child(script), {**os.environ, **env, "SUPERLINK": nobody}) == again
     assert time.monotonic() - started < 20
     out, err = capfd.readouterr()
     assert not alive(int(out.splitlines()[0]))
-    assert HOPELESS[sign] in err
+    seen = f"no connection to the SuperLink at {nobody}: nothing listens"  # by then
+    assert (HOPELESS[sign] if sign == NOT_ACTIVATED else seen) in err
     assert len(err.strip().splitlines()) == 1
 
 

@@ -6,7 +6,7 @@ import pytest
 from flwr.app import Error, Message
 
 from app.server.exchange import REFUSED
-from app.server.strategy import RoundError, Strategy
+from app.server.strategy import HopelessError, RoundError, Strategy
 from app.wire.adapter import initial_adapter
 from tests.app.server.bad_replies import BAD
 from tests.app.server.stand_in_sites import (
@@ -139,3 +139,50 @@ def test_after_max_retries_the_round_fails_and_names_everyone(max_retries: int) 
         assert part in message
     assert "\n" not in message
     assert s.bytes_sent == len(grid.sent) * 4 * s.layout.size  # also of a round that failed
+
+
+def raising(text: str) -> Node:
+    """A site whose ClientApp raised this, in Flower's words."""
+    reason = f"<class 'app.site.partition.SiteError'>:<'{text}'>"
+    return lambda message: Message(Error(code=2, reason=reason), reply_to=message)
+
+
+def own_reason(message: Message) -> Any:
+    return raising(str(message.metadata.dst_node_id))(message)
+
+
+NO_ROW = "no row keeps an answer within 8 tokens"
+
+
+def test_what_fails_alike_at_two_samples_of_sites_is_tried_no_further() -> None:
+    s, grid = of_twenty(set(range(20)), raising(NO_ROW), max_retries=5)
+    with pytest.raises(HopelessError, match=rf"site-\d\d.* fail alike: .*{NO_ROW}") as caught:
+        s.train_round(2, initial_adapter(s.layout, 1))
+    assert len(grid.sent) == len(s.sample(2, 0)) + len(s.sample(2, 1))
+    assert all(f"site-{p:02}" in str(caught.value) for p in asked(s, grid))
+
+
+def test_what_fails_alike_at_all_sites_is_tried_once() -> None:
+    s, grid = of_twenty(set(range(20)), raising(NO_ROW), fraction_train=1.0, max_retries=5)
+    with pytest.raises(HopelessError):
+        s.train_round(2, initial_adapter(s.layout, 1))
+    assert len(grid.sent) == 20
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [failing, silent, node(0, BAD["nan"]), own_reason],
+    ids=["Flower's own error", "late", "nan", "each its own reason"],
+)
+def test_what_may_be_otherwise_next_time_is_tried_as_often_as_asked(reply: Node) -> None:
+    s, grid = of_twenty(set(range(20)), reply, max_retries=2)
+    with pytest.raises(RoundError, match=r"strategy\.max-retries") as caught:
+        s.train_round(2, initial_adapter(s.layout, 1))
+    assert not isinstance(caught.value, HopelessError)
+    assert len(grid.sent) == sum(len(s.sample(2, a)) for a in range(3))
+
+
+def test_sites_of_one_sample_that_fail_alike_leave_it_to_the_next() -> None:
+    first, second = (set(strategy(list(range(20))).sample(4, a)) for a in (0, 1))
+    s, _ = of_twenty(first, raising(NO_ROW), max_share=1.0)
+    assert s.train_round(4, initial_adapter(s.layout, 1))[1]["partitions"] == sorted(second)

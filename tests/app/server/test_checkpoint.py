@@ -1,17 +1,21 @@
 """The results folder: complete or invisible, whatever happens in between."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import threading
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from app.server.checkpoint import ResultsError, RunFolder, rounds, sha256
+from app.server import checkpoint
+from app.server.checkpoint import ResultsError, RunFolder, newest, rounds, sha256
 from app.wire.adapter import Layout, initial_adapter
 from tests.full_disk import full_disk
 from tests.killed import kills
@@ -187,3 +191,74 @@ def test_the_group_may_write_to_the_eval_folder_and_nowhere_else(tmp_path: Path)
     run = RunFolder(tmp_path, 7).path
     assert (run / "eval").stat().st_mode & 0o7777 == 0o2775
     assert run.stat().st_mode & 0o022 == 0
+
+
+# --- File systems that lack something -------------------------------------------------------------
+
+
+def lacking(monkeypatch: pytest.MonkeyPatch, what: str, number: int) -> None:
+    """From now on this call fails, as on FUSE, CIFS or FAT; others are the system's own."""
+    sync, replace = os.fsync, Path.replace
+
+    def refuse(path: object) -> OSError:
+        return OSError(number, os.strerror(number), str(path))
+
+    def no_link(self: Path, *_: Any, **__: Any) -> None:
+        raise refuse(self)
+
+    def files_are_synced(handle: int) -> None:
+        if Path(f"/proc/self/fd/{handle}").is_dir():
+            raise refuse(handle)
+        sync(handle)
+
+    def files_are_renamed(self: Path, target: Path) -> Path:
+        if self.is_dir() and not self.is_symlink():
+            raise refuse(self)
+        return replace(self, target)
+
+    if what == "links":
+        monkeypatch.setattr(Path, "symlink_to", no_link)
+    elif what == "sync of folders":
+        monkeypatch.setattr(os, "fsync", files_are_synced)
+    else:
+        monkeypatch.setattr(Path, "replace", files_are_renamed)
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("what", ["links", "sync of folders", "rename of folders"])
+def test_rounds_are_saved_whole_also_where_the_file_system_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, number: int
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(checkpoint.logger, "warning", lambda text, *_: told.append(text))
+    lacking(monkeypatch, what, number)
+    for run in (1, 2):
+        folder = RunFolder(tmp_path, run)
+        for server_round in (1, 2, 2):
+            path = save(folder, server_round, seed=run)
+        assert {p.name for p in path.iterdir()} == FILES
+        assert sha256(path) == json.loads((path / "round.json").read_text())["sha256"]
+        assert list(rounds(folder.path)) == [1, 2]
+        assert newest(tmp_path) == folder.path
+        assert {p.name for p in folder.path.iterdir()} == {"peft_1", "peft_2", "eval"}
+    assert {p.name for p in tmp_path.iterdir()} - {"latest"} == {"1", "2"}
+    assert len(told) == (2 if what == "links" else 0)  # once a run
+
+
+@pytest.mark.parametrize("what", ["links", "sync of folders", "rename of folders"])
+def test_a_disk_that_fails_is_no_file_system_that_lacks_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    folder = RunFolder(tmp_path, 1)
+    lacking(monkeypatch, what, errno.EIO)
+    with pytest.raises(ResultsError, match="Input/output error"):
+        save(folder, 1)
+
+
+def test_a_folder_that_is_called_latest_is_kept_and_is_no_run(tmp_path: Path) -> None:
+    results = tmp_path / "copied"
+    shutil.copytree(save(RunFolder(tmp_path / "first", 1), 1).parent, results / "latest")
+    save(RunFolder(results, 2), 1, seed=2)
+    assert newest(results) == results / "2"
+    assert not (results / "latest").is_symlink()
+    assert list(rounds(results / "latest")) == [1]

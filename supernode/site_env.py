@@ -1,0 +1,66 @@
+"""A site's settings: its own site.env, and what its environment says over that."""
+
+import os
+import re
+from pathlib import Path
+
+from supernode.reach import AddressError, parsed
+
+FILES = ("supernode.key", "superlink-ca.crt", "site.env")
+_SETTING = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)")
+_QUOTES = ("'", '"')
+
+
+def read_site(env: dict[str, str]) -> dict[str, str]:
+    """The environment completed by the site's own site.env.
+
+    Raises:
+        SystemExit: a setting or file is missing, or cannot work; one line says which.
+    """
+    for name in ("SITE_DIR", "MODELS_DIR", "LOCK_DIR"):
+        if not env.get(name):
+            raise SystemExit(f"supernode: {name} is not set")
+    site = Path(env["SITE_DIR"])
+    for file in FILES:
+        if not (site / file).is_file():
+            raise SystemExit(f"supernode: {site / file} is missing; is this a site's folder?")
+        if not os.access(site / file, os.R_OK):
+            raise SystemExit(f"supernode: {site / file} is not readable by user {os.getuid()}")
+    complete = settings(site / "site.env") | env
+    for name in ("PARTITION_ID", "NUM_PARTITIONS"):
+        value = complete.get(name, "")
+        if not (value.isascii() and value.isdigit()):
+            raise SystemExit(f"supernode: {name}={value!r} cannot work; see site.env")
+    try:
+        parsed(complete.get("SUPERLINK", ""))
+    except AddressError as err:
+        raise SystemExit(f"supernode: SUPERLINK: {err}; see site.env") from None
+    return complete
+
+
+def settings(path: Path) -> dict[str, str]:
+    """Of a file of lines NAME=value; a byte order mark, and quotes around a value, are taken off.
+
+    Raises:
+        SystemExit: another line, by its number.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise SystemExit(f"supernode: {path} is not UTF-8; save it as that") from None
+    found = {}
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith("#"):
+            continue
+        setting = _SETTING.fullmatch(line)
+        name, value = setting.groups() if setting else ("", "")
+        if quoted := value.startswith(_QUOTES):
+            value = value[1:-1] if len(value) > 1 and value[-1] == value[0] else " "
+        # A space at an end is a slip; so is a quotation mark that nothing closes.
+        if not name or (value != value.strip() and not quoted) or value == " ":
+            raise SystemExit(
+                f"supernode: {path}, line {number} is not of the form NAME=value (no `export`, no "
+                "space around =, quotes in pairs)"
+            )
+        found[name] = value
+    return found
