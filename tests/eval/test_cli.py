@@ -22,7 +22,7 @@ from eval.answers import Journal
 from eval.benchmarks import wrap
 from eval.identity import of_model
 from eval.inference import Answer
-from supernode.quantise import fingerprint
+from supernode.source import fingerprints
 from tests.samples import REPOSITORY, ROWS, run_config, write_jsonl
 
 N_FOUR, N_YES_NO = 14, 6
@@ -96,7 +96,7 @@ def site(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
     for number in (1, 2, 3):
         vector = initial_adapter(layout, number)
         vector += np.random.default_rng(number).normal(0, 0.1, vector.shape).astype(np.float32)
-        facts = {"base_model_fingerprint": fingerprint(hub, "nf4")}
+        facts = {"base_model_fingerprint": fingerprints(hub)["nf4"]}
         run.save_round(number, layout, vector, config, facts)
         run.add_metrics({"round": number})
     (folder / "adapter").mkdir()

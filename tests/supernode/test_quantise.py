@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from app.site.base_model import find, load_with_lora
 from app.site.partition import SiteError
 from app.wire.adapter import Layout, initial_adapter
-from eval.model import _fingerprints
 from supernode.download import PrepareError
-from supernode.quantise import fingerprint, prepare_model
+from supernode.quantise import prepare_model
+from supernode.source import fingerprints
 from tests.samples import ROWS, run_config
 from tests.tiny_model import HIDDEN, VOCABULARY
 
@@ -149,8 +149,8 @@ def test_another_tokenizer_or_setting_changes_the_fingerprint(
     other = shutil.copytree(tiny_model, tmp_path / "other")
     with (other / file).open("ab") as changed:
         changed.write(b" ")
-    assert fingerprint(other, "none") != fingerprint(tiny_model, "none")
-    assert _fingerprints(other)["none"] == fingerprint(other, "none")  # the evaluation's
+    for kind, ours in fingerprints(tiny_model).items():
+        assert fingerprints(other)[kind] != ours
 
 
 def test_what_is_no_part_of_a_model_changes_no_fingerprint(
@@ -162,7 +162,7 @@ def test_what_is_no_part_of_a_model_changes_no_fingerprint(
     (other / "original").mkdir()
     (other / "original" / "params.json").write_text("{}")
     (other / ".gitattributes").write_text("")
-    assert fingerprint(other, "nf4") == fingerprint(tiny_model, "nf4")
+    assert fingerprints(other) == fingerprints(tiny_model)
 
 
 @pytest.mark.parametrize("damage", ["an older version's", "cut", "empty", "a list", "no text"])
