@@ -131,7 +131,7 @@ def _loaded(source: Path, kind: str, dtype: torch.dtype, device: torch.device) -
         **sources.TOLD,
         **(how or {}),
     )  # with SDPA where the model has it, else eager attention
-    sources.check_read(source, info)
+    sources.check_read(source, model, info)
     if stored:
         _cast(model, dtype)
     return model, AutoTokenizer.from_pretrained(source)

@@ -164,7 +164,7 @@ def _loaded(source: Path, kind: str) -> tuple[Any, Any]:
         raise PrepareError(
             f"{source} does not load as a causal language model: {_first_line(err)}"
         ) from None
-    sources.check_read(source, info)
+    sources.check_read(source, model, info)
     sources.check_tokenizer(source, tokenizer, len(model.get_input_embeddings().weight))
     return model, tokenizer
 

@@ -65,25 +65,25 @@ def check(source: Path) -> None:
         for start, what in _NO_FILE.items():
             if head.startswith(start):
                 raise SourceError(f"{path} {what}")
-        if path.suffix == ".safetensors":
-            try:
-                with safe_open(path, "np"):
-                    pass
-            except SafetensorError as err:
-                raise SourceError(
-                    f"{path} is damaged or cut short ({err}); download it again"
-                ) from None
     if (source / "adapter_config.json").exists():
         raise SourceError(
             f"{source} holds an adapter (adapter_config.json); give its base model, or merge the "
             "two first (PEFT's merge_and_unload)"
         )
-    if not any(source.glob("*.safetensors")):
+    _check_config(source / "config.json")
+    if not (weights := [p for p in files(source) if p.suffix == ".safetensors"]):
         raise SourceError(
             f"{source} holds no .safetensors file, and no other weights are read; save it anew "
             "with save_pretrained of Transformers"
         )
-    _check_config(source / "config.json")
+    for path in weights:
+        try:
+            with safe_open(path, "np"):
+                pass
+        except SafetensorError as err:
+            raise SourceError(
+                f"{path} is damaged or cut short ({err}); download it again"
+            ) from None
 
 
 def _check_config(path: Path) -> None:
@@ -104,22 +104,38 @@ def _check_config(path: Path) -> None:
             )
 
 
-def check_read(source: Path, info: Mapping[str, Any]) -> None:
+def check_read(source: Path, model: Any, info: Mapping[str, Any]) -> None:
     """``info``: what Transformers told, asked with ``TOLD`` (tied arrays are never missing).
 
     Raises:
         SourceError: weights and config.json do not have the same arrays; names the first.
     """
-    for key, what in (
-        ("missing_keys", "lack {} of the model's arrays"),
-        ("unexpected_keys", "have {} arrays that the model has not"),
-        ("mismatched_keys", "have {} arrays of another shape than config.json says"),
+    for names, what in (
+        (info["missing_keys"], "lack {} of the model's arrays"),
+        (info["unexpected_keys"], "have {} arrays that the model has not"),
+        (
+            [name for name, *_ in info["mismatched_keys"]] + _of_other_shapes(model),
+            "have {} arrays of another shape than config.json says",
+        ),
     ):
-        if found := sorted(n if isinstance(n, str) else str(n[0]) for n in info[key]):
+        if found := sorted(set(names)):
             raise SourceError(
                 f"{source}: its weights {what.format(len(found))}, the first is {found[0]}; give "
                 "weights and config.json of one model, whole"
             )
+
+
+def _of_other_shapes(model: Any) -> list[str]:
+    """Quantised weights that are not [out, in]: those Transformers takes as they come."""
+    from torch.nn import Linear
+
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, Linear)]
+    return [
+        f"{n}.weight"
+        for n, m in layers
+        if (m.out_features, m.in_features)
+        != tuple(getattr(getattr(m.weight, "quant_state", m.weight), "shape", ()))
+    ]
 
 
 def check_tokenizer(source: Path, tokenizer: Any, vocabulary: int) -> None:

@@ -5,11 +5,13 @@ The app is not here: it arrives at a site with the run (docker/Dockerfile).
 
 from pathlib import Path
 
+from supernode.source import linear_layers
+
 ROW = "Question: Which organ pumps the blood?\nAnswer: The heart."
 
 
 def train_one_row(folder: Path) -> None:
-    """Load the model, put LoRA on every linear layer, and send a row through and back.
+    """Load the model, put LoRA on its first linear layer, and send a row through and back.
 
     Raises many errors: whatever the libraries raise; ValueError if nothing was learned.
     """
@@ -30,7 +32,10 @@ def train_one_row(folder: Path) -> None:
             parameter.data = parameter.data.float()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor([[*tokenizer(ROW)["input_ids"], tokenizer.eos_token_id]]).to(model.device)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=1, target_modules="all-linear")
+    names = list(linear_layers(model.get_decoder()))
+    if not names:
+        raise ValueError("it has no linear layer that LoRA could adapt")
+    lora = LoraConfig(task_type="CAUSAL_LM", r=1, target_modules=names[:1])
     model = get_peft_model(model, lora)
     answers = torch.zeros_like(ids, dtype=torch.bool)
     answers[:, -4:-1] = True

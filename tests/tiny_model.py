@@ -41,7 +41,7 @@ def build_tiny_model(folder: Path, layers: int = 2) -> None:
     tokenizer.save_pretrained(folder)
 
 
-_FAMILIES: dict[str, dict[str, Any]] = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},
     "gpt_oss": {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
     "gptj": {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "rotary_dim": 16},
@@ -50,6 +50,9 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4},
     "qwen3": {"head_dim": 16},
 }  # fmt: skip
+
+
+TROCR: dict[str, Any] = {"d_model": HIDDEN, "decoder_layers": 1, "decoder_attention_heads": 4}
 
 
 def build_tiny_family(folder: Path, kind: str) -> None:
@@ -64,7 +67,7 @@ def build_tiny_family(folder: Path, kind: str) -> None:
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.eos_token_id, "initializer_range": 0.2,
     }  # fmt: skip
-    config = AutoConfig.for_model(kind, **shape | _FAMILIES[kind])
+    config = AutoConfig.for_model(kind, **shape | FAMILIES.get(kind, TROCR))
     with torch.random.fork_rng():
         torch.manual_seed(2025)
         model = AutoModelForCausalLM.from_config(config)

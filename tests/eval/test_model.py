@@ -212,7 +212,7 @@ def test_weights_of_another_shape_than_the_config_says_are_refused(
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"hidden_size": 64', '"hidden_size": 128'))
-    with pytest.raises(EvalError, match="have 21 arrays of another shape than config.json says"):
+    with pytest.raises(EvalError, match="have 21 arrays of another shape than"):
         load(folder, "0", tmp_path)
 
 
