@@ -32,7 +32,8 @@ def train_one_row(folder: Path) -> None:
             parameter.data = parameter.data.float()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor([[*tokenizer(ROW)["input_ids"], tokenizer.eos_token_id]]).to(model.device)
-    names = list(linear_layers(model.get_decoder()))
+    # The decoder's first, where there are images too; some classes call their head the decoder.
+    names = [n for n in (*linear_layers(model.get_decoder()), *linear_layers(model)) if n]
     if not names:
         raise ValueError("it has no linear layer that LoRA could adapt")
     lora = LoraConfig(task_type="CAUSAL_LM", r=1, target_modules=names[:1])

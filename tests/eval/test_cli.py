@@ -195,6 +195,27 @@ def test_an_adapter_is_scored_beside_its_base(
     assert "fl" in (out / "report.html").read_text()
 
 
+def test_a_mirrors_name_given_by_hand_is_noted_in_the_report(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(site.model, cache / "mirror--tiny")
+    (cache / "mirror--tiny" / "complete").touch()
+    adapter = shutil.copytree(site.adapter, tmp_path / "adapter")
+    change_json(adapter / "adapter_config.json", base_model_name_or_path="org/tiny")
+    out, direct = tmp_path / "out", tmp_path / "direct"
+    more = ["--peft-path", str(adapter), "--cache", str(cache)]
+    assert site.evaluate(out, *more, "--base-model-name-path", "mirror/tiny/") == 0
+    note = "fl is an adapter of org/tiny, scored on mirror/tiny: its arrays fit, no more is known."
+    assert f"eval: {note}\n" in capsys.readouterr().err
+    assert [s["note"] for s in report(out)["subjects"]] == ["", note]
+    assert report(out)["model"]["name"] == "mirror/tiny"
+    assert note in (out / "report.html").read_text()
+    assert site.evaluate(direct, "--peft-path", str(site.adapter)) == 0
+    assert results(out) == results(direct)
+    assert "is an adapter of" not in (direct / "report.html").read_text()
+
+
 def test_the_base_model_alone_goes_under_the_run_name(site: Site, tmp_path: Path) -> None:
     assert site.evaluate(tmp_path, "--peft-path", "none", "--run-name", "plain_1-b") == 0
     assert names(tmp_path) == files_of("plain_1-b") | {"report.json", "report.html"}
