@@ -15,7 +15,8 @@ from app.server.checkpoint import sha256
 from app.site.partition import SiteError
 from app.wire.adapter import Layout, Vector, initial_adapter, save_peft
 from eval import EvalError
-from eval.benchmarks import wrap
+from eval.benchmarks import Question, wrap
+from eval.inference import Inference
 from eval.model import (
     KINDS,
     Adapter,
@@ -288,19 +289,30 @@ def test_no_made_up_weights_are_scored(
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "bloom", "gpt2"])
-def test_a_model_of_another_family_is_loaded_and_takes_its_adapter(
-    tmp_path: Path, kind: str
-) -> None:
+def test_a_model_of_another_family_answers_and_takes_its_adapter(tmp_path: Path, kind: str) -> None:
     """Without SDPA (gemma2, bloom), or with transposed weights (gpt2)."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     build_tiny_family(tmp_path / "model", kind)
     base = load(tmp_path / "model", "0", tmp_path)
     config = run_config(lora_r=4, lora_alpha=8, target_modules="all-linear")
     own = logits(base.model, base.tokenizer)
-    with attached(random_adapter(base, tmp_path / "a", config=config), base) as model:
+    adapter = random_adapter(base, tmp_path / "a", config=config)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="float32")
+    peft = PeftModel.from_pretrained(plain, str(adapter.folder)).eval()
+    questions = [Question(row["input"], "A") for row in ROWS]
+    with attached(adapter, base) as model:
         changed = logits(model, base.tokenizer)
-    assert torch.isfinite(changed).all()
+        answers = dict(Inference(model, base.tokenizer, 4).answers(questions, ["A", "B"], {}))
+    assert torch.equal(changed, logits(peft, base.tokenizer))
     assert not torch.allclose(own, changed, atol=1e-3)
     assert torch.equal(logits(base.model, base.tokenizer), own)
+    for index, question in enumerate(questions):
+        ids = torch.tensor([base.tokenizer.encode(wrap(question.prompt))])
+        with torch.inference_mode():
+            alone = int(peft(ids).logits[0, -1].argmax())
+        assert answers[index].output == base.tokenizer.decode([alone], skip_special_tokens=True)
 
 
 def random_adapter(
