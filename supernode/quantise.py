@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def _made_of(target: Path, base: dict[str, Any], source: Path, kind: str) -> boo
     if base["source"] != stamps:
         if base.get("fingerprint") != sources.fingerprints(source)[kind]:
             return False
-        _write(target, base | {"source": stamps})
+        with suppress(OSError):  # then it is read again next time
+            _write(target, base | {"source": stamps})
     return True
 
 
