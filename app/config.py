@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from os.path import normpath
 from pathlib import Path
 from typing import Any, get_args
 
@@ -187,6 +188,7 @@ class RunConfig:
                 allowed = f.metadata["allowed"]
                 raise ConfigError(f"run config: {key} = {given!r} must be {allowed}; {WHERE}")
             checked[f.name] = value
+        checked["model_name"] = normpath(checked["model_name"])  # as supernode.prepare writes it
         config = cls(**checked)
         config._check_together()
         return config

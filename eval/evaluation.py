@@ -1,5 +1,6 @@
 """Base model and adapters through all the questions, one after the other."""
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -36,12 +37,13 @@ def evaluate(
         EvalError: an adapter does not fit (before anything is answered), the disk is full, or a
             model's logits are not finite.
     """
-    for candidate in adapters:
-        check(candidate, base)  # all of them, before hours of answering
+    notes = [check(a, base) for a in adapters]  # all of them, before hours of answering
+    for note in filter(None, notes):
+        print(f"eval: {note}", file=sys.stderr)
     base_name = "base" if adapters else name_alone
     subjects: list[dict[str, Any]] = []
     base_right: dict[str, list[bool]] = {}
-    for adapter in (None, *adapters):
+    for adapter, note in zip((None, *adapters), ("", *notes), strict=True):
         name = adapter.name if adapter else base_name
         identity = of_model(base, adapter)
         subject: dict[str, Any] = {
@@ -50,6 +52,7 @@ def evaluate(
             "sha256": identity["adapter_model.safetensors"],
             "config": identity["adapter_config.json"],
             "round": adapter.round if adapter else None,
+            "note": note,
             "scores": {},
         }
         with attached(adapter, base) if adapter else nullcontext(base.model) as model:

@@ -1,7 +1,7 @@
 """The base model in the wanted precision, and an adapter on it, both checked before use."""
 
-import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,8 @@ from transformers.utils.logging import disable_progress_bar
 from app.site.base_model import check_files, device_and_dtype, prepared
 from app.site.verified import check_contents
 from eval import EvalError
-from eval.identity import file_digests, settings_digest
+from eval.identity import settings_digest
+from supernode import source as sources
 
 # --quantization -> how weights are stored. 4 is what the leaderboard asks for: bitsandbytes'
 # defaults, FP4 computed in float32 (eval.py of its evaluation).
@@ -62,6 +63,7 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
         EvalError: the model can be had from nowhere, does not load, or is too large for the GPU.
         SiteError: there is no GPU, or a prepared file is not as it was prepared.
     """
+    name = os.path.normpath(name)
     torch_device, fast = device_and_dtype(device)
     kind = KINDS[quantization]
     if device == "cpu":
@@ -76,9 +78,13 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
         source, fingerprints = made.folder, {kind: made.fingerprint}
     else:
         source = Path(name) if Path(name).is_dir() else _source(name, quantization, models, cache)
-        fingerprints = _fingerprints(source)
     try:
-        model, tokenizer = _loaded(source, made is not None, kind, dtype, torch_device)
+        if not made:
+            sources.check(source)
+            fingerprints = sources.fingerprints(source)
+        model, tokenizer = _loaded(source, kind, dtype, torch_device)
+    except sources.SourceError as err:
+        raise EvalError(str(err)) from None
     except torch.OutOfMemoryError:
         raise EvalError(
             f"the GPU is too small for {name} with --quantization {quantization}; "
@@ -87,11 +93,7 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as err:
         first = str(err).strip().split("\n")[0]
         raise EvalError(f"{source} does not load as a causal language model: {first}") from None
-    layers = {
-        n: [m.out_features, m.in_features]
-        for n, m in model.named_modules()
-        if isinstance(m, torch.nn.Linear)
-    }
+    layers = sources.linear_layers(model)
     if device == "cpu" and kind != "none":
         model = model.dequantize()
     facts = {
@@ -106,29 +108,30 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
     return Base(model.eval(), tokenizer, name, layers, set(fingerprints.values()), facts)
 
 
-def _loaded(
-    source: Path, made: bool, kind: str, dtype: torch.dtype, device: torch.device
-) -> tuple[Any, Any]:
-    """Model and tokenizer; ``made``: the folder is prepared in this kind. Raises many errors."""
+def _loaded(source: Path, kind: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+    """Model and tokenizer; what is quantised already was prepared in this kind.
+
+    Raises SourceError: arrays are missing, or too many; and many other errors.
+    """
     disable_progress_bar()
     config = AutoConfig.from_pretrained(source)
     stored, how = getattr(config, "quantization_config", None), None
-    if stored and not made:
-        raise EvalError(f"{source} is quantised already; give the original weights")
     if stored and kind in ("nf4", "fp4"):  # at preparation, maybe for another kind of device
         stored["bnb_4bit_compute_dtype"] = str(dtype).split(".")[1]
     elif not stored and kind in _SETTINGS:
         settings = _SETTINGS[kind] | {"bnb_4bit_compute_dtype": dtype}
         how = {"quantization_config": BitsAndBytesConfig(**settings)}
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(
         source,
         config=config,
         dtype=dtype,
         device_map={"": device},
-        attn_implementation="sdpa",
         use_safetensors=True,
+        trust_remote_code=False,
+        **sources.TOLD,
         **(how or {}),
-    )
+    )  # with SDPA where the model has it, else eager attention
+    sources.check_read(source, model, info)
     if stored:
         _cast(model, dtype)
     return model, AutoTokenizer.from_pretrained(source)
@@ -162,15 +165,6 @@ def _source(name: str, quantization: str, models: Path, cache: Path) -> Path:
             f"base model {name} is neither prepared for --quantization {quantization} in {models} "
             f"nor in {cache}, and the hub says {type(err).__name__}; run supernode.prepare model"
         ) from None
-
-
-def _fingerprints(source: Path) -> dict[str, str]:
-    """What base.json would hold for these weights in each quantisation (supernode.quantise)."""
-    parts = file_digests(source, (".safetensors", ".json", ".model", ".txt", ".jinja"))
-    if not any(b".safetensors" in part for part in parts):
-        raise EvalError(f"{source} holds no .safetensors file")
-    content = b"".join(parts)
-    return {k: hashlib.sha256(k.encode() + content).hexdigest()[:16] for k in KINDS.values()}
 
 
 @dataclass(frozen=True)
@@ -211,8 +205,11 @@ def _settings(adapter: Adapter) -> dict[str, Any]:
     return settings
 
 
-def check(adapter: Adapter, base: Base) -> None:
+def check(adapter: Adapter, base: Base) -> str:
     """Compare every array of the adapter with the base model's layers.
+
+    Returns a note for the report where the adapter names another model: a mirror has another name
+    and the same weights, so fingerprint and shapes decide.
 
     Raises:
         EvalError: a file is missing or cut short, or an array does not fit; names the array.
@@ -220,14 +217,14 @@ def check(adapter: Adapter, base: Base) -> None:
     settings = _settings(adapter)
     if settings.get("peft_type") != "LORA":
         raise EvalError(f"{adapter.folder}: peft_type {settings.get('peft_type')}, not LORA")
-    made_for = str(settings.get("base_model_name_or_path") or "")
+    made_for = os.path.normpath(str(settings.get("base_model_name_or_path") or base.name))
     # A path says nothing here; a hub id does.
     ids = made_for.count("/") == base.name.count("/") == 1 and not Path(base.name).is_dir()
+    note = ""
     if made_for != base.name and ids:
-        raise EvalError(
-            f"{adapter.folder} is an adapter of {made_for}, not of {base.name}; "
-            "correct --base-model-name-path or --peft-path"
-        )
+        same = adapter.fingerprint in base.fingerprints
+        known = "the weights are the same" if same else "its arrays fit, no more is known"
+        note = f"{adapter.name} is an adapter of {made_for}, scored on {base.name}: {known}."
     if adapter.fingerprint and adapter.fingerprint not in base.fingerprints:
         # A prepared model knows the fingerprint of its own kind only.
         text = (
@@ -257,6 +254,7 @@ def check(adapter: Adapter, base: Base) -> None:
                 f"{adapter.folder}: {name} is {shape}, but that layer of {base.name} is "
                 f"{[n_out, n_in]}; the adapter is of another base model"
             )
+    return note
 
 
 @contextmanager

@@ -82,7 +82,8 @@ def _main_table(report: Report) -> str:
             cells.append(decimals(percent) + "<sup>*</sup>" * star)
         cells += [decimals(row.average)] + [decimals(row.mib)] * sent
         body += f'<tr class="{css}">{"".join(f"<td>{c}</td>" for c in cells)}</tr>\n'
-    notes = "Accuracy in percent. "
+    notes = "".join(f"{escape(s['note'])} " for s in report["subjects"] if s.get("note"))
+    notes += "Accuracy in percent. "
     if starred:
         notes += f"* differs from base by more than chance{correction(report)}. "
     if report["best"]:

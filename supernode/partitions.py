@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from app.site.rows import SUFFIXES, VERSION, Row, suffix
+from supernode.data_source import data_files, identity, sha256_of, source_table
 from supernode.download import CACHE, PrepareError
-from supernode.sources import data_files, identity, sha256_of, source_table
 
 BUNDLED = Path(__file__).with_name("flashcards.jsonl")
 PARTITIONERS = ("iid", "dirichlet", "files")

@@ -5,18 +5,21 @@ loading it pre-quantised takes an eighth of the time of quantising on load.
 """
 
 import fcntl
+import gc
 import hashlib
 import json
 import os
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from supernode.download import PARTS, PrepareError, is_prepared, model_folder, prepared
-
-KINDS = ("nf4", "fp4", "int8", "none")
+from supernode import source as sources
+from supernode.download import PrepareError, cached, is_prepared, model_folder, prepared
+from supernode.source import KINDS, SourceError
+from supernode.trial import train_one_row
 
 
 def prepare_model(models: Path, cache: Path, name: str, kind: str, token: str | None) -> Path:
@@ -28,23 +31,28 @@ def prepare_model(models: Path, cache: Path, name: str, kind: str, token: str | 
         token: the hub's access token, for gated models.
 
     Raises:
-        PrepareError: the model can be had neither locally nor from the hub.
+        PrepareError: the model can be had neither locally nor from the hub, or cannot be used.
     """
+    name = os.path.normpath(name)
     if kind not in KINDS:
         raise PrepareError(f"--quantization {kind}: one of {', '.join(KINDS)}")
     target = prepared(models, name, kind)
-    local = Path(name) if Path(name).is_dir() else None
-    base = is_prepared(target)
-    if base and (not local or base.get("fingerprint") == fingerprint(local, kind)):
-        return target
-    source = model_folder(cache, name, token)
+    there = cached(cache, name)
+    if (base := is_prepared(target)) and os.path.normpath(str(base.get("name"))) == name:
+        if not there or _made_of(target, base, there, kind):
+            return target
+        _say(f"{there} has changed, or was not looked at as it is now")
+    source = there or model_folder(cache, name, token)
     models.mkdir(parents=True, exist_ok=True)
     _remove_what_was_killed(models, f".{target.name}-")
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=models))
     part.chmod(0o755)
     held = _lock(part)
     try:
-        _convert(source, part, name, kind)
+        try:
+            _convert(source, part, name, kind)
+        except SourceError as err:
+            raise PrepareError(str(err)) from None
         (target / "base.json").unlink(missing_ok=True)  # an old one goes as a whole
         shutil.rmtree(target, ignore_errors=True)
         part.replace(target)
@@ -53,6 +61,19 @@ def prepare_model(models: Path, cache: Path, name: str, kind: str, token: str | 
         if held is not None:
             os.close(held)
     return target
+
+
+def _made_of(target: Path, base: dict[str, Any], source: Path, kind: str) -> bool:
+    """Contents decide; but what nobody has touched since is not read again at every start."""
+    stamps = sources.stamps(source)
+    if "source" not in base:  # an older version's: nobody asked whether all arrays were there
+        return False
+    if base["source"] != stamps:
+        if base.get("fingerprint") != sources.fingerprints(source)[kind]:
+            return False
+        with suppress(OSError):  # then it is read again next time
+            _write(target, base | {"source": stamps})
+    return True
 
 
 def _remove_what_was_killed(models: Path, prefix: str) -> None:
@@ -75,6 +96,43 @@ def _lock(folder: Path) -> int | None:
 
 
 def _convert(source: Path, target: Path, name: str, kind: str) -> None:
+    sources.check(source)
+    stamps = sources.stamps(source)
+    size = sum(p.stat().st_size for p in source.glob("*.safetensors"))
+    _say(f"loading {name}, {size / 1e9:.1f} GB, as {kind}")
+    model, tokenizer = _loaded(source, kind)
+    layers = sources.linear_layers(model)
+    _say("writing it, and a fingerprint of what it was made of")
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    del model
+    gc.collect()  # it is loaded again
+    _say("training one row, as a site will")
+    try:
+        train_one_row(target)
+    except Exception as err:  # whatever the libraries make of a model that they do not know
+        raise PrepareError(f"{source} ({kind}) cannot be trained: {_first_line(err)}") from None
+    files = sorted(p for p in target.rglob("*") if p.is_file())
+    for path in files:
+        path.chmod(0o644)  # SuperNodes may run as another user
+    base = {
+        "name": name,
+        "kind": kind,
+        "bits": {"nf4": 4, "fp4": 4, "int8": 8, "none": 0}[kind],
+        # Of what went in, not of what came out: CPU and GPU may round a weight differently.
+        "fingerprint": sources.fingerprints(source)[kind],
+        "source": stamps,
+        "linear_layers": layers,
+        "files": {p.relative_to(target).as_posix(): p.stat().st_size for p in files},
+        "sha256": {p.relative_to(target).as_posix(): _sha256(p) for p in files},
+    }
+    if sources.stamps(source) != stamps:
+        raise PrepareError(f"{source} has changed while it was read; run it again")
+    _write(target, base)
+
+
+def _loaded(source: Path, kind: str) -> tuple[Any, Any]:
+    """Model and tokenizer. Raises PrepareError, SourceError: they do not load, or not whole."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from transformers.utils.logging import set_tqdm_hook
@@ -82,8 +140,6 @@ def _convert(source: Path, target: Path, name: str, kind: str) -> None:
     from supernode.progress import of_steps
 
     set_tqdm_hook(of_steps)
-    size = sum(p.stat().st_size for p in source.glob("*.safetensors"))
-    _say(f"loading {name}, {size / 1e9:.1f} GB, as {kind}")
     settings: Any = {
         "nf4": {
             "load_in_4bit": True,
@@ -95,58 +151,40 @@ def _convert(source: Path, target: Path, name: str, kind: str) -> None:
         "none": None,
     }[kind]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             source,
             # What is not quantised stays as exact as the source has it.
             dtype="auto",
             device_map={"": 0 if torch.cuda.is_available() else "cpu"},
             quantization_config=BitsAndBytesConfig(**settings) if settings else None,
             use_safetensors=True,
+            trust_remote_code=False,
+            **sources.TOLD,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as err:  # whatever the libraries make of a damaged file
-        first = str(err).strip().split("\n")[0]
         raise PrepareError(
-            f"{source} does not load as a causal language model: {type(err).__name__}: {first}"
+            f"{source} does not load as a causal language model: {_first_line(err)}"
         ) from None
-    _say("writing it, and a fingerprint of what it was made of")
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    files = sorted(p for p in target.rglob("*") if p.is_file())
-    for path in files:
-        path.chmod(0o644)  # SuperNodes may run as another user
-    base = {
-        "name": name,
-        "kind": kind,
-        "bits": {"nf4": 4, "fp4": 4, "int8": 8, "none": 0}[kind],
-        # Of what went in, not of what came out: CPU and GPU may round a weight differently.
-        "fingerprint": fingerprint(source, kind),
-        "linear_layers": {
-            n: [m.out_features, m.in_features]
-            for n, m in model.named_modules()
-            if isinstance(m, torch.nn.Linear)
-        },
-        "files": {p.relative_to(target).as_posix(): p.stat().st_size for p in files},
-        "sha256": {p.relative_to(target).as_posix(): _sha256(p).hex() for p in files},
-    }
-    (target / "base.json").write_text(json.dumps(base, indent=2) + "\n")
+    sources.check_read(source, model, info)
+    sources.check_tokenizer(source, tokenizer, len(model.get_input_embeddings().weight))
+    return model, tokenizer
+
+
+def _write(target: Path, base: dict[str, Any]) -> None:
+    part = target / ".base.json.part"
+    part.write_text(json.dumps(base, indent=2) + "\n")
+    part.replace(target / "base.json")
 
 
 def _say(text: str) -> None:
     print(f"prepare: {text}", file=sys.stderr, flush=True)
 
 
-def fingerprint(source: Path, kind: str) -> str:
-    """16 hex digits of the quantisation and of all that the source's results depend on.
-
-    Weights and every setting that Transformers reads: of model, tokenizer, generation and chat.
-    """
-    digest = hashlib.sha256(kind.encode())
-    for path in sorted(p for p in source.iterdir() if p.suffix in PARTS and p.is_file()):
-        digest.update(path.name.encode() + _sha256(path))
-    return digest.hexdigest()[:16]
+def _first_line(err: Exception) -> str:
+    return f"{type(err).__name__}: {str(err).strip().split(chr(10))[0]}"
 
 
-def _sha256(path: Path) -> bytes:
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

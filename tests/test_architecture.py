@@ -24,10 +24,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "superlink/": ("superlink", "app.config", "supernode.reach"),
     "supernode/": ("supernode",),
     "supernode/partitions.py": ("supernode", "app.site.rows"),
-    "supernode/sources.py": ("supernode", "app.site.rows"),
+    "supernode/data_source.py": ("supernode", "app.site.rows"),
     "eval/": (
         "eval", "app.config", "app.server.checkpoint", "app.site.base_model",
-        "app.site.partition.SiteError", "app.site.verified",
+        "app.site.partition.SiteError", "app.site.verified", "supernode.source",
     ),
 }  # fmt: skip
 # A whole federation on one host is made of the rest of superlink/, which does not know of it.
@@ -36,12 +36,13 @@ HEAVY = {"torch", "transformers", "peft"}
 HEAVY_FILES = {
     "app/site/base_model.py", "app/site/examples.py", "app/site/gpu_check.py",
     "app/site/packing.py", "app/site/training.py", "supernode/download.py",
-    "supernode/quantise.py",
+    "supernode/quantise.py", "supernode/source.py", "supernode/trial.py",
 }  # fmt: skip
 # An import costs seconds in every process: in these only where it is used.
 LAZY_FILES = {
     "app/site/base_model.py", "app/site/examples.py", "app/site/gpu_check.py",
-    "supernode/download.py", "supernode/quantise.py", "eval/__main__.py",
+    "supernode/download.py", "supernode/quantise.py", "supernode/source.py", "supernode/trial.py",
+    "eval/__main__.py",
 }  # fmt: skip
 SOURCES = sorted(
     p.relative_to(REPOSITORY).as_posix()

@@ -41,6 +41,40 @@ def build_tiny_model(folder: Path, layers: int = 2) -> None:
     tokenizer.save_pretrained(folder)
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "gptj": {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "rotary_dim": 16},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": HIDDEN, "n_layers": 2, "n_heads": 4},
+    "gpt2": {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4},
+    "qwen3": {"head_dim": 16},
+}  # fmt: skip
+
+
+TROCR: dict[str, Any] = {"d_model": HIDDEN, "decoder_layers": 1, "decoder_attention_heads": 4}
+
+
+def build_tiny_family(folder: Path, kind: str) -> None:
+    """The same with a random model of another family, by the name that Transformers has for it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = _tokenizer()
+    shape = {
+        "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.eos_token_id, "initializer_range": 0.2,
+    }  # fmt: skip
+    config = AutoConfig.for_model(kind, **shape | FAMILIES.get(kind, TROCR))
+    with torch.random.fork_rng():
+        torch.manual_seed(2025)
+        model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def _tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast

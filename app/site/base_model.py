@@ -7,6 +7,7 @@ torch, so the preflight answers at once; torch and PEFT are imported where they 
 
 import json
 import math
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,8 @@ def prepared(models_dir: Path) -> list[BaseModel]:
     for path in sorted(models_dir.glob("*/base.json")):
         try:
             base = json.loads(path.read_text())
-            facts = {"sha256": {}} | base | {"folder": path.parent}
+            name = os.path.normpath(base["name"])  # an older version wrote it as it was typed
+            facts = {"sha256": {}} | base | {"folder": path.parent, "name": name}
             found.append(BaseModel(**{f.name: facts[f.name] for f in fields(BaseModel)}))
         except (ValueError, KeyError, TypeError, RecursionError):
             raise SiteError(

@@ -22,7 +22,7 @@ from eval.answers import Journal
 from eval.benchmarks import wrap
 from eval.identity import of_model
 from eval.inference import Answer
-from supernode.quantise import fingerprint
+from supernode.source import fingerprints
 from tests.samples import REPOSITORY, ROWS, run_config, write_jsonl
 
 N_FOUR, N_YES_NO = 14, 6
@@ -96,7 +96,7 @@ def site(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
     for number in (1, 2, 3):
         vector = initial_adapter(layout, number)
         vector += np.random.default_rng(number).normal(0, 0.1, vector.shape).astype(np.float32)
-        facts = {"base_model_fingerprint": fingerprint(hub, "nf4")}
+        facts = {"base_model_fingerprint": fingerprints(hub)["nf4"]}
         run.save_round(number, layout, vector, config, facts)
         run.add_metrics({"round": number})
     (folder / "adapter").mkdir()
@@ -193,6 +193,27 @@ def test_an_adapter_is_scored_beside_its_base(
         assert against["difference"] == pytest.approx(a - b)
     assert "against_base" not in base
     assert "fl" in (out / "report.html").read_text()
+
+
+def test_a_mirrors_name_given_by_hand_is_noted_in_the_report(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(site.model, cache / "mirror--tiny")
+    (cache / "mirror--tiny" / "complete").touch()
+    adapter = shutil.copytree(site.adapter, tmp_path / "adapter")
+    change_json(adapter / "adapter_config.json", base_model_name_or_path="org/tiny")
+    out, direct = tmp_path / "out", tmp_path / "direct"
+    more = ["--peft-path", str(adapter), "--cache", str(cache)]
+    assert site.evaluate(out, *more, "--base-model-name-path", "mirror/tiny/") == 0
+    note = "fl is an adapter of org/tiny, scored on mirror/tiny: its arrays fit, no more is known."
+    assert f"eval: {note}\n" in capsys.readouterr().err
+    assert [s["note"] for s in report(out)["subjects"]] == ["", note]
+    assert report(out)["model"]["name"] == "mirror/tiny"
+    assert note in (out / "report.html").read_text()
+    assert site.evaluate(direct, "--peft-path", str(site.adapter)) == 0
+    assert results(out) == results(direct)
+    assert "is an adapter of" not in (direct / "report.html").read_text()
 
 
 def test_the_base_model_alone_goes_under_the_run_name(site: Site, tmp_path: Path) -> None:

@@ -15,19 +15,21 @@ from app.server.checkpoint import sha256
 from app.site.partition import SiteError
 from app.wire.adapter import Layout, Vector, initial_adapter, save_peft
 from eval import EvalError
-from eval.benchmarks import wrap
+from eval.benchmarks import Question, wrap
+from eval.inference import Inference
 from eval.model import (
     KINDS,
     Adapter,
     Base,
-    _fingerprints,
     attached,
     base_model_name,
     check,
     load_base,
 )
-from supernode.quantise import fingerprint, prepare_model
+from supernode.quantise import prepare_model
+from supernode.source import fingerprints
 from tests.samples import ROWS, run_config
+from tests.tiny_model import build_tiny_family
 
 HUB_ID = "org/tiny"
 CONFIG = run_config(lora_r=4, lora_alpha=8, target_modules="q_proj,v_proj", model_name=HUB_ID)
@@ -110,7 +112,7 @@ def test_the_models_own_folder_is_loaded_in_every_precision(
     assert not base.model.training
     assert base.facts["quantization"] == quantization
     assert base.facts["compute_dtype"] == "float32"
-    assert base.facts["fingerprint"] == fingerprint(tiny_model, KINDS[quantization])
+    assert base.facts["fingerprint"] == fingerprints(tiny_model)[KINDS[quantization]]
     assert base.tokenizer.encode("A")[0] == base.tokenizer.bos_token_id
 
 
@@ -140,7 +142,7 @@ def test_a_prepared_model_is_the_same_as_one_quantised_on_load(
         assert torch.allclose(p, here[name], rtol=0, atol=1e-6), name
     assert prepared.linear_layers == own.linear_layers
     kind = KINDS[quantization]
-    assert prepared.fingerprints == {fingerprint(tiny_model, kind)}
+    assert prepared.fingerprints == {fingerprints(tiny_model)[kind]}
     assert prepared.facts["fingerprint"] == own.facts["fingerprint"]
     assert (prepared.name, prepared.facts["kind"]) == (HUB_ID, kind)
 
@@ -167,22 +169,16 @@ def test_what_prepare_took_from_the_hub_is_used_for_other_precisions(
     shutil.copytree(tiny_model, kept)
     (kept / "complete").touch()
     base = load(HUB_ID, "4", tmp_path)
-    assert base.facts["fingerprint"] == fingerprint(tiny_model, "fp4")
+    assert base.facts["fingerprint"] == fingerprints(tiny_model)["fp4"]
 
 
 def test_the_fingerprints_are_those_that_prepare_would_record(
-    tiny_model: Path, tmp_path: Path, base: Base
+    tiny_model: Path, models_dir: Path, base: Base
 ) -> None:
-    folder = shutil.copytree(tiny_model, tmp_path / "model")
-    (folder / "tokenizer.model").write_bytes(b"x")
-    (folder / "model-2.safetensors").write_bytes(b"y")
-    (folder / "README.md").write_text("no part of the model")
-    for source in (tiny_model, folder):
-        found = _fingerprints(source)
-        assert found == {k: fingerprint(source, k) for k in ("nf4", "fp4", "int8", "none")}
-        assert len(set(found.values())) == 4
-    assert _fingerprints(folder) != _fingerprints(tiny_model)
-    assert base.fingerprints == set(_fingerprints(tiny_model).values())
+    recorded = [json.loads(p.read_text()) for p in models_dir.glob("*/base.json")]
+    assert len(recorded) == 3
+    assert {b["fingerprint"] for b in recorded} < base.fingerprints
+    assert base.fingerprints == set(fingerprints(tiny_model).values())
 
 
 @pytest.mark.parametrize("name", [HUB_ID, "/no/such/folder", "tiny"])
@@ -217,7 +213,7 @@ def test_weights_of_another_shape_than_the_config_says_are_refused(
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"hidden_size": 64', '"hidden_size": 128'))
-    with pytest.raises(EvalError, match="does not load as a causal language model"):
+    with pytest.raises(EvalError, match="have 21 arrays of another shape than"):
         load(folder, "0", tmp_path)
 
 
@@ -256,6 +252,67 @@ def test_source_weights_cut_short_are_an_eval_error(tiny_model: Path, tmp_path: 
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(EvalError, match=r"model"):
         load(folder, "0", tmp_path)
+
+
+def lacking(folder: Path) -> str:
+    arrays = load_file(folder / "model.safetensors")
+    for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight"):
+        del arrays[name]
+    save_file(arrays, folder / "model.safetensors", {"format": "pt"})
+    return "its weights lack 2 of the model's arrays, the first is model.layers.1.mlp.up_proj"
+
+
+def of_two_models(folder: Path) -> str:
+    arrays = load_file(folder / "model.safetensors")
+    arrays["model.layers.2.mlp.up_proj.weight"] = arrays["model.layers.1.mlp.up_proj.weight"]
+    save_file(arrays, folder / "model.safetensors", {"format": "pt"})
+    return "its weights have 1 arrays that the model has not, the first is model.layers.2.mlp.up"
+
+
+def a_pointer(folder: Path) -> str:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    return "model.safetensors is a Git LFS pointer, not the file; run git lfs pull there"
+
+
+@pytest.mark.parametrize("quantization", ["0", "4"])
+@pytest.mark.parametrize("damage", [lacking, of_two_models, a_pointer])
+def test_no_made_up_weights_are_scored(
+    tiny_model: Path, tmp_path: Path, damage: Callable[[Path], str], quantization: str
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    said = damage(folder)
+    with pytest.raises(EvalError) as caught:
+        load(folder, quantization, tmp_path)
+    assert said in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "bloom", "gpt2"])
+def test_a_model_of_another_family_answers_and_takes_its_adapter(tmp_path: Path, kind: str) -> None:
+    """Without SDPA (gemma2, bloom), or with transposed weights (gpt2)."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    build_tiny_family(tmp_path / "model", kind)
+    base = load(tmp_path / "model", "0", tmp_path)
+    config = run_config(lora_r=4, lora_alpha=8, target_modules="all-linear")
+    own = logits(base.model, base.tokenizer)
+    adapter = random_adapter(base, tmp_path / "a", config=config)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="float32")
+    peft = PeftModel.from_pretrained(plain, str(adapter.folder)).eval()
+    questions = [Question(row["input"], "A") for row in ROWS]
+    with attached(adapter, base) as model:
+        changed = logits(model, base.tokenizer)
+        answers = dict(Inference(model, base.tokenizer, 4).answers(questions, ["A", "B"], {}))
+    assert torch.equal(changed, logits(peft, base.tokenizer))
+    assert not torch.allclose(own, changed, atol=1e-3)
+    assert torch.equal(logits(base.model, base.tokenizer), own)
+    for index, question in enumerate(questions):
+        ids = torch.tensor([base.tokenizer.encode(wrap(question.prompt))])
+        with torch.inference_mode():
+            alone = int(peft(ids).logits[0, -1].argmax())
+        assert answers[index].output == base.tokenizer.decode([alone], skip_special_tokens=True)
 
 
 def random_adapter(
@@ -460,26 +517,35 @@ def test_an_array_of_an_unknown_layer_is_named(base: Base, tmp_path: Path, name:
     assert name in refused(adapter, base)
 
 
-def test_an_adapter_of_another_hub_id_is_refused(
+def test_an_adapter_that_names_a_mirror_is_taken_with_a_note(
     base: Base, prepared_folder: Path, tmp_path: Path
 ) -> None:
-    hub = load(HUB_ID, "0", prepared_folder)
+    """Fingerprint and shapes tell whether it fits; a name tells who copied the weights."""
+    hub = load(f"{HUB_ID}/", "0", prepared_folder)
     adapter = random_adapter(hub, tmp_path / "a")
-    check(adapter, hub)
+    assert check(adapter, hub) == ""
+    change_config(adapter, base_model_name_or_path=f"{HUB_ID}/")  # the same name, typed otherwise
+    assert check(adapter, hub) == ""
     change_config(adapter, base_model_name_or_path="org/other")
-    message = refused(adapter, hub)
-    assert "org/other" in message
-    assert HUB_ID in message
-    check(adapter, base)  # a path says nothing of its model's name
+    said = "fl is an adapter of org/other, scored on org/tiny: "
+    assert check(adapter, hub) == f"{said}its arrays fit, no more is known."
+    known = Adapter(adapter.folder, "fl", fingerprint=hub.facts["fingerprint"])
+    assert check(known, hub) == f"{said}the weights are the same."
+    with attached(adapter, hub) as model:
+        assert not torch.equal(logits(model, hub.tokenizer), logits(base.model, base.tokenizer))
+    assert check(adapter, base) == ""  # a path says nothing of its model's name
     change_config(adapter, base_model_name_or_path="/somebody/elses/folder")
-    check(adapter, hub)
+    assert check(adapter, hub) == ""
+    rewrite(adapter, lambda arrays: arrays.update({V1: np.zeros((64, 4), np.float32)}))
+    change_config(adapter, base_model_name_or_path="org/other")
+    assert "the adapter is of another base model" in refused(adapter, hub)
 
 
 def test_the_fingerprint_of_any_precision_of_these_weights_is_taken(
     base: Base, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for kind in ("nf4", "fp4", "int8", "none"):
-        mark = fingerprint(tiny_model, kind)
+        mark = fingerprints(tiny_model)[kind]
         check(random_adapter(base, tmp_path / kind, fingerprint=mark), base)
     assert capsys.readouterr().err == ""
 

@@ -6,7 +6,6 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from app.site.base_model import find, load_with_lora
 from app.site.partition import SiteError
 from app.wire.adapter import Layout, initial_adapter
-from eval.model import _fingerprints
 from supernode.download import PrepareError
-from supernode.quantise import fingerprint, prepare_model
+from supernode.quantise import prepare_model
+from supernode.source import fingerprints
 from tests.samples import ROWS, run_config
 from tests.tiny_model import HIDDEN, VOCABULARY
 
@@ -149,8 +148,8 @@ def test_another_tokenizer_or_setting_changes_the_fingerprint(
     other = shutil.copytree(tiny_model, tmp_path / "other")
     with (other / file).open("ab") as changed:
         changed.write(b" ")
-    assert fingerprint(other, "none") != fingerprint(tiny_model, "none")
-    assert _fingerprints(other)["none"] == fingerprint(other, "none")  # the evaluation's
+    for kind, ours in fingerprints(tiny_model).items():
+        assert fingerprints(other)[kind] != ours
 
 
 def test_what_is_no_part_of_a_model_changes_no_fingerprint(
@@ -162,7 +161,7 @@ def test_what_is_no_part_of_a_model_changes_no_fingerprint(
     (other / "original").mkdir()
     (other / "original" / "params.json").write_text("{}")
     (other / ".gitattributes").write_text("")
-    assert fingerprint(other, "nf4") == fingerprint(tiny_model, "nf4")
+    assert fingerprints(other) == fingerprints(tiny_model)
 
 
 @pytest.mark.parametrize("damage", ["an older version's", "cut", "empty", "a list", "no text"])
@@ -223,42 +222,6 @@ def test_an_interrupted_preparation_is_neither_found_nor_in_the_way(
     assert prepare(tmp_path / "models", tiny_model, "none") == half
     assert find(tmp_path / "models", str(tiny_model), 0).folder == half
     assert [p.name for p in (tmp_path / "models").iterdir()] == [half.name]
-
-
-def cut(file: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:-100])
-
-
-def pickled(folder: Path) -> None:
-    """Weights that only a pickle holds: who wrote it would run code here."""
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
-def of_another_width(folder: Path) -> None:
-    path = folder / "config.json"
-    path.write_text(path.read_text().replace('"hidden_size": 64', '"hidden_size": 128'))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        cut("model.safetensors"),
-        cut("config.json"),
-        cut("tokenizer.json"),
-        pickled,
-        of_another_width,
-    ],
-    ids=["weights", "config", "tokenizer", "pickled", "of another width"],
-)
-def test_a_source_that_does_not_load_is_named_in_one_line_and_leaves_nothing_behind(
-    tiny_model: Path, tmp_path: Path, damage: Callable[[Path], object]
-) -> None:
-    broken = shutil.copytree(tiny_model, tmp_path / "broken")
-    damage(broken)
-    with pytest.raises(PrepareError, match=rf"^{broken} does not load as [^\n]*$"):
-        prepare(tmp_path / "models", broken, "none")
-    assert list((tmp_path / "models").iterdir()) == []
 
 
 def test_what_a_killed_preparation_left_is_removed_but_not_what_another_is_at(
