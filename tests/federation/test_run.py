@@ -130,8 +130,9 @@ def done(models_dir: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
         control = federation.start()
         with held_until_somebody_waits(work), redirect_stdout(StringIO()) as printed:
             exit_code = submit(REPOSITORY, overrides, control, federation.public)
+        row = {"instruction": "", "input": MARKER, "output": [MARKER]}
         bad = federation.federation / "site-01" / "data" / "train.jsonl"
-        bad.write_text(bad.read_text() + json.dumps({"instruction": "", "input": MARKER}) + "\n")
+        bad.write_text(bad.read_text() + json.dumps(row) + "\n")
         failed_exit_code = submit(REPOSITORY, overrides, control, federation.public)
         processes = [p.pid for p in federation.processes.values()]
     _, config = merged_config(REPOSITORY, overrides)
