@@ -4,23 +4,45 @@
     python -m supernode.pinned hash FOLDER     the SHA-256 of the app of a checkout
 
 A run brings its own Python code (the FAB), and Flower 1.36 runs whatever comes, unless it is
-signed in Flower's hub. Its check of signatures is used here for a check of the FAB's SHA-256:
-the site answers with Flower's own "invalid FAB" error, and no line of the code is run.
+signed in Flower's hub. Its check of signatures is used here for a check of the app's SHA-256:
+the site answers with Flower's own "invalid FAB" error, and no line of the code is run. It is of
+names and contents, not of the zip: that differs by the system and the zlib which made it.
 """
 
 import hashlib
+import io
 import os
 import signal
 import sys
+import zipfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 ANY = "any"  # in the place of the SHA-256
+MOST_BYTES = 64 << 20  # unpacked
+
+
+def app_sha256(fab: bytes) -> str:
+    """Of the names and contents in a FAB; empty if it is none, or a name is there twice."""
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(io.BytesIO(fab)) as archive:
+            entries = sorted(archive.infolist(), key=lambda entry: entry.filename)
+            names = {entry.filename for entry in entries}
+            if len(names) < len(entries) or sum(e.file_size for e in entries) > MOST_BYTES:
+                return ""
+            for entry in entries:
+                content = hashlib.sha256(archive.read(entry)).hexdigest()
+                digest.update(f"{entry.filename}\0{content}\n".encode())
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError):
+        return ""
+    return digest.hexdigest()
 
 
 def install(pinned: str, site: str) -> None:
-    """Let this process's SuperNode accept the FAB of this SHA-256 only."""
+    """Let this process's SuperNode accept the app of this SHA-256 only."""
     from flwr.app import Error
     from flwr.common.constant import ErrorCode
     from flwr.supercore.fab import Fab
@@ -43,7 +65,7 @@ def install(pinned: str, site: str) -> None:
         return receive(**given | {"get_fab": fetch_unsigned, "trusted_entities": {"": ""}})
 
     def verify(fab: Fab, trusted_entities: dict[str, str]) -> bool:
-        found = hashlib.sha256(fab.content).hexdigest()
+        found = app_sha256(fab.content)
         if found != pinned:
             print(f"supernode: ERROR: app {found[:12]} refused: {refusal}", flush=True)
         return found == pinned
@@ -71,7 +93,7 @@ def main() -> None:
     if sys.argv[1] == "hash":
         from flwr.cli.build import build_fab_from_disk
 
-        return print(hashlib.sha256(build_fab_from_disk(Path(sys.argv[2]))).hexdigest())
+        return print(app_sha256(build_fab_from_disk(Path(sys.argv[2]))))
     from flwr.supernode.cli import flower_supernode
 
     from supernode import deadline, polling

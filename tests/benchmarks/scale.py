@@ -13,7 +13,6 @@ Run so far with 4 SuperNodes and ``--lora-r 1`` only.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ from superlink.connection import write_connection
 from superlink.control import Control
 from superlink.onehost.processes import LocalFederation
 from superlink.register import register
+from supernode.pinned import app_sha256
 from tests.benchmarks.watch import Watch, look
 from tests.samples import REPOSITORY
 
@@ -76,7 +76,7 @@ def make_app(folder: Path) -> str:
             raise RuntimeError(f"pyproject.toml holds {old} {project.count(old)} times")
         project = project.replace(old, new)
     (folder / "pyproject.toml").write_text(project)
-    return hashlib.sha256(build_fab_from_disk(folder)).hexdigest()
+    return app_sha256(build_fab_from_disk(folder))
 
 
 class Scale:
