@@ -1,6 +1,7 @@
 """SuperLink and SuperNodes as child processes of this one, with TLS, keys and free ports."""
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from superlink.register import register
 
 REPOSITORY = Path(__file__).parents[2]
 _given_ports: set[int] = set()
+_GIVEN_OUT = Path("/proc/sys/net/ipv4/ip_local_port_range")
 STOP_AFTER_S = 15
 
 
@@ -204,11 +206,16 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on now; never the same one twice."""
+    """A TCP port of the loopback that nobody listens on now; never the same one twice.
+
+    Not of those that the system gives to connections that go out: one of them could take it before
+    whoever is to listen there has started.
+    """
+    first_given_out = int(_GIVEN_OUT.read_text().split()[0]) if _GIVEN_OUT.exists() else 32768
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port not in _given_ports:
-            _given_ports.add(port)
-            return port
+        port = 10_000 + secrets.randbelow(max(first_given_out - 10_000, 1000))
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            if port not in _given_ports:
+                _given_ports.add(port)
+                return port

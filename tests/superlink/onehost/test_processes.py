@@ -1,10 +1,12 @@
 """Services as processes: how they end."""
 
+import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
-from superlink.onehost.processes import REPOSITORY, LocalFederation
+from superlink.onehost.processes import REPOSITORY, LocalFederation, free_port
 from supernode.entrypoint import REFUSED
 
 # As Flower's SuperNode: asked to end, it ends well.
@@ -29,3 +31,16 @@ def test_a_site_that_is_stopped_with_all_the_rest_does_not_say_that_it_was_refus
         output = site.stdout.read().decode()
     assert REFUSED not in output
     assert site.returncode == 0
+
+
+def test_a_free_port_is_none_that_a_connection_could_take_and_none_twice() -> None:
+    """Or a SuperNode finds it taken when it starts, a second later."""
+    given_out = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    random.seed(0)  # as Hypothesis does in each worker
+    ports = [free_port() for _ in range(200)]
+    random.seed(0)
+    assert len({*ports, *(free_port() for _ in range(200))}) == 400
+    assert min(ports) >= 10_000
+    assert max(ports) < int(given_out[0])
+    with socket.create_server(("127.0.0.1", ports[0])):
+        pass
