@@ -76,7 +76,7 @@ def test_down_and_up_keeps_the_keys_and_all_20_sites_come_online(
 ) -> None:
     public = federation.public(tmp_path / "before")
     before = {f.name: f.read_bytes() for f in public.iterdir()}
-    assert len(before) == 21
+    assert len(before) == 22  # the CA, the address that sites were told, 20 keys
     assert federation.compose("--profile", "eval", "down").returncode == 0
     assert federation.containers() == {}
     up = federation.compose("up", "-d", *LONG_RUNNING)
