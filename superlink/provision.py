@@ -6,7 +6,7 @@
 Writes, under FEDERATION_DIR (default ``federation``); what is there and valid is kept:
 
     ca/ca.key                              signs the server certificate; for this command only
-    public/{ca.crt,site-NN.pub}            no secrets: for submitting and registering
+    public/{ca.crt,address,site-NN.pub}    no secrets: for submitting and registering
     public/revoked/site-NN-HASH.pub        keys that must not come back
     superlink/{ca.crt,server.crt,server.key,runtime.secret}    a server.crt of another CA is kept
     serverapp/{ca.crt,runtime.secret}      for the ServerApps' container
