@@ -137,20 +137,32 @@ def test_a_clientapp_that_hangs_is_ended_with_its_order_and_its_site_is_in_the_n
 def test_a_resumed_run_waits_for_sites_that_are_at_work_for_the_run_before(
     setting: Setting, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    # Long enough that no load of the machine ends them before the resumed run has asked for them.
+    same = "num-server-rounds=1 seed=7 strategy.round-timeout-s=600"
     federation = setting.federation
     for number in HANGING:
         (federation.work / f"hanging-{number}" / "waiting").unlink()
     federation.let_them_hang()
-    follow = setting.submit("num-server-rounds=1 seed=7")
+    follow = setting.submit(same)
     until(federation.hang, 200, "two ClientApps that hang")
+    hung = federation.client_apps()
     federation.let_them_work()
     run_id = setting.control.runs()[0].run_id
     setting.control._stub.StopRun(StopRunRequest(run_id=run_id))  # as flwr stop does
     follow.join(timeout=60)
     assert setting.ended.pop() == 1
-    resume = f'num-server-rounds=1 seed=7 strategy.node-timeout-s=15 resume="{run_id},0"'
-    setting.submit(resume).join(timeout=300)
+    resumed = setting.submit(f'{same} strategy.node-timeout-s=15 resume="{run_id},0"')
+    said = ""
+
+    def waits() -> bool:
+        nonlocal said
+        said += capfd.readouterr().out
+        return "2 sites are silent, perhaps still at work for the run before" in said
+
+    until(waits, 200, "the resumed run that waits")
+    for process in hung:  # their work is over; that a deadline ends it is the test above
+        process.kill()
+    resumed.join(timeout=200)
     assert setting.ended.pop() == 0
-    assert "2 sites are silent, perhaps still at work for the run before" in capfd.readouterr().out
     lines = (federation.results / "latest" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["partitions"] for line in lines] == [[0, 1, 2]]
