@@ -25,10 +25,11 @@ from flwr.clientapp import ClientApp
 from app.config import ConfigError, RunConfig
 from app.site import libraries, memory, partition
 from app.site.base_model import BaseModel, find
-from app.site.device import device, device_name, look, take_turn, turn
+from app.site.device import device, look, take_turn, turn
 from app.site.feedback import Feedback
 from app.site.partition import SiteError
 from app.site.privacy import privatise
+from app.site.rows_used import rows_used
 from app.site.verified import check_verified
 from app.wire.adapter import Layout, Vector, initial_adapter
 from app.wire.codec import decode, encode
@@ -81,32 +82,11 @@ def _part(name: str) -> partition.Part:
 def _rows_used(
     parts: dict[str, partition.Part], base: BaseModel, config: RunConfig
 ) -> dict[str, Any]:
-    """How many rows the run can use, what becomes of the others, by part; each text is encoded.
+    """How many rows the run can use, what becomes of the others, by part.
 
-    Raises:
-        SiteError: no row is left to train on, or the model has no tokenizer of the usual form.
+    Raises: SiteError as ``rows_used``.
     """
-    from app.site.examples import FileTokenizer, lengths
-
-    try:
-        tokenizer = FileTokenizer(base.folder)
-    except Exception:  # the library's errors have no class of their own
-        raise SiteError(
-            f"base model {base.name}: no tokenizer.json with an EOS; run supernode.prepare again, "
-            "or take another model"
-        ) from None
-    counts = {}
-    for name, part in parts.items():
-        counts[name] = part.counts() | lengths(part.rows, tokenizer, config.seq_length)
-        counts[name]["used"] = len(part.rows) - counts[name]["too_long"]
-        if part.name:
-            told = ", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts[name].items())
-            logger.info("%s: %s", part.name, told)
-    if not counts["train"]["used"]:
-        raise SiteError(
-            f"{parts['train'].name}: no row keeps an answer within train.seq-length = "
-            f"{config.seq_length} tokens"
-        )
+    counts = rows_used(parts, base, config)
     return {
         "num-examples": counts["train"]["used"],
         "num-holdout": counts["holdout"]["used"],
@@ -131,17 +111,7 @@ def _described(base: BaseModel, config: RunConfig) -> str:
     if device() == "cpu":
         return "cpu"
     gpu = look(_site_dir() / "state")
-    weights = memory.stored(base.folder, base.bits, gpu.bf16)
-    try:
-        needed = memory.needed(weights, base.linear_layers, config)
-    except ValueError as err:  # model.lora.target-modules
-        raise ConfigError(str(err)) from None
-    if needed > gpu.free:
-        raise SiteError(
-            f"{device_name()} ({gpu.name}) has {gpu.free / 1e9:.1f} GB free of "
-            f"{gpu.total / 1e9:.1f}, this run needs about {needed / 1e9:.1f} GB; "
-            + memory.advice(weights, base.linear_layers, config, gpu.free)
-        )
+    memory.check_free(gpu, base, config)
     return str(gpu)
 
 

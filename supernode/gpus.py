@@ -39,17 +39,28 @@ def set_gpu(env: dict[str, str]) -> None:
     Without a GPU the SuperNode starts all the same: the preflight of a run then refuses the site
     with the reason, where the operator reads it. One that ends says it to nobody else.
     """
-    given = env.get("CUDA_VISIBLE_DEVICES", "").strip()
     try:
-        visible = _allowed(given) if given else visible_gpus()
-        chosen = visible[choose_gpu(env, len(visible))]
+        chosen, visible = gpu_of(env)
     except NoGpuError as err:
         print(f"supernode: ERROR: {err}; no run can start with it", file=sys.stderr, flush=True)
         env["DEVICE_ERROR"] = str(err)
         return
-    env["CUDA_VISIBLE_DEVICES"] = chosen
-    env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as nvidia-smi counts
-    print(f"supernode: GPU {chosen}, one of {len(visible)}", flush=True)
+    env |= chosen
+    print(f"supernode: GPU {chosen['CUDA_VISIBLE_DEVICES']}, one of {visible}", flush=True)
+
+
+def gpu_of(env: dict[str, str]) -> tuple[dict[str, str], int]:
+    """What the environment must hold so that CUDA sees this SuperNode's GPU alone; and how many
+    there are.
+
+    Raises:
+        NoGpuError: there is none, or not the one that is asked for.
+    """
+    given = env.get("CUDA_VISIBLE_DEVICES", "").strip()
+    visible = _allowed(given) if given else visible_gpus()
+    name = visible[choose_gpu(env, len(visible))]
+    # By the bus, as nvidia-smi counts.
+    return {"CUDA_VISIBLE_DEVICES": name, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, len(visible)
 
 
 def _allowed(given: str) -> list[str]:

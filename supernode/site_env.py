@@ -12,7 +12,7 @@ _QUOTES = ("'", '"')
 
 
 def read_site(env: dict[str, str]) -> dict[str, str]:
-    """The environment completed by the site's own site.env.
+    """The environment completed by the site's own site.env, beside which its files are there.
 
     Raises:
         SystemExit: a setting or file is missing, or cannot work; one line says which.
@@ -20,13 +20,20 @@ def read_site(env: dict[str, str]) -> dict[str, str]:
     for name in ("SITE_DIR", "MODELS_DIR", "LOCK_DIR"):
         if not env.get(name):
             raise SystemExit(f"supernode: {name} is not set")
-    site = Path(env["SITE_DIR"])
     for file in FILES:
-        if not (site / file).is_file():
-            raise SystemExit(f"supernode: {site / file} is missing; is this a site's folder?")
-        if not os.access(site / file, os.R_OK):
-            raise SystemExit(f"supernode: {site / file} is not readable by user {os.getuid()}")
-    complete = settings(site / "site.env") | env
+        check_readable(Path(env["SITE_DIR"]) / file)
+    return completed(env)
+
+
+def completed(env: dict[str, str]) -> dict[str, str]:
+    """The environment completed by SITE_DIR/site.env.
+
+    Raises:
+        SystemExit: that cannot be read, or a setting cannot work; one line says which.
+    """
+    file = Path(env["SITE_DIR"]) / "site.env"
+    check_readable(file)
+    complete = settings(file) | env
     for name in ("PARTITION_ID", "NUM_PARTITIONS"):
         value = complete.get(name, "")
         if not (value.isascii() and value.isdigit()):
@@ -36,6 +43,16 @@ def read_site(env: dict[str, str]) -> dict[str, str]:
     except AddressError as err:
         raise SystemExit(f"supernode: SUPERLINK: {err}; see site.env") from None
     return complete
+
+
+def check_readable(path: Path) -> None:
+    """Raises SystemExit: there is no such file of a site, or this user cannot read it."""
+    if not path.is_file():
+        raise SystemExit(f"supernode: {path} is missing; is this a site's folder?")
+    if not os.access(path, os.R_OK):
+        raise SystemExit(
+            f"supernode: {path} is not readable by user {os.getuid()}; make it that user's"
+        )
 
 
 def settings(path: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ Question and answer are text, whatever they say: no "</s>" in them becomes the e
 
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,13 +119,20 @@ def encode_all(rows: Sequence[Row], tokenizer: Any, seq_length: int) -> list[Exa
     return [e for e in encode_rows(rows, tokenizer, seq_length) if e.num_labels]
 
 
-def lengths(rows: Sequence[Row], tokenizer: Any, seq_length: int) -> dict[str, int]:
-    """How many rows keep nothing of their answer, and how many lose its end."""
-    too_long = cut = 0
+def sizes(rows: Sequence[Row], tokenizer: Any) -> list[tuple[int, int]]:
+    """Of each row its tokens, however many they are, and those in front of the answer."""
+    found = []
     for at in range(0, len(rows), 1000):  # not the ids of all of them at once
-        for example in encode_rows(rows[at : at + 1000], tokenizer, seq_length):
-            too_long += not example.num_labels
-            cut += example.cut and example.num_labels > 0
+        for example in encode_rows(rows[at : at + 1000], tokenizer, sys.maxsize):
+            tokens = len(example.input_ids)
+            found.append((tokens, tokens - example.num_labels))
+    return found
+
+
+def lengths(found: Sequence[tuple[int, int]], seq_length: int) -> dict[str, int]:
+    """How many rows of these ``sizes`` keep nothing of their answer, and how many lose its end."""
+    too_long = sum(prompt >= seq_length for _, prompt in found)
+    cut = sum(prompt < seq_length < tokens for tokens, prompt in found)
     return {"too_long": too_long, "cut": cut}
 
 

@@ -12,7 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from app.config import RunConfig
+from app.config import ConfigError, RunConfig
+from app.site.base_model import BaseModel
+from app.site.device import Gpu, device_name
+from app.site.partition import SiteError
 from app.wire.adapter import Layout
 
 CONTEXT_BYTES = 600_000_000  # CUDA's own, and what the allocator cannot use; assumed
@@ -86,6 +89,26 @@ def needed(weights: Weights, linear_layers: Mapping[str, Sequence[int]], config:
     loss = tokens * vocabulary * LOGIT_BYTES + weights.head_copy
     backward = 2 * a_layer  # a layer computed once more, and the gradients in it
     return int(CONTEXT_BYTES + weights.size + LORA_BYTES * layout.size + kept + max(loss, backward))
+
+
+def check_free(gpu: Gpu, base: BaseModel, config: RunConfig) -> int:
+    """Bytes that the run needs on this GPU, which has them free.
+
+    Raises:
+        SiteError: it has not; ConfigError: the run adapts no layer of this model.
+    """
+    weights = stored(base.folder, base.bits, gpu.bf16)
+    try:
+        size = needed(weights, base.linear_layers, config)
+    except ValueError as err:  # model.lora.target-modules
+        raise ConfigError(str(err)) from None
+    if size > gpu.free:
+        raise SiteError(
+            f"{device_name()} ({gpu.name}) has {gpu.free / 1e9:.1f} GB free of "
+            f"{gpu.total / 1e9:.1f}, this run needs about {size / 1e9:.1f} GB; "
+            + advice(weights, base.linear_layers, config, gpu.free)
+        )
+    return size
 
 
 def pass_tokens(config: RunConfig) -> int:

@@ -27,6 +27,7 @@ class Part:
     empty: int = 0  # without a question or an answer
     repeated: int = 0
     known: int = 0  # held-out rows whose question is trained on
+    columns: tuple[str, ...] = ()  # of the file; their names may be somebody's text
 
     def counts(self) -> dict[str, int]:
         names = "read", "empty", "repeated", "known"
@@ -88,7 +89,9 @@ def part_of(site_dir: Path, part: str, columns: str = "") -> Part:
             "%s: %d of %d rows ask what %s asks too; they are not scored as held-out",
             _name(path), known, len(table.rows), _name(trained_on),
         )  # fmt: skip
-    return Part(_name(path), rows, table.read, table.empty, table.repeated, known)
+    return Part(
+        _name(path), rows, table.read, table.empty, table.repeated, known, tuple(table.columns)
+    )
 
 
 def _name(path: Path | None) -> str:

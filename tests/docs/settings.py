@@ -20,8 +20,11 @@ from tests.samples import REPOSITORY
 PAGE = REPOSITORY / "docs" / "settings.md"
 COMPOSE_FILES = ("compose.yaml", "docker/compose.cpu.yaml")
 PROGRAMS = ("superlink/entrypoint.py", "superlink/serverapp.py", "supernode/entrypoint.py")
-# They read what an entrypoint sets for them.
-OF_CHILDREN = ("superlink/link_log.py", "supernode/pinned.py", "supernode/warm/")
+# They read what an entrypoint reads, or sets for them.
+OF_CHILDREN = (
+    "superlink/link_log.py", "supernode/pinned.py", "supernode/warm/", "supernode/check.py",
+    "app/site/check.py",
+)  # fmt: skip
 CODE = ("app", "superlink", "supernode", "eval")
 
 HEAD = """# Settings

@@ -25,6 +25,9 @@ log(logging.INFO, "ControlServicer.ListNodes")
 log(logging.INFO, "ControlServicer.StartRun")
 log(logging.INFO, "[Fleet.ActivateNode] Activated node_id=%s", 7)
 log(logging.WARNING, "[door] %s", "refused")
+asks = "[/flwr.proto.Fleet/ActivateNode][ApiError:%d] Attempted …, exception: %s"
+log(logging.ERROR, asks % (2003, "Heartbeat interval 0.0 is out of bounds [10, 1800]."))
+log(logging.ERROR, asks % (2004, "No SuperNode found with the given public key."))
 call = '%s - "%s %s HTTP/%s" %d'
 for status in (200, 404):
     access.info(call, "127.0.0.1:1", "POST", "/v1/runtime/pull-pending-tasks", "1.1", status)
@@ -33,6 +36,8 @@ EVENTS = [
     "INFO :      ControlServicer.StartRun",
     "INFO :      [Fleet.ActivateNode] Activated node_id=7",
     "WARNING :   [door] refused",
+    "ERROR :     [/flwr.proto.Fleet/ActivateNode][ApiError:2004] Attempted …, exception: "
+    "No SuperNode found with the given public key.",
     '127.0.0.1:1 - "POST /v1/runtime/pull-pending-tasks HTTP/1.1" 404',
 ]
 

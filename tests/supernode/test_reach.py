@@ -88,7 +88,7 @@ def test_own_processes_are_reached_past_any_proxy_and_other_hosts_are_not() -> N
 
 def test_every_client_goes_past_the_proxy() -> None:
     """Python's own, httpx (Flower's processes) and gRPC, each in a process with these variables."""
-    with _listening() as port:
+    with listening() as port:
         dead = f"http://127.0.0.1:{port}"
         for socks in (False, True):
             proxy = dead.replace("http", "socks5") if socks else dead
@@ -114,7 +114,7 @@ def test_every_client_goes_past_the_proxy() -> None:
 
 
 @contextmanager
-def _listening(context: ssl.SSLContext | None = None) -> Iterator[int]:
+def listening(context: ssl.SSLContext | None = None) -> Iterator[int]:
     """A port of 127.0.0.1 that takes connections: with TLS, or never saying a word of it."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -138,7 +138,7 @@ def _listening(context: ssl.SSLContext | None = None) -> Iterator[int]:
         server.shutdown(socket.SHUT_RDWR)
 
 
-def _server(folder: Path, key: Key, certificate: x509.Certificate) -> ssl.SSLContext:
+def server_context(folder: Path, key: Key, certificate: x509.Certificate) -> ssl.SSLContext:
     certificates.write_key(folder / "server.key", key)
     certificates.write_certificate(folder / "server.crt", certificate)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -154,7 +154,7 @@ def ca(tmp_path: Path) -> tuple[Key, x509.Certificate, Path]:
     return key, certificate, tmp_path / "ca.crt"
 
 
-def _clock(monkeypatch: pytest.MonkeyPatch, moved: timedelta) -> None:
+def moved_clock(monkeypatch: pytest.MonkeyPatch, moved: timedelta) -> None:
     """The clock of whoever makes certificates from now on."""
 
     class Clock(datetime):
@@ -179,10 +179,10 @@ def test_a_certificate_is_told_apart_by_what_is_wrong_with_it(
     ca: tuple[Key, x509.Certificate, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     moved: timedelta, names: list[str], why: str,
 ) -> None:  # fmt: skip
-    _clock(monkeypatch, moved)
+    moved_clock(monkeypatch, moved)
     key, (ca_key, ca_cert, ca_file) = new_key(), ca
-    context = _server(tmp_path, key, server_certificate(key, ca_key, ca_cert, names))
-    with _listening(context) as port:
+    context = server_context(tmp_path, key, server_certificate(key, ca_key, ca_cert, names))
+    with listening(context) as port:
         told = why_not(f"127.0.0.1:{port}", ca_file, {})
         assert (why in told) if why else told == ""
 
@@ -192,10 +192,10 @@ def test_another_ca_no_tls_nobody_there_and_no_such_name(
 ) -> None:
     other, key = new_key(), new_key()
     foreign = server_certificate(key, other, ca_certificate(other), ["127.0.0.1"])
-    with _listening(_server(tmp_path, key, foreign)) as port:
+    with listening(server_context(tmp_path, key, foreign)) as port:
         assert "not issued by the CA" in why_not(f"127.0.0.1:{port}", ca[2], {})
     assert "nothing listens" in why_not(f"127.0.0.1:{port}", ca[2], {})
-    with _listening() as port:
+    with listening() as port:
         assert "no TLS at port" in why_not(f"127.0.0.1:{port}", ca[2], {})
     assert "cannot be resolved" in why_not("no-such-host.invalid:9092", ca[2], {})
     assert "host:port is needed" in why_not("fed.example.org", ca[2], {})
@@ -209,8 +209,8 @@ def test_where_it_answers_but_a_proxy_is_named_the_proxy_is_told(
     ca: tuple[Key, x509.Certificate, Path], tmp_path: Path
 ) -> None:
     key, (ca_key, ca_cert, ca_file) = new_key(), ca
-    context = _server(tmp_path, key, server_certificate(key, ca_key, ca_cert, ["127.0.0.1"]))
-    with _listening(context) as port:
+    context = server_context(tmp_path, key, server_certificate(key, ca_key, ca_cert, ["127.0.0.1"]))
+    with listening(context) as port:
         env = {"http_proxy": "http://proxy.example.org:3128"}
         assert why_not(f"127.0.0.1:{port}", ca_file, env).startswith("it answers; but http_proxy")
         assert why_not(f"127.0.0.1:{port}", ca_file, env | direct(env)) == ""

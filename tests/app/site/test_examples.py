@@ -20,6 +20,7 @@ from app.site.examples import (
     encode_all,
     encode_rows,
     lengths,
+    sizes,
 )
 from app.site.partition import Row
 from app.site.prompts import training_prompt
@@ -205,13 +206,15 @@ def test_a_row_is_too_long_or_cut_or_whole(tokenizer: Any) -> None:
     whole = encode_rows(ALL, tokenizer, LONG)
     most = sorted(len(e.input_ids) for e in whole)[len(ALL) // 2]
     kept = encode_all(ALL, tokenizer, most)
-    counts = lengths(ALL * 50, tokenizer, most)  # more than are encoded at once
+    counts = lengths(sizes(ALL * 50, tokenizer), most)  # more than are encoded at once
     assert counts["too_long"] == 50 * (len(ALL) - len(kept))
     assert counts["cut"] == 50 * sum(e.input_ids[-1] != tokenizer.eos_token_id for e in kept)
     assert counts["cut"] > 0
-    assert lengths(ALL, tokenizer, LONG) == {"too_long": 0, "cut": 0}
-    assert lengths(ALL, tokenizer, 16) == {"too_long": len(ALL), "cut": 0}
-    assert lengths([], tokenizer, 16) == {"too_long": 0, "cut": 0}
+    of_all = sizes(ALL, tokenizer)
+    assert of_all == [(len(e.input_ids), len(e.input_ids) - e.num_labels) for e in whole]
+    assert lengths(of_all, LONG) == {"too_long": 0, "cut": 0}
+    assert lengths(of_all, 16) == {"too_long": len(ALL), "cut": 0}
+    assert lengths(sizes([], tokenizer), 16) == {"too_long": 0, "cut": 0}
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,0 +1,65 @@
+"""How many of a site's rows a run can use, and what becomes of the others: counts, no text.
+
+Asked by the preflight of a run, and before any run by ``app.site.check``.
+"""
+
+import logging
+from collections.abc import Mapping
+
+from app.config import RunConfig
+from app.site.base_model import BaseModel
+from app.site.partition import Part, SiteError
+
+logger = logging.getLogger(__name__)
+
+
+def token_sizes(part: Part, base: BaseModel) -> list[tuple[int, int]]:
+    """Of each row its tokens and those of its question, by this model's tokenizer.
+
+    Raises:
+        SiteError: the model has no tokenizer of the usual form.
+    """
+    from app.site.examples import FileTokenizer, sizes
+
+    try:
+        tokenizer = FileTokenizer(base.folder)
+    except Exception:  # the library's errors have no class of their own
+        raise SiteError(
+            f"base model {base.name}: no tokenizer.json with an EOS; run supernode.prepare again, "
+            "or take another model"
+        ) from None
+    return sizes(part.rows, tokenizer)
+
+
+def counted(part: Part, sizes: list[tuple[int, int]], config: RunConfig) -> dict[str, int]:
+    """What became of the rows that were read; ``used`` is what is left of them."""
+    from app.site.examples import lengths
+
+    counts = part.counts() | lengths(sizes, config.seq_length)
+    return counts | {"used": len(part.rows) - counts["too_long"]}
+
+
+def check_some_used(part: Part, counts: Mapping[str, int], config: RunConfig) -> None:
+    """Raises SiteError: there is nothing to train on."""
+    if not counts["used"]:
+        raise SiteError(
+            f"{part.name}: no row keeps an answer within train.seq-length = "
+            f"{config.seq_length} tokens"
+        )
+
+
+def rows_used(
+    parts: Mapping[str, Part], base: BaseModel, config: RunConfig
+) -> dict[str, dict[str, int]]:
+    """The counts by part of the data; each text is encoded, and they are logged.
+
+    Raises: SiteError as ``token_sizes`` and ``check_some_used``.
+    """
+    found = {}
+    for name, part in parts.items():
+        found[name] = counted(part, token_sizes(part, base), config)
+        if part.name:
+            told = ", ".join(f"{n} {key.replace('_', ' ')}" for key, n in found[name].items())
+            logger.info("%s: %s", part.name, told)
+    check_some_used(parts["train"], found["train"], config)
+    return found
