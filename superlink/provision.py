@@ -1,7 +1,7 @@
 """Make the federation's certificates and keys: one CA, one server, one key pair a site.
 
     python -m superlink.provision --sites 20 --address superlink:9092
-    python -m superlink.provision --help           show, renew, rotate, revoke, reset
+    python -m superlink.provision --help           kit, admit, show, renew, rotate, revoke, reset
 
 Writes, under FEDERATION_DIR (default ``federation``); what is there and valid is kept:
 
@@ -11,39 +11,30 @@ Writes, under FEDERATION_DIR (default ``federation``); what is there and valid i
     superlink/{ca.crt,server.crt,server.key,runtime.secret}    a server.crt of another CA is kept
     serverapp/{ca.crt,runtime.secret}      for the ServerApps' container
     prepared/                              supernode.prepare's list of what it made
-    site-NN/{supernode.key,superlink-ca.crt,site.env,data/,state/}   all that site NN receives
+    site-NN/{supernode.key,superlink-ca.crt,site.env,data/,state/}   all that site NN receives;
+                                           of a key that was made there supernode.pub instead
 
 Private keys have mode 0600. The SuperLink learns of keys from superlink.register only.
 """
 
 import argparse
+import hashlib
 import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
-from cryptography import x509
-
-from superlink import site_keys, site_kit
+from superlink import kit_archive, site_keys, site_kit
+from superlink.authority import ProvisionError as ProvisionError
+from superlink.authority import authority, names_in, server
 from superlink.certificates import (
-    SERVER_DAYS,
     CertificateError,
-    Key,
     ca_certificate,
-    canonical,
-    issued_by,
     keys_of_their_owner,
-    load_certificate,
     load_certificates,
-    load_key,
-    made_by_us,
-    names_of,
     new_key,
-    server_certificate,
-    time_left,
     write_certificate,
     write_key,
 )
@@ -51,19 +42,12 @@ from superlink.container_files import manifest_folder, runtime_secret
 from superlink.show import show
 from supernode.reach import AddressError, parsed
 
-RENEW_BEFORE = timedelta(days=30)
-RENEW_CA_BEFORE = timedelta(days=SERVER_DAYS) + RENEW_BEFORE  # no server's outlives it
-
-
-class ProvisionError(Exception):
-    """The folder cannot be provisioned as asked; the message is one line for the user."""
-
 
 @contextmanager
 def _one_line() -> Iterator[None]:
     try:
         yield
-    except CertificateError as err:
+    except (CertificateError, AddressError) as err:
         raise ProvisionError(str(err)) from None
     except OSError as err:
         raise ProvisionError(f"{err.filename}: {err.strerror}") from None
@@ -89,9 +73,9 @@ def provision(federation: Path, sites: int, address: str, names: list[str]) -> l
     made: list[str] = []
     for torn in federation.glob("*/.*.part"):  # of a call that was killed; maybe half a key
         torn.unlink(missing_ok=True)
-    ca_key, ca_cert = _authority(federation, made)
+    ca_key, ca_cert = authority(federation, made)
     wanted = list(dict.fromkeys([host, *names, "localhost", "127.0.0.1"]))
-    _server(federation, ca_key, ca_cert, wanted, made)
+    server(federation, ca_key, ca_cert, wanted, made)
     runtime_secret(federation, made)
     for number in range(sites):
         site_kit.complete(federation, number, sites, address, made)
@@ -106,11 +90,11 @@ def renew(federation: Path) -> list[str]:
     Raises:
         ProvisionError, CertificateError, OSError: there is none to renew; or as for provision.
     """
-    names, made = _names(federation), list[str]()
-    ca_key, ca_cert = _authority(federation, made)
+    names, made = names_in(federation), list[str]()
+    ca_key, ca_cert = authority(federation, made)
     for folder in sorted(federation.glob("site-*")):
         site_kit.write_ca(folder / "superlink-ca.crt", federation, made)
-    _server(federation, ca_key, ca_cert, names, made, new=True)
+    server(federation, ca_key, ca_cert, names, made, new=True)
     return made
 
 
@@ -119,7 +103,7 @@ def reset(federation: Path) -> list[str]:
 
     What was revoked stays so. To be called again if interrupted. Raises as renew does.
     """
-    _names(federation)  # before anything is overwritten
+    names_in(federation)  # before anything is overwritten
     key, cert_file = new_key(), federation / "public" / "ca.crt"
     others = load_certificates(cert_file)[1] if cert_file.exists() else []
     write_key(federation / "ca" / "ca.key", key)
@@ -132,82 +116,13 @@ def reset(federation: Path) -> list[str]:
     return made
 
 
-def _names(federation: Path) -> list[str]:
-    cert_file = federation / "superlink" / "server.crt"
-    if not cert_file.exists():
-        raise ProvisionError(f"{cert_file} is missing; run superlink.provision first")
-    return names_of(load_certificate(cert_file))
-
-
-def _authority(federation: Path, made: list[str]) -> tuple[Key, x509.Certificate]:
-    key_file, cert_file = federation / "ca" / "ca.key", federation / "public" / "ca.crt"
-    # The key comes first: alone, it is of a first call that was cut off. With anything that is made
-    # later, the certificate is lost.
-    later = ("superlink/*.*", "site-*/*.crt", "site-*/*.key", "public/**/*.pub", "public/ca.crt")
-    begun = any(True for pattern in later for _ in federation.glob(pattern))
-    if key_file.exists() != cert_file.exists() and begun:
-        have, lost = (key_file, cert_file) if key_file.exists() else (cert_file, key_file)
-        raise ProvisionError(
-            f"{have} is there but {lost} is not: put it back, or delete {federation} to start "
-            "anew (every site then needs a new kit)"
-        )
-    others: list[x509.Certificate] = []
-    if cert_file.exists():
-        key, cert = load_key(key_file), load_certificate(cert_file)
-        others = load_certificates(cert_file)[1]
-        if key.public_key() != cert.public_key():
-            raise ProvisionError(
-                f"{key_file} is not the key of {cert_file}: put the right one back, or, after a "
-                "reset that was cut off, run superlink.provision reset"
-            )
-        if time_left(cert) > RENEW_CA_BEFORE:
-            return key, cert
-        made.append(
-            f"CA certificate (same key; sites need the new superlink-ca.crt before "
-            f"{cert.not_valid_after_utc:%Y-%m-%d})"
-        )
-    else:
-        key = load_key(key_file) if key_file.exists() else new_key()
-        made.append("CA")
-    cert = ca_certificate(key)
-    write_key(key_file, key)
-    write_certificate(cert_file, cert, *others)
-    return key, cert
-
-
-def _server(
-    federation: Path,
-    ca_key: Key,
-    ca_cert: x509.Certificate,
-    names: list[str],
-    made: list[str],
-    new: bool = False,
-) -> None:
-    folder = federation / "superlink"
-    key_file, cert_file = folder / "server.key", folder / "server.crt"
-    for user in ("superlink", "serverapp"):
-        site_kit.write_ca(federation / user / "ca.crt", federation, made)
-    if cert_file.exists() and not made_by_us(old := load_certificate(cert_file)):
-        made.append(f"{cert_file} kept: {site_kit.of_another_ca(old, names)}")
-        return
-    if key_file.exists() and cert_file.exists() and not new:
-        old = load_certificate(cert_file)
-        wanted = {canonical(n) for n in names}
-        lasts = time_left(old) > RENEW_BEFORE
-        of_key = old.public_key() == load_key(key_file).public_key()
-        if lasts and of_key and set(names_of(old)) >= wanted and issued_by(old, ca_cert):
-            return
-    key = load_key(key_file) if key_file.exists() and not new else new_key()
-    cert = server_certificate(key, ca_key, ca_cert, names)
-    write_key(key_file, key)
-    write_certificate(cert_file, cert)
-    made.append(f"server certificate for {', '.join(names)}")
-
-
 def main() -> int:
     args = _arguments()
     try:
-        print(f"provision: {_do(args)}")
+        told = _do(args)
+        # Where the standard output is the kit, it holds nothing else.
+        to = sys.stderr if getattr(args, "output", None) == kit_archive.STDOUT else sys.stdout
+        print(f"provision: {told}", file=to)
     except ProvisionError as err:
         print(f"provision: {err}", file=sys.stderr)
         return 1
@@ -228,6 +143,18 @@ def _do(args: argparse.Namespace) -> str:
             f"{', '.join(reset(args.federation))}; start the SuperLink with a new database, "
             f"{then}, then give each site its new kit, {args.federation}/site-NN"
         )
+    if args.command == "kit":
+        archive = kit_archive.kit(args.federation, args.site, args.address, args.key_at_site)
+        output = args.output or Path(f"{args.site}.tar.gz")
+        kit_archive.write(archive, output)
+        return (
+            f"the kit of {args.site} is {output}; its SHA-256, to be told by another way: "
+            f"{hashlib.sha256(archive).hexdigest()}"
+        )
+    if args.command == "admit":
+        site_keys.admit(args.federation, args.site, args.key)
+        pub = site_keys.public_file(args.federation, args.site)
+        return f"{args.site} has the key {site_keys.fingerprint(pub)}; {then}"
     if args.command == "revoke":
         site_keys.revoke(args.federation, args.site)
         return f"{args.site} is revoked; {then} to shut it out of a running SuperLink too"
@@ -265,6 +192,8 @@ def _arguments() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", title="instead of completing the folder")
     for name, what in (
+        ("kit", "all that a site on another host needs, as site-NN.tar.gz"),
+        ("admit", "a site's public key, of a key pair that was made there"),
         ("show", "certificates and keys, and until when they are valid"),
         ("renew", "a new server key and certificate now"),
         ("rotate", "a new key pair for a site; its old key is revoked"),
@@ -273,8 +202,18 @@ def _arguments() -> argparse.Namespace:
     ):
         command = commands.add_parser(name, help=what, description=what)
         command.add_argument("--federation", type=Path, default=argparse.SUPPRESS)
-        if name in ("rotate", "revoke"):
+        if name in ("kit", "admit", "rotate", "revoke"):
             command.add_argument("site", help="site-07")
+        if name == "admit":
+            command.add_argument(
+                "key", type=Path, help="site-07.pub, as supernode.keygen prints it"
+            )
+        if name == "kit":
+            command.add_argument(
+                "--address", required=True, help="host:port, as this site reaches it"
+            )
+            command.add_argument("--key-at-site", action="store_true", help="it is made there")
+            command.add_argument("--output", type=Path, help="FILE, or - (default: site-NN.tar.gz)")
     args = parser.parse_args()
     if not 1 <= args.sites <= 100:
         parser.error(f"--sites {args.sites}: 1 to 100")

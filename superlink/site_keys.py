@@ -1,6 +1,7 @@
 """The sites' keys: the private one in the site's folder, the public one for the SuperLink.
 
-    site-07/supernode.key                  private, OpenSSH
+    site-07/supernode.key                  private, OpenSSH, where it was made here
+    site-07/supernode.pub                  instead: the public part of one that was made at the site
     public/site-07.pub                     may join
     public/revoked/site-07-HASH.pub        must not come back; one file a key that the site had
 
@@ -16,7 +17,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from superlink.certificates import CertificateError, Key, load_key, write, write_key
+from superlink.certificates import CertificateError, load_key, write, write_key
 
 
 def public_file(federation: Path, site: str) -> Path:
@@ -32,8 +33,17 @@ def is_revoked(federation: Path, site: str) -> bool:
     retired = [_blob(p) for p in retired_files(federation, site)]
     if not retired or public_file(federation, site).exists():
         return False
-    key_file = federation / site / "supernode.key"
-    return not key_file.exists() or _blob_of(_line(load_key(key_file))) in retired
+    own = _own(federation, site)
+    return own is None or _blob_of(own) in retired
+
+
+def _own(federation: Path, site: str) -> bytes | None:
+    """The public key that goes with the site's private one, wherever that is."""
+    folder = federation / site
+    if (folder / "supernode.pub").exists():
+        return _line(_admissible(folder / "supernode.pub"))
+    private = folder / "supernode.key"
+    return _line(load_key(private).public_key()) if private.exists() else None
 
 
 def revoke(federation: Path, site: str) -> None:
@@ -68,15 +78,64 @@ def renew(federation: Path, site: str) -> None:
     """A new key pair; the public key that the site had is retired."""
     key = ec.generate_private_key(ec.SECP384R1())
     write_key(federation / site / "supernode.key", key, openssh=True)
+    (federation / site / "supernode.pub").unlink(missing_ok=True)
     publish(federation, site)
 
 
-def publish(federation: Path, site: str) -> None:
-    """The public key is that of the private one; another that the site had is retired."""
-    pub, line = public_file(federation, site), _line(load_key(federation / site / "supernode.key"))
+def publish(federation: Path, site: str) -> bool:
+    """The public key is that of the private one; another that the site had is retired.
+
+    False where the site has no key, neither here nor by what was admitted.
+    """
+    pub, line = public_file(federation, site), _own(federation, site)
+    if line is None:
+        return False
+    if (federation / site / "supernode.pub").exists():  # the one that was made here is no more
+        (federation / site / "supernode.key").unlink(missing_ok=True)
     if pub.exists() and _blob(pub) != _blob_of(line):
         _retire(pub)
     write(pub, line + f" {site}\n".encode())
+    return True
+
+
+def admit(federation: Path, site: str, given: Path) -> None:
+    """The site's key is the one that was made there, of which ``given`` is the public part.
+
+    Raises:
+        CertificateError: no such site, no such key, or it is revoked or another site's.
+    """
+    if not (federation / site / "site.env").exists():
+        raise CertificateError(
+            f"{site} is not one of this federation's; superlink.provision --sites N makes more"
+        )
+    line = _line(_admissible(given))
+    if _blob_of(line) in map(_blob, retired_files(federation)):
+        raise CertificateError(f"{given} is a revoked key; have the site make another")
+    for other in sorted((federation / "public").glob("site-*.pub")):
+        if other.stem != site and _blob(other) == _blob_of(line):
+            raise CertificateError(f"{given} is the key of {other.stem}; each site has its own")
+    write(federation / site / "supernode.pub", line + b"\n")
+    publish(federation, site)
+
+
+def _admissible(path: Path) -> ec.EllipticCurvePublicKey:
+    """Raises CertificateError: it is no public key of a site; a private one is named as such."""
+    content = path.read_bytes()
+    if b"PRIVATE KEY" in content:
+        raise CertificateError(
+            f"{path} is a private key, which nobody but the site should have: have it made anew "
+            "there, and send the public part alone"
+        )
+    try:
+        key = serialization.load_ssh_public_key(content)
+    except (ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise CertificateError(
+            f"{path} is not an elliptic-curve public key in one line (ecdsa-sha2-nistp384 …), as "
+            "supernode.keygen prints it"
+        )
+    return key
 
 
 def fingerprint(pub: Path) -> str:
@@ -105,9 +164,8 @@ def _retire(pub: Path) -> None:
     pub.replace(target)
 
 
-def _line(key: Key) -> bytes:
-    form = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    return key.public_key().public_bytes(*form)
+def _line(key: ec.EllipticCurvePublicKey) -> bytes:
+    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
 
 
 def _blob_of(line: bytes) -> bytes:

@@ -31,9 +31,7 @@ def complete(federation: Path, number: int, sites: int, address: str, made: list
         (folder / part).mkdir(parents=True, exist_ok=True)
     if site_keys.is_revoked(federation, name):
         return
-    if (folder / "supernode.key").exists():
-        site_keys.publish(federation, name)
-    else:
+    if not site_keys.publish(federation, name):
         site_keys.renew(federation, name)  # a lost private key may be somebody's now
         made.append(name)
     write_ca(folder / "superlink-ca.crt", federation, made)

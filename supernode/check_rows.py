@@ -4,8 +4,6 @@ A row says what is so (a Doubt: as a warning), or raises with the cure: BadError
 the words of the SuperNode's own start.
 """
 
-import base64
-import hashlib
 import os
 import shutil
 import socket
@@ -21,6 +19,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from supernode.entrypoint import pinned_app
+from supernode.keygen import fingerprint
 from supernode.reach import direct, parsed, proxy_for
 from supernode.site_env import check_readable, completed
 from supernode.superlink_check import LinkError, ask, certificate_end
@@ -104,13 +103,6 @@ def key(site: Site) -> str:
             "modes is no place for it)"
         )
     return f"{fingerprint(loaded.public_key())}, mode {mode:04o}"
-
-
-def fingerprint(public: ec.EllipticCurvePublicKey) -> str:
-    """As ssh-keygen -l and superlink.provision show it."""
-    form = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    blob = base64.b64decode(public.public_bytes(*form).split()[1])
-    return f"SHA256:{base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip('=')}"
 
 
 def ca_certificate(site: Site) -> str:
