@@ -51,7 +51,7 @@ def check_readable(path: Path) -> None:
         raise SystemExit(f"supernode: {path} is missing; is this a site's folder?")
     if not os.access(path, os.R_OK):
         raise SystemExit(
-            f"supernode: {path} is not readable by user {os.getuid()}; make it that user's"
+            f"supernode: {path} is not readable by user {os.getuid()}; give it to that user (chown)"
         )
 
 

@@ -31,14 +31,19 @@ EXAMPLES = {"rows.jsonl", "generation_medqa_fl.jsonl", "superlink.example"}
 # Variables of others: OpenMP's, the hub client's.
 OTHERS = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "HF_HUB_OFFLINE"}
 # Words with hyphens that are no run-config keys.
-HYPHENATED = {"nelder-mead", "nf4-bf16", "flower-superlink"}
+HYPHENATED = {"fedllm-medical", "nelder-mead", "nf4-bf16", "flower-superlink"}
 OTHER_PROGRAMS = {"pytest", "ruff", "mypy"}  # of python -m
 IN_TABLE = re.compile(r"`([A-Z_]+)`").findall
 
 
 @cache
-def services() -> set[str]:
-    return set(yaml.safe_load((REPOSITORY / "compose.yaml").read_text())["services"])
+def services(file: str = "compose.yaml") -> set[str]:
+    return set(yaml.safe_load((REPOSITORY / file).read_text())["services"])
+
+
+def all_services() -> set[str]:
+    """Of this host's federation, and of a site's kit."""
+    return services() | services("superlink/kit/compose.yaml")
 
 
 @cache
@@ -138,7 +143,7 @@ def compose(page: Page) -> Iterator[str]:
     """Services and files that docker compose is given, and names of SuperNodes."""
     for code in page.code:
         for name in re.findall(r"(?<![\w./-])supernode-[\w]+", code):
-            if name not in services():
+            if name not in all_services():
                 yield f"no service {name}"
         for call in re.findall(r"docker compose ([^;&|)]*)", code):
             words, command = shlex.split(call.replace("'", "").replace('"', "")), ""
@@ -151,7 +156,7 @@ def compose(page: Page) -> Iterator[str]:
                 elif not command and not word.startswith("-"):
                     command = word
                 elif command and not word.startswith("-"):
-                    if command in _OF_SERVICES and word.split(":")[0] not in services():
+                    if command in _OF_SERVICES and word.split(":")[0] not in all_services():
                         yield f"docker compose {command}: no service {word}"
                     break
 
@@ -161,7 +166,7 @@ def keys(page: Page) -> Iterator[str]:
     known = set(flat_config())
     tables = "|".join(sorted({k.split(".")[0] for k in known if "." in k}))
     last = {k.split(".")[-1] for k in known}
-    others = {*STRATEGIES, *BENCHMARKS, *HYPHENATED, *services(), *volumes()}
+    others = {*STRATEGIES, *BENCHMARKS, *HYPHENATED, *all_services(), *volumes()}
     for code in page.code:
         of_tables = rf"(?<![\w./-])(?:{tables})\.[a-z][\w.-]*\*?"
         hyphenated = r"(?<![\w./-])[a-z]+(?:\.[a-z-]+)*\.[a-z]+(?:-[a-z]+)+(?![\w.])"

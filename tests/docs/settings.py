@@ -18,7 +18,10 @@ from app.config import RunConfig, flatten
 from tests.samples import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "settings.md"
-COMPOSE_FILES = ("compose.yaml", "docker/compose.cpu.yaml")
+COMPOSE_FILES = (
+    "compose.yaml", "docker/compose.cpu.yaml",
+    "superlink/kit/compose.yaml", "superlink/kit/compose.cpu.yaml",
+)  # fmt: skip
 PROGRAMS = ("superlink/entrypoint.py", "superlink/serverapp.py", "supernode/entrypoint.py")
 # They read what an entrypoint reads, or sets for them.
 OF_CHILDREN = (
@@ -50,8 +53,8 @@ A meaning in one row also goes for the rows without one below it.
 
 COMPOSE = """## Variables of compose
 
-In `.env` or the environment of `docker compose`. A second default is that of
-`docker/compose.cpu.yaml`.
+In `.env` or the environment of `docker compose`, here or beside a site's kit (which has a part of
+them, `REGISTRY`, and `https_proxy` and `no_proxy`). A second default is that of the files for the CPU.
 """
 
 PROGRAMS_HEAD = """## Variables of the programs
@@ -87,6 +90,7 @@ MEANT = {
     "PYTHON_IMAGE": "base image of all three images",
     "QUANTIZATION": "of the base model: `nf4`, `fp4`, `int8`, `none`; the last two also need "
     "`RUN_CONFIG='model.quantization=8'` or `=0`",
+    "REGISTRY": "of a kit: where its image comes from, before `/supernode:TAG`",
     "RESULTS_DIR": "folder of this host instead of the volume `results`, writable by uid 10003, "
     "readable by group 10001",
     "RUN_CONFIG": "more keys for the run, e.g. `num-server-rounds=3 seed=7`",
