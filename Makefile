@@ -6,9 +6,10 @@ SITES  ?= 4
 # one computes while others wait.
 SHARED := -n 3 --dist loadfile --no-loadscope-reorder
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
+BUNDLE ?= bundle
 CPU    := -f compose.yaml -f docker/compose.cpu.yaml
 
-.PHONY: install lock demo test lint test-faults drill test-gpu test-containers images up down clean
+.PHONY: install lock demo test lint test-faults drill test-gpu test-containers images bundle up down clean
 
 install: .venv/.installed
 
@@ -59,6 +60,14 @@ test-containers: install
 
 images:
 	docker compose --profile eval build
+
+# For a site that reaches nothing but the SuperLink: the SuperNode's image, the base models that
+# `prepare` has made here, checksums. Never over another one.
+bundle:
+	mkdir $(BUNDLE)
+	docker save --output $(BUNDLE)/supernode.tar fedllm-medical/supernode:$${TAG:-0.1.0}
+	docker compose $(CPU) run --rm -T --no-deps prepare tar -C /models -c . > $(BUNDLE)/models.tar
+	cd $(BUNDLE) && sha256sum models.tar supernode.tar > SHA256SUMS
 
 up:
 	docker compose up
