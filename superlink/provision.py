@@ -148,7 +148,7 @@ def _do(args: argparse.Namespace) -> str:
         output = args.output or Path(f"{args.site}.tar.gz")
         kit_archive.write(archive, output)
         return (
-            f"the kit of {args.site} is {output}; its SHA-256, to be told by another way: "
+            f"{output}: the kit of {args.site}; its SHA-256, to be told by another way: "
             f"{hashlib.sha256(archive).hexdigest()}"
         )
     if args.command == "admit":
