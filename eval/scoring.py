@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from eval import EvalError
-from eval.benchmarks import BENCHMARKS, read_rows
+from eval.benchmarks import BENCHMARKS
+from eval.files import read_rows
 
 _ANSWERS = {"a", "b", "c", "d", "e", "yes", "no"}
 _DOUBLED = (("yesyes", "yes"), ("nono", "no"), ("yesno", "yes"), ("noyes", "no"))
