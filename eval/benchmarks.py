@@ -104,7 +104,9 @@ def benchmark(dataset: str) -> Benchmark:
 def labels_of(dataset: str, questions: Sequence[Question]) -> tuple[str, ...]:
     """What the set's answers are; with E where people hold it with five options."""
     own = benchmark(dataset).labels
-    return own if "yes" in own or all(q.gold != "E" for q in questions) else (*_FOUR, "E")
+    return (
+        own if "yes" in own or all(q.gold not in ("E", "e") for q in questions) else (*_FOUR, "E")
+    )
 
 
 def render(dataset: str, row: Row) -> tuple[str, str]:
@@ -122,7 +124,7 @@ def _asked(dataset: str, rows: Sequence[Row], held: bool) -> list[Question]:
     """Rows in words; ``held``: they are somebody's own file. Raises RowError, EvalError."""
     chosen = benchmark(dataset)
     if held and any({"prompt", "gold"} <= row.keys() for row in rows):
-        return _pairs(rows, chosen.labels)
+        return _pairs(rows)
     if "yes" in chosen.labels:
         return [_worded(chosen, _abstract(a), a) for a in abstracts(rows)]
     return [_worded(chosen, _choice(a), a) for a in choices(rows, chosen.counts_from, held)]
@@ -143,15 +145,14 @@ def _choice(asked: Asked) -> str:
     return f"Question: {asked.question}{mark}\n\nOptions:\n{options}"
 
 
-def _pairs(rows: Sequence[Row], own: tuple[str, ...]) -> list[Question]:
-    """Rows that are worded already; a gold that is a label in other case is that label."""
-    names = {label.casefold(): label for label in (*own, *([] if "yes" in own else "E"))}
+def _pairs(rows: Sequence[Row]) -> list[Question]:
+    """Rows that are worded already."""
     found = []
     for index, row in enumerate(rows):
         prompt, gold = row.get("prompt"), row.get("gold")
         if not (isinstance(prompt, str) and isinstance(gold, str) and gold):
             raise RowError(index, "prompt or gold is not a text")
-        found.append(Question(prompt, names.get(gold.strip().casefold(), gold)))
+        found.append(Question(prompt, gold))
     return found
 
 
