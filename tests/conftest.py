@@ -23,7 +23,6 @@ os.environ |= {  # before any test imports a Hugging Face library
 from supernode.quantise import prepare_model  # noqa: E402
 from tests.tiny_model import build_tiny_model  # noqa: E402
 
-
 # A file stays with one worker. What takes longest comes first, or one would end up at it alone.
 _LONGEST = [
     f"federation/test_{name}.py"
