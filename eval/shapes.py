@@ -144,8 +144,9 @@ def _options(named: dict[str, Any], held: bool) -> _Options:
         raise ValueError("an option is no text")
     if not 2 <= len(options) <= len(LETTERS):
         raise ValueError(f"{len(options)} options")
-    if held and None in options:
-        raise ValueError(f"{names[options.index(None)]} is null")
+    null = next((n for n, o in zip(names, options, strict=False) if o is None or o != o), None)
+    if held and null:
+        raise ValueError(f"{null} is null")
     return options
 
 

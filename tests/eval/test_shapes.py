@@ -203,8 +203,8 @@ def test_null_and_nan_among_a_lists_options_are_refused(tmp_path: Path) -> None:
     for null in (None, float("nan")):
         row = exam("b") | {"opb": null}
         assert refused("medmcqa", tmp_path, [row]).startswith("opb is null; ")
-    row = {"question": "?", "options": ["w", None, "y", "z"], "answer_idx": "A"}
-    assert refused("medqa", tmp_path, [row]).startswith("option B is null; ")
+        row = {"question": "?", "options": ["w", null, "y", "z"], "answer_idx": "A"}
+        assert refused("medqa", tmp_path, [row]).startswith("option B is null; ")
     row["options"] = {"A": "w", "B": None, "C": "y", "D": "z"}
     assert refused("medqa", tmp_path, [row]).startswith("the keys of 'options' are not A, B, C")
 
