@@ -56,6 +56,7 @@ def test_the_same_files_make_the_same_archive_and_each_is_the_containers_users(
 ) -> None:
     archive = kit_archive.kit(federation, "site-01", ADDRESS, key_at_site=False)
     assert kit_archive.kit(federation, "site-01", ADDRESS, key_at_site=False) == archive
+    assert archive[4:8] == bytes(4)  # gzip's own time
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         entries = {e.name.removeprefix("site-01/"): e for e in tar}
     files = {"README", "SHA256SUMS", "compose.yaml", "compose.cpu.yaml"}
