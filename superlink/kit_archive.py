@@ -19,7 +19,7 @@ from supernode.reach import parsed
 
 USER = 10001  # of the containers: docker/Dockerfile
 _TEMPLATES = Path(__file__).with_name("kit")
-STDOUT = Path("-")
+PIPE = Path("-")  # in the place of a file: the standard input or output
 _KEY_INSIDE = """\
 It is in this archive: the archive is as secret as the key, so delete it after unpacking. `check`
 shows the public part, which is to be
@@ -102,7 +102,7 @@ def write(archive: bytes, path: Path) -> None:
     Raises:
         CertificateError: there is one; OSError: it cannot be written.
     """
-    if path == STDOUT:
+    if path == PIPE:
         sys.stdout.buffer.write(archive)
         sys.stdout.buffer.flush()
         return

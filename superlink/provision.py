@@ -121,7 +121,7 @@ def main() -> int:
     try:
         told = _do(args)
         # Where the standard output is the kit, it holds nothing else.
-        to = sys.stderr if getattr(args, "output", None) == kit_archive.STDOUT else sys.stdout
+        to = sys.stderr if getattr(args, "output", None) == kit_archive.PIPE else sys.stdout
         print(f"provision: {told}", file=to)
     except ProvisionError as err:
         print(f"provision: {err}", file=sys.stderr)
@@ -152,7 +152,10 @@ def _do(args: argparse.Namespace) -> str:
             f"{hashlib.sha256(archive).hexdigest()}"
         )
     if args.command == "admit":
-        site_keys.admit(args.federation, args.site, args.key)
+        piped = args.key == kit_archive.PIPE
+        given = sys.stdin.buffer.read() if piped else args.key.read_bytes()
+        called = "the standard input" if piped else str(args.key)
+        site_keys.admit(args.federation, args.site, given, called)
         pub = site_keys.public_file(args.federation, args.site)
         return f"{args.site} has the key {site_keys.fingerprint(pub)}; {then}"
     if args.command == "revoke":
@@ -205,9 +208,7 @@ def _arguments() -> argparse.Namespace:
         if name in ("kit", "admit", "rotate", "revoke"):
             command.add_argument("site", help="site-07")
         if name == "admit":
-            command.add_argument(
-                "key", type=Path, help="site-07.pub, as supernode.keygen prints it"
-            )
+            command.add_argument("key", type=Path, help="FILE, as supernode.keygen prints it, or -")
         if name == "kit":
             command.add_argument(
                 "--address", required=True, help="host:port, as this site reaches it"

@@ -40,8 +40,8 @@ def is_revoked(federation: Path, site: str) -> bool:
 def _own(federation: Path, site: str) -> bytes | None:
     """The public key that goes with the site's private one, wherever that is."""
     folder = federation / site
-    if (folder / "supernode.pub").exists():
-        return _line(_admissible(folder / "supernode.pub"))
+    if (pub := folder / "supernode.pub").exists():
+        return _line(_admissible(pub.read_bytes(), str(pub)))
     private = folder / "supernode.key"
     return _line(load_key(private).public_key()) if private.exists() else None
 
@@ -98,8 +98,11 @@ def publish(federation: Path, site: str) -> bool:
     return True
 
 
-def admit(federation: Path, site: str, given: Path) -> None:
+def admit(federation: Path, site: str, given: bytes, called: str) -> None:
     """The site's key is the one that was made there, of which ``given`` is the public part.
+
+    Args:
+        called: as messages call what was given.
 
     Raises:
         CertificateError: no such site, no such key, or it is revoked or another site's.
@@ -108,22 +111,21 @@ def admit(federation: Path, site: str, given: Path) -> None:
         raise CertificateError(
             f"{site} is not one of this federation's; superlink.provision --sites N makes more"
         )
-    line = _line(_admissible(given))
+    line = _line(_admissible(given, called))
     if _blob_of(line) in map(_blob, retired_files(federation)):
-        raise CertificateError(f"{given} is a revoked key; have the site make another")
+        raise CertificateError(f"{called} is a revoked key; have the site make another")
     for other in sorted((federation / "public").glob("site-*.pub")):
         if other.stem != site and _blob(other) == _blob_of(line):
-            raise CertificateError(f"{given} is the key of {other.stem}; each site has its own")
+            raise CertificateError(f"{called} is the key of {other.stem}; each site has its own")
     write(federation / site / "supernode.pub", line + b"\n")
     publish(federation, site)
 
 
-def _admissible(path: Path) -> ec.EllipticCurvePublicKey:
+def _admissible(content: bytes, called: str) -> ec.EllipticCurvePublicKey:
     """Raises CertificateError: it is no public key of a site; a private one is named as such."""
-    content = path.read_bytes()
     if b"PRIVATE KEY" in content:
         raise CertificateError(
-            f"{path} is a private key, which nobody but the site should have: have it made anew "
+            f"{called} is a private key, which nobody but the site should have: have it made anew "
             "there, and send the public part alone"
         )
     try:
@@ -132,7 +134,7 @@ def _admissible(path: Path) -> ec.EllipticCurvePublicKey:
         key = None
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise CertificateError(
-            f"{path} is not an elliptic-curve public key in one line (ecdsa-sha2-nistp384 …), as "
+            f"{called} is not an elliptic-curve public key in one line (ecdsa-sha2-nistp384 …), as "
             "supernode.keygen prints it"
         )
     return key

@@ -72,15 +72,15 @@ class Scene:
     hospitals: list[Hospital]
     work: Path
 
-    def provision(self, *arguments: str, mount: str = "") -> bytes:
-        """What the operator's superlink.provision prints."""
-        given = ["-v", mount] if mount else []
+    def provision(self, *arguments: str, given: str = "") -> bytes:
+        """What the operator's superlink.provision prints; ``given`` is its standard input."""
         command = ["python3", "-m", "superlink.provision", *arguments]
         files = [part for file in CPU for part in ("-f", file)]
         done = subprocess.run(
-            ["docker", "compose", "-p", self.operator.project, *files, "run", "--rm", "-T", *given,
+            ["docker", "compose", "-p", self.operator.project, *files, "run", "--rm", "-T",
              "provision", *command],
-            env=os.environ | self.operator.env, check=False, capture_output=True,
+            env=os.environ | self.operator.env, check=False, input=given.encode(),
+            capture_output=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -161,11 +161,9 @@ def test_two_hospitals_join_with_their_kits_train_and_stop(scene: Scene, tmp_pat
     assert second.check()["key"]["status"] == "error"
     made = second.compose("run", "--rm", "-T", "keygen")
     assert made.returncode == 0, made.stderr
-    (tmp_path / "site-01.pub").write_text(made.stdout)
     assert {n for n, r in second.check().items() if r["status"] == "error"} == {"registered"}
-    admit = ("admit", "site-01", "/from/site-01.pub")
     fingerprint = second.check()["key"]["what"].split(",")[0]
-    assert fingerprint.encode() in scene.provision(*admit, mount=f"{tmp_path}:/from:ro")
+    assert fingerprint.encode() in scene.provision("admit", "site-01", "-", given=made.stdout)
     registered = operator.compose("run", "--rm", "-T", "register")
     assert registered.returncode == 0, registered.stderr
     assert {n for n, r in second.check().items() if r["status"] != "ok"} == set()

@@ -51,6 +51,10 @@ def public_part(tmp_path: Path, name: str = "made-at-the-site") -> Path:
     return site / "site-01.pub"
 
 
+def admit(federation: Path, given: Path, site: str = "site-01") -> None:
+    site_keys.admit(federation, site, given.read_bytes(), str(given))
+
+
 def test_the_same_files_make_the_same_archive_and_each_is_the_containers_users(
     federation: Path, tmp_path: Path
 ) -> None:
@@ -167,7 +171,10 @@ def test_both_ways_end_in_the_same_folder_and_the_private_part_never_travels(
     public = keygen.make_key(site / "site" / "supernode.key")
     given = tmp_path / "site-01.pub"
     given.write_bytes(site_keys._line(public))
-    assert call(federation, monkeypatch, "admit", "site-01", str(given)) == 0
+    stdin = io.TextIOWrapper(io.BytesIO(given.read_bytes()))
+    for source in (str(given), "-"):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert call(federation, monkeypatch, "admit", "site-01", source) == 0
 
     with tarfile.open(fileobj=io.BytesIO(before)) as tar:
         wanted = {e.name for e in tar}
@@ -193,12 +200,12 @@ def test_a_key_made_at_the_site_can_be_replaced_revoked_and_reset(
     federation: Path, tmp_path: Path
 ) -> None:
     first, second = public_part(tmp_path), public_part(tmp_path, "another")
-    site_keys.admit(federation, "site-01", first)
-    site_keys.admit(federation, "site-01", first)  # once more: nothing happens
+    admit(federation, first)
+    admit(federation, first)  # once more: nothing happens
     assert len(site_keys.retired_files(federation, "site-01")) == 1
-    site_keys.admit(federation, "site-01", second)
+    admit(federation, second)
     with pytest.raises(CertificateError, match="is a revoked key; have the site make another"):
-        site_keys.admit(federation, "site-01", first)
+        admit(federation, first)
     site_keys.revoke(federation, "site-01")
     provision(federation, 2, "superlink:9092", ["fed.example.org"])
     assert site_keys.is_revoked(federation, "site-01")
@@ -206,7 +213,7 @@ def test_a_key_made_at_the_site_can_be_replaced_revoked_and_reset(
     assert (federation / "site-01" / "supernode.key").exists()
     assert not (federation / "site-01" / "supernode.pub").exists()
     third = public_part(tmp_path, "third")
-    site_keys.admit(federation, "site-01", third)
+    admit(federation, third)
     reset(federation)
     assert provision(federation, 2, "superlink:9092", ["fed.example.org"]) == []
     now = site_keys.fingerprint(federation / "public" / "site-01.pub")
@@ -228,7 +235,7 @@ def test_only_a_public_key_of_its_own_is_admitted_and_a_private_one_is_never_cop
         ("site-07", own, "site-07 is not one of this federation's"),
     ):
         with pytest.raises(CertificateError, match=why):
-            site_keys.admit(federation, site, given)
+            admit(federation, given, site)
     assert {p: p.read_bytes() for p in federation.rglob("*") if p.is_file()} == before
 
 
@@ -239,7 +246,7 @@ def test_an_admission_that_was_killed_anywhere_is_completed_or_has_not_begun(
     new = site_keys.fingerprint(given)
     copies = (shutil.copytree(federation, tmp_path / str(n)) for n in itertools.count())
     outcomes = set()
-    for copy in kills(lambda f: site_keys.admit(f, "site-01", given), copies):
+    for copy in kills(lambda f: admit(f, given), copies):
         provision(copy, 2, "superlink:9092", ["fed.example.org"])
         assert provision(copy, 2, "superlink:9092", ["fed.example.org"]) == []
         begun = site_keys.fingerprint(copy / "public" / "site-01.pub") == new
