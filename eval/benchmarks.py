@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eval import EvalError
+from eval.fetch import fetch
 
 Row = Mapping[str, Any]
 
@@ -187,7 +188,7 @@ def load(
     if data_dir:
         path, origin = _file_in(data_dir, dataset), ""
     elif chosen.repository:
-        path = fetch(dataset, cache)
+        path = fetch(dataset, chosen.repository, chosen.file, chosen.revision, cache)
         origin = f"{chosen.repository}@{chosen.revision[:12]}, {chosen.file}"
     else:
         path, origin = BUNDLED / f"{dataset}.jsonl", "bundled"
@@ -207,30 +208,6 @@ def load(
     if not data_dir and chosen.questions not in (0, len(questions)):
         raise EvalError(f"{path}: {len(questions)} questions, {chosen.questions} expected")
     return questions[:limit], origin or str(path)
-
-
-def fetch(dataset: str, cache: Path) -> Path:
-    """The hub's file of a set, from the cache or else the network.
-
-    Raises:
-        EvalError: neither has it.
-    """
-    from huggingface_hub import hf_hub_download
-
-    chosen = BENCHMARKS[dataset]
-    try:
-        return Path(
-            hf_hub_download(
-                chosen.repository, chosen.file, revision=chosen.revision, repo_type="dataset",
-                cache_dir=cache / "hub",
-            )
-        )  # fmt: skip
-    except Exception as err:  # hub, network and OS errors have no common class
-        raise EvalError(
-            f"{dataset}: {chosen.repository} is not in {cache} and the hub says "
-            f"{type(err).__name__}; run `python -m eval fetch --datasets {dataset}` (compose: "
-            f"EVAL_DATASETS={dataset}) where the hub can be reached, or give --data-dir"
-        ) from None
 
 
 def _file_in(data_dir: Path, dataset: str) -> Path:
