@@ -4,6 +4,7 @@ olah is a mirror of the hub that people run in their own houses; it serves git r
 hub's API. It needs another FastAPI than Flower, hence a Python of its own (``make install``).
 """
 
+import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
+from superlink import certificates
 from tests.samples import REPOSITORY
 
 OLAH = REPOSITORY / ".venv" / "olah" / "bin" / "olah-cli"
@@ -109,6 +111,20 @@ class Front(ThreadingHTTPServer):
         self.cuts: list[int] = []
         self.pause_s = 0.0
         Thread(target=self.serve_forever, daemon=True).start()
+
+    def speak_tls(self, folder: Path) -> Path:
+        """From now on with a certificate of a CA of its own, whose file it returns."""
+        ca_key, key = certificates.new_key(), certificates.new_key()
+        ca = certificates.ca_certificate(ca_key)
+        certificates.write_certificate(folder / "ca.crt", ca)
+        served = certificates.server_certificate(key, ca_key, ca, ["127.0.0.1"])
+        certificates.write_certificate(folder / "front.crt", served)
+        certificates.write_key(folder / "front.key", key)
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(folder / "front.crt", folder / "front.key")
+        self.socket = context.wrap_socket(self.socket, server_side=True)
+        self.address = self.address.replace("http://", "https://")
+        return folder / "ca.crt"
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -59,6 +59,24 @@ def test_what_download_left_is_not_asked_for_again(
     assert (again.returncode, again.stdout, len(front.asked)) == (0, done.stdout, count)
 
 
+def test_a_mirror_may_have_a_certificate_of_its_own_ca_and_a_login_in_its_address(
+    front: Front, run: Command, tmp_path: Path
+) -> None:
+    ca = front.speak_tls(tmp_path)
+    address = front.address.replace("https://", "https://me:pa55@")
+    command = ("supernode.download", "--source", "bundled")
+    refused = run(address, *command)
+    assert refused.returncode == 1
+    assert f"and {front.address} cannot be reached ([SSL: CERTIFICATE_VERIFY_FAILED] " in (
+        refused.stderr
+    )
+    assert "and CA_FILE (its CA)" in refused.stderr
+    assert "pa55" not in refused.stderr
+    done = run(address, *command, CA_FILE=str(ca))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {a.headers.get("authorization") for a in front.asked} == {"Basic bWU6cGE1NQ=="}
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_long_download_says_how_far_it_is(
     served: Path, front: Front, tmp_path: Path, terminal: bool
