@@ -47,9 +47,10 @@ lint: install
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# Real federations (processes) under attack and failure: a quarter of an hour on two cores.
+# Real federations (processes) under attack and failure, and a real hub: a quarter of an hour on two
+# cores.
 test-faults: install
-	$(PY) -m pytest $(SHARED) -m faults tests/federation
+	$(PY) -m pytest $(SHARED) -m faults tests/federation tests/hub
 
 # Faults, one after the other, in one run that has to end as if nothing had been; prints a table.
 drill: install

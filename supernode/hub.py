@@ -92,7 +92,8 @@ def _look_whether_it_is_there() -> None:
     from huggingface_hub import constants
 
     if not re.match(r"https?://[^/]", constants.ENDPOINT):
-        raise HubError(f"HF_ENDPOINT={constants.ENDPOINT}: an address as https://NAME is needed")
+        shown = constants.ENDPOINT.rpartition("@")[2]  # before it could be a password
+        raise HubError(f"HF_ENDPOINT={shown}: an address as https://NAME is needed")
     httpx.head(constants.ENDPOINT, timeout=CONNECT_TIMEOUT_S)
 
 

@@ -23,6 +23,7 @@ DEAD = "http://127.0.0.1:9"
 PAUSE_S = 1.0
 
 
+@pytest.mark.faults  # a model is loaded, written and trained: tens of seconds
 def test_the_references_model_and_data_are_prepared_by_name_and_again_offline(
     mirror: str, run: Command, tmp_path: Path, tiny_model: Path
 ) -> None:

@@ -137,7 +137,7 @@ def test_a_file_that_holds_no_token_is_said_before_anybody_sees_it(
         (FETCH, {"HF_ENDPOINT": "https://hub.invalid"}, "https://hub.invalid cannot be reached ("),
         (DOWNLOAD, {"HF_ENDPOINT": f"http://me:{PASSWORD}@127.0.0.1:9/of/hf"},
          "and http://127.0.0.1:9/of/hf cannot be reached"),
-        (DOWNLOAD, {"HF_ENDPOINT": "mirror.example.org"},
+        (DOWNLOAD, {"HF_ENDPOINT": f"me:{PASSWORD}@mirror.example.org"},
          "HF_ENDPOINT=mirror.example.org: an address as https://NAME is needed"),
         (FETCH, {"HF_ENDPOINT": ""}, "HF_ENDPOINT=: an address as https://NAME is needed"),
         (DOWNLOAD,

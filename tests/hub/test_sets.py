@@ -4,9 +4,12 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.hub.conftest import Command
 from tests.hub.server import repository
 
+pytestmark = pytest.mark.faults  # each command splits rows with a library that takes seconds
 CONFIGS = b"""---
 configs:
 - config_name: english
