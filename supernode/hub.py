@@ -118,8 +118,8 @@ def _why(err: BaseException, repository: str, kind: str, token: str | None) -> s
         return f"{hub} cannot be reached ({reason}{_proxy(address.scheme, hub)}): {advice}"
     if isinstance(err, httpx.NetworkError | httpx.TimeoutException | httpx.RemoteProtocolError):
         return f"{hub} broke off ({reason}): run it again, what is whole is kept"
-    if isinstance(err, ImportError):  # of what httpx needs for it
-        return f"no SOCKS proxy can be used{_proxy(address.scheme, hub)}: give one of http://"
+    if isinstance(err, ImportError) and (socks := _socks()):  # httpx has not what it needs for it
+        return f"{socks} names a SOCKS proxy, which cannot be used: give one at http://NAME:PORT"
     if isinstance(err, OSError) and err.strerror:
         return f"{err.filename or 'the cache'} cannot be written ({err.strerror})"
     return f"{hub} does not answer as a hub does ({type(err).__name__}): check HF_ENDPOINT"
@@ -140,7 +140,7 @@ def _advice(err: "HfHubHTTPError", page: str, with_token: bool) -> str:
             "and the token must be one that may read gated repositories"
         )
     if isinstance(err, errors.GatedRepoError):
-        return f"accept the licence at {page}; HF_TOKEN_FILE names a file with a token for that"
+        return f"accept the licence at {page}, and name a file with your token in HF_TOKEN_FILE"
     if status in (401, 403, 404) and with_token:
         return (
             f"is the name right, the token in HF_TOKEN_FILE valid, the licence at {page} accepted?"
@@ -161,6 +161,11 @@ def _proxy(scheme: str, hub: str) -> str:
     found = next((n for n in names if os.environ.get(n)), "")
     between = found and not proxy_bypass(urlsplit(hub).netloc)
     return f", through the proxy in {found}" if between else ""
+
+
+def _socks() -> str:
+    given = ((n, v) for n, v in os.environ.items() if n.lower().endswith("_proxy"))
+    return next((n for n, v in given if v.lower().startswith("socks")), "")
 
 
 def _plain(text: str, secrets: list[str | None]) -> str:

@@ -39,7 +39,7 @@ class Case(NamedTuple):
 CASES = {
     "gated, nobody logged in": Case(
         DOWNLOAD, files(401, "GatedRepo", GATED), False, f"says 401 ({GATED})",
-        "accept the licence at {page}; HF_TOKEN_FILE names a file with a token for that",
+        "accept the licence at {page}, and name a file with your token in HF_TOKEN_FILE",
     ),
     "gated, not accepted": Case(
         DOWNLOAD, files(403, "GatedRepo", "Not in the authorized list."), True,
@@ -144,7 +144,7 @@ def test_a_file_that_holds_no_token_is_said_before_anybody_sees_it(
          {"HF_ENDPOINT": "http://hub.invalid", "HTTP_PROXY": f"http://me:{PASSWORD}@127.0.0.1:9"},
          "Connection refused, through the proxy in HTTP_PROXY): check the network"),
         (FETCH, {"HF_ENDPOINT": "http://hub.invalid", "all_proxy": "socks5://127.0.0.1:9"},
-         "no SOCKS proxy can be used, through the proxy in all_proxy: give one of http://"),
+         "all_proxy names a SOCKS proxy, which cannot be used: give one at http://NAME:PORT"),
         (DOWNLOAD, {"HF_ENDPOINT": "http://hub.invalid", "HUB_HTTP_PROXY": "http://127.0.0.1:9"},
          "Connection refused, through the proxy in http_proxy): check the network"),
         (DOWNLOAD, {"HF_HUB_OFFLINE": "1"},
