@@ -95,7 +95,7 @@ def _take(state: State, event: Json) -> None:
         names = texts(event, "sites")
         _ask(state, kind, names)
         where = f"round {number_of} of {state.total}" if number_of else "the start"
-        state.phase = f"{where}: {kind} at {len(names)} sites"
+        state.phase = f"{where}: {kind} at {len(names)} site{'s' * (len(names) != 1)}"
     elif kind in ("arrived", "left-out"):
         _answer(state.site(text(event, "site")), event)
     elif kind == "round":
@@ -139,6 +139,9 @@ def _end(state: State, run: Run, now: datetime) -> None:
         failed = state.status == "failed"
         state.phase = f"ended after round {state.done}" if failed else "all rounds are complete"
         _ask(state, "", [])
+        for site in state.sites.values():
+            if site.state == "ready":
+                site.state = "took part" if site.rounds else "not asked"
         return
     keys = ("strategy.node-timeout-s", "strategy.round-timeout-s")
     patience_s = max(number(run.config, key) or 0 for key in keys) + SILENT_AFTER_S
