@@ -65,10 +65,9 @@ def listed(results: Path) -> str:
     ids = run_ids(results)
     runs = [read_run(results, run_id) for run_id in ids[:MOST_RUNS]]
     rows = "".join(sections.row_of(run, state_of(run)) for run in runs)
-    names = ("run", "now", "began", "base model", "strategy", "rounds", "held-out loss", "MiB sent")
-    head_row = "".join(f"<th>{n}</th>" for n in names)
+    head_row = "".join(f"<th>{n}</th>" for n in sections.OF_A_RUN)
     table = (
-        f'<div class="scroll"><table class="wide"><thead><tr>{head_row}</tr></thead>'
+        f'<div class="scroll"><table class="wide stack"><thead><tr>{head_row}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
     none = '<p class="now"><span class="chip">waiting</span> <b>No run has begun yet.</b></p>'

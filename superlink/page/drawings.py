@@ -36,7 +36,7 @@ def sent(run: Run) -> Points:
 
 def loss(run: Run) -> str:
     lines = {"training": column(run, "train_loss"), "held out": held_out(run)}
-    return chart("Loss", "by round; median of the sites", lines)
+    return chart("Loss", "held out: the median of the sites", lines)
 
 
 def on_top(run: Run, other: Run) -> str:

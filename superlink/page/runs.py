@@ -99,16 +99,21 @@ def read_run(results: Path, run_id: str) -> Run:
     """All of a run. Raises UnknownRunError."""
     folder, unread = folder_of(results, run_id), list[str]()
 
-    def whole(name: str) -> Json:
+    def read(name: str) -> bytes:
         data = _read(folder / name)
-        found = _parsed(data or b"{}")
+        if data is None and os.path.lexists(folder / name):
+            unread.append(f"{name} is no file of {MOST_BYTES // MIB} MiB at most")
+        return data or b""
+
+    def whole(name: str) -> Json:
+        found = _parsed(read(name) or b"{}")
         if isinstance(found, dict):
             return found
         unread.append(f"{name} is no JSON object")
         return {}
 
     def lines(name: str) -> list[Json]:
-        data = _read(folder / name) or b""
+        data = read(name)
         complete = data[: data.rfind(b"\n") + 1]  # the last line may be on its way
         parsed = [_parsed(line) for line in complete.split(b"\n") if line.strip()]
         good = [line for line in parsed if isinstance(line, dict)]

@@ -1,15 +1,20 @@
 """A run in sections of HTML. Whatever comes from a file is escaped: it is text, and no more."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from html import escape
 
 from app.config import MIB
 from eval.summary import caveat, decimals, sentence, table_rows
 from superlink.page import drawings
-from superlink.page.runs import Run, number, table, text
+from superlink.page.runs import Run, moment, number, table, text
 from superlink.page.state import Site, State
 
 MOST_EVENTS = 200
+OF_A_SITE = ("site", "now", "rows", "held out", "device", "rounds", "weight", "alpha")
+OF_A_RUN = (
+    "run", "now", "began", "base model", "strategy", "rounds", "held-out loss", "MiB sent",
+)  # fmt: skip
 BESIDE = ("model.name", "strategy.name", "num-server-rounds", "train.learning-rate-max",
           "communication.codec", "seed")  # fmt: skip
 
@@ -37,9 +42,9 @@ def _left(state: State) -> str:
     if state.over or state.status == "silent":
         return ""
     if state.ready_in is None:
-        return "after round 1"
+        return "—"  # the first round is the measure
     seconds = max((state.ready_in - datetime.now(UTC)).total_seconds(), 0)
-    shown = f"about {timedelta(seconds=int(seconds))}"
+    shown = timedelta(seconds=int(seconds))
     return f'<time data-until="{state.ready_in.timestamp():.0f}">{shown}</time>'
 
 
@@ -57,7 +62,7 @@ def head(run: Run, state: State) -> str:
     here = [s for s in state.sites.values() if s.state != "left out"]
     tiles = _tile("rounds", f"{state.done} of {state.total or '?'}", drawings.meter(share))
     tiles += _tile("running for" if not state.over else "took", clock(state.started, state.ended))
-    tiles += _tile("time left", left) if (left := _left(state)) else ""
+    tiles += _tile("time left, about", left) if (left := _left(state)) else ""
     out = len(state.sites) - len(here)
     tiles += _tile("sites", str(len(here)) if here else "—", f"{out} left out" if out else "")
     if losses := drawings.held_out(run) or drawings.column(run, "train_loss"):
@@ -81,12 +86,12 @@ def head(run: Run, state: State) -> str:
     return section("head", "", body)
 
 
-def _when(point: datetime | None) -> str:
-    """The moment in words; the page gives it in the reader's own time."""
+def _when(point: datetime | None, form: str = "at") -> str:
+    """The moment in words, ``clock``: without its day; the page has it in the reader's own time."""
     if point is None:
         return "—"
-    said = f"{point.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
-    return f'<time data-at="{point.timestamp():.0f}">{said}</time>'
+    said = f"{point.astimezone(UTC):{'%H:%M:%S' if form == 'clock' else '%Y-%m-%d %H:%M:%S UTC'}}"
+    return f'<time data-{form}="{point.timestamp():.0f}">{said}</time>'
 
 
 def curves(run: Run, state: State) -> str:
@@ -98,15 +103,23 @@ def curves(run: Run, state: State) -> str:
 def sites(state: State) -> str:
     if not state.sites:
         return section("sites", "", "")
-    names = ("site", "now", "rows", "held out", "device", "rounds", "weight", "alpha")
-    head_row = "".join(f"<th>{n}</th>" for n in names)
+    head_row = "".join(f"<th>{n}</th>" for n in OF_A_SITE)
     rows = "".join(map(_site, sorted(state.sites.values(), key=lambda s: s.name)))
     note = "Weight and alpha: of the site's last round. What a site says of itself is not checked."
     return section(
         "sites",
         "Sites",
-        f'<div class="scroll"><table class="wide sites"><thead><tr>{head_row}</tr></thead>'
+        f'<div class="scroll"><table class="wide stack"><thead><tr>{head_row}</tr></thead>'
         f'<tbody>{rows}</tbody></table></div><p class="soft small">{note}</p>',
+    )
+
+
+def named(columns: Sequence[str], cells: Sequence[str]) -> str:
+    """Cells of HTML that carry the name of their column, which a narrow screen has no room for."""
+    none = ' class="none"'
+    return "".join(
+        f'<td{none if cell == "—" else ""} data-name="{name}">{cell}</td>'
+        for name, cell in zip(columns, cells, strict=True)
     )
 
 
@@ -123,7 +136,7 @@ def _site(site: Site) -> str:
         "—" if site.share is None else f"{100 * site.share:.1f} %",
         "—" if site.alpha is None else f"{site.alpha:.3f}",
     )
-    row = f"<th>{escape(site.name)}</th>" + "".join(f"<td>{c}</td>" for c in cells)
+    row = f"<th>{escape(site.name)}</th>" + named(OF_A_SITE[1:], cells)
     why = f'<tr class="why"><td colspan="8">{escape(site.why)}</td></tr>' if site.why else ""
     return f"<tr>{row}</tr>{why}"
 
@@ -158,10 +171,10 @@ def events(run: Run) -> str:
     """What has happened, the newest first."""
     rows = ""
     for event in reversed(run.events[-MOST_EVENTS:]):
-        point = text(event, "time")[11:19]
+        point = moment(event, "time")
         level = text(event, "level")
         css = f' class="{level}"' if level in ("warning", "error") else ""
-        rows += f"<li{css}><span class='soft'>{escape(point)}</span> "
+        rows += f"<li{css}><span class='soft'>{_when(point, 'clock')}</span> "
         rows += f"<span class='pre'>{escape(text(event, 'text'))}</span></li>\n"
     more = len(run.events) - MOST_EVENTS
     note = f'<p class="soft small">{more} older ones are in events.jsonl.</p>' if more > 0 else ""
@@ -235,4 +248,4 @@ def row_of(run: Run, state: State) -> str:
         f"{losses[-1][1]:.3f}" if losses else "—",
         "—" if sent is None else f"{sent / MIB:,.1f}",
     )
-    return "<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
+    return f"<tr>{named(OF_A_RUN, cells)}</tr>"

@@ -26,7 +26,10 @@ class Site:
 
 @dataclass
 class State:
-    """``status``: running, completed, failed, silent (says running, and nothing comes any more)."""
+    """``status``: waiting (for sites), running, completed, failed, or silent.
+
+    Silent is a run that says that it runs, and says nothing else any more.
+    """
 
     status: str
     total: int
@@ -85,9 +88,11 @@ def _take(state: State, event: Json) -> None:
     """Fold one event in."""
     kind, number_of = text(event, "event"), int(number(event, "round") or 0)
     state.heard = moment(event, "time") or state.heard
+    if kind in ("waiting", "ready") and not state.over:
+        state.status = "waiting" if kind == "waiting" else "running"
     if kind == "waiting":
         online, needed = (int(number(event, k) or 0) for k in ("online", "needed"))
-        state.phase = f"waiting for sites: {online} of {needed} online"
+        state.phase = f"{online} of {needed} sites are online"
     elif kind == "ready":
         _known(state, event)
         state.phase = "all sites have answered"

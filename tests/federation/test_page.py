@@ -12,32 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from superlink.onehost.processes import LocalFederation, free_port
+from superlink.onehost.processes import LocalFederation
 from superlink.submit import submit
 from supernode.partitions import Split, prepare_data
-from tests.browser import MISPLACED, Browser, in_browser
+from tests.browser import Browser, in_browser
 from tests.samples import REPOSITORY, ROWS
+from tests.superlink.page.served import page_of, right_at_both_widths
 
 pytestmark = [pytest.mark.faults, in_browser]  # not in the default tests: it takes a minute
 SITES = 3
-WIDTHS = (390, 1280)
-
-
-@contextmanager
-def page_of(results: Path) -> Iterator[str]:
-    """The page's program, as compose starts it; gives its address."""
-    port = str(free_port())
-    env = {**os.environ, "RESULTS_DIR": str(results), "PAGE_PORT": port}
-    command = [sys.executable, "-m", "superlink.page"]
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, text=True
-    ) as served:
-        try:
-            assert served.stdout
-            assert f"localhost:{port}" in served.stdout.readline()  # it listens before it says so
-            yield f"http://localhost:{port}"
-        finally:
-            served.terminate()
 
 
 @contextmanager
@@ -45,21 +28,20 @@ def held(work: Path) -> Iterator[threading.Event]:
     """The device is busy until the event is set: what is seen meanwhile cannot be over already."""
     (work / "locks").mkdir(exist_ok=True)
     let_go = threading.Event()
+
+    def unlock() -> None:
+        let_go.wait()
+        fcntl.flock(file, fcntl.LOCK_UN)
+
     with (work / "locks" / "device-cpu.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        holder = threading.Thread(target=lambda: let_go.wait() and file.close())  # the lock with it
+        holder = threading.Thread(target=unlock)
         holder.start()
         try:
             yield let_go
         finally:
             let_go.set()
             holder.join()
-
-
-def right_at_both_widths(browser: Browser) -> None:
-    for width in WIDTHS:
-        browser.width(width)
-        assert browser.value(MISPLACED) == [], width
 
 
 def test_a_run_is_seen_from_its_first_site_to_its_last_figure_without_a_reload(

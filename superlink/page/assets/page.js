@@ -22,10 +22,11 @@ function duration(seconds) {
 function tick() {
   const now = Date.now() / 1000;
   for (const time of document.querySelectorAll("time")) {
-    const { since, until, at } = time.dataset;
+    const { since, until, at, clock } = time.dataset;
     if (since) time.textContent = duration(now - since);
-    if (until) time.textContent = until > now ? `about ${duration(until - now)}` : "any moment";
+    if (until) time.textContent = until > now ? duration(until - now) : "any moment";
     if (at) time.textContent = new Date(at * 1000).toLocaleString();
+    if (clock) time.textContent = new Date(clock * 1000).toLocaleTimeString();
   }
 }
 

@@ -41,7 +41,7 @@ def test_a_run_at_work_is_told_as_its_last_events_have_it(tmp_path: Path) -> Non
     ("last", "phase"),
     [
         (1, "starting"),
-        (2, "waiting for sites: 3 of 20 online"),
+        (2, "3 of 20 sites are online"),
         (3, "all sites have answered"),
         (5, "round 2 of 10 is complete"),
     ],
