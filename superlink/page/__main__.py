@@ -7,7 +7,7 @@
 |-------------|------------|--------------------------------------------------------------------|
 | RESULTS_DIR | (required) | the runs; only read, but for `report`                              |
 | PAGE_HOST   | 127.0.0.1  | address to listen on (HTTP, no login: keep it on the loopback)     |
-| PAGE_PORT   | 8080       | its port                                                           |
+| PAGE_PORT   | 9080       | its port                                                           |
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main() -> int:
         except OSError as err:
             raise SystemExit(f"page: ERROR: {results / args.run_id}: {err.strerror}") from None
         return 0
-    host, port = os.environ.get("PAGE_HOST", "127.0.0.1"), os.environ.get("PAGE_PORT", "8080")
+    host, port = os.environ.get("PAGE_HOST", "127.0.0.1"), os.environ.get("PAGE_PORT", "9080")
     listening = _listening(host, port)
     print(f"page: http://localhost:{port}/ shows the runs in {results}", flush=True)
     config = uvicorn.Config(

@@ -1,10 +1,12 @@
 """Whole pages: one run, served or as a file of its own, and the list of all runs."""
 
+from functools import lru_cache
 from html import escape
 from pathlib import Path
+from time import time
 
 from superlink.page import sections
-from superlink.page.runs import Run, folder_of, read_run, run_ids
+from superlink.page.runs import Run, folder_of, read_run, run_ids, version
 from superlink.page.state import state_of
 
 ASSETS = Path(__file__).parent / "assets"
@@ -63,8 +65,8 @@ def _main(run: Run, evaluation: str, other: Run | None = None) -> str:
 def listed(results: Path) -> str:
     """The list of all runs, the newest first."""
     ids = run_ids(results)
-    runs = [read_run(results, run_id) for run_id in ids[:MOST_RUNS]]
-    rows = "".join(sections.row_of(run, state_of(run)) for run in runs)
+    minute = int(time() // 60)  # a run that says nothing any more is silent one day
+    rows = "".join(_row(results, r, version(results, r), minute) for r in ids[:MOST_RUNS])
     head_row = "".join(f"<th>{n}</th>" for n in sections.OF_A_RUN)
     table = (
         f'<div class="scroll"><table class="wide stack"><thead><tr>{head_row}</tr></thead>'
@@ -75,6 +77,13 @@ def listed(results: Path) -> str:
     body = (table if rows else none) + (more if len(ids) > MOST_RUNS else "")
     main = sections.section("runs", "", f"<h1>Federated fine-tuning: all runs</h1>{body}")
     return _page("All runs", _LINKS, _TOP.format(""), main)
+
+
+@lru_cache(maxsize=2 * MOST_RUNS)
+def _row(results: Path, run_id: str, _version: str, _minute: int) -> str:
+    """Made anew only when the run's files have changed: of a hundred runs one is at work."""
+    run = read_run(results, run_id)
+    return sections.row_of(run, state_of(run))
 
 
 def standalone(results: Path, run_id: str) -> str:

@@ -234,7 +234,7 @@ def test_superlink_and_page_alone_publish_ports_and_only_on_the_loopback(
     published = {name: s["ports"] for name, s in gpu.items() if s.get("ports")}
     assert {n: {p["target"] for p in ports} for n, ports in published.items()} == {
         "superlink": {9092, 9093},
-        "page": {8080},
+        "page": {9080},
     }
     assert {p["host_ip"] for ports in published.values() for p in ports} == {"127.0.0.1"}
 
