@@ -4,7 +4,6 @@ What cannot be read is missing and named, never an error of the page.
 """
 
 import json
-import math
 import os
 import re
 import stat
@@ -150,24 +149,19 @@ def _read(path: Path) -> bytes | None:
 
 
 def _parsed(data: bytes) -> Any:
-    """JSON without numbers that are none; None where it is no JSON."""
+    """What this JSON holds; None where it is none."""
     try:
-        return json.loads(data, parse_constant=lambda _: None, parse_float=_finite)
+        return json.loads(data)
     except (ValueError, RecursionError):
         return None
-
-
-def _finite(digits: str) -> float | None:
-    value = float(digits)
-    return value if math.isfinite(value) else None
 
 
 def number(facts: Json, key: str) -> float | None:
     """The value as a finite number, if it is one."""
     value = facts.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e18:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value)
+    return float(value) if abs(value) <= 1e18 else None  # nor NaN, which is not below anything
 
 
 def numbers(facts: Json, key: str) -> list[float]:

@@ -1,4 +1,4 @@
-"""What the page makes of files that are not what they should be: text, or nothing, with its name."""
+"""What the page makes of files that are not what they should be: text, or their names."""
 
 import json
 import os
@@ -17,6 +17,7 @@ OURS = (
     "title h2 svg rect figure figcaption text line path circle section ol li details summary form "
     "select option button label time span style b div p"
 )
+NUMBERS = ("train_loss", "eval_loss_median", "eval_loss_median_before", "mb_sent")
 EVIL = "<img src=x onerror=alert(1)>"
 
 
@@ -123,6 +124,19 @@ def test_a_link_or_a_pipe_in_the_results_leads_nowhere(results: Path, tmp_path: 
     assert page.get("/runs/9").status_code == 404
     assert "of somebody else" not in page.get("/runs/8").text
     assert "/runs/9" not in page.get("/").text
+
+
+@pytest.mark.parametrize("none", ["NaN", "-Infinity", "1e999", "9" * 400, "true", '"3.7"'])
+def test_what_is_no_number_is_not_shown_as_one(tmp_path: Path, none: str) -> None:
+    spoilt = line(1) | dict.fromkeys(NUMBERS, "?")
+    spoilt |= {"alphas": ["?", 1.0], "shares": [0.5, 0.5]}
+    lines = json.dumps(spoilt).replace('"?"', none) + "\n"
+    write(tmp_path / "5", facts("5", bytes_sent=None), lines, [])
+    page = Page(tmp_path)
+    assert "held_out_loss" not in page.get("/metrics").text
+    shown = Elements(page.get("/runs/5").text).text
+    assert "50.0 %" in shown
+    assert not {"nan", "inf", "-inf", "3.700", "1.000"} & {*shown.replace("\n", " ").split()}
 
 
 @pytest.mark.parametrize("run", [None, ""])
