@@ -6,7 +6,7 @@ from pathlib import Path
 from time import time
 
 from superlink.page import sections
-from superlink.page.runs import Run, folder_of, read_run, run_ids, version
+from superlink.page.runs import Run, folder_of, read_run, run_ids, taken_over, version
 from superlink.page.state import state_of
 
 ASSETS = Path(__file__).parent / "assets"
@@ -43,15 +43,18 @@ def served(results: Path, run_id: str, other_id: str = "") -> str:
             f'<form action="/runs/{run_id}"><label>Beside run <select name="beside">{options}'
             "</select></label> <button>Show</button></form>"
         )
-    main = _main(run, f"/runs/{run_id}/evaluation", other)
+    main = _main(results, run, f"/runs/{run_id}/evaluation", other)
     return _page(f"Run {run_id}", _LINKS, _TOP.format(top), main)
 
 
-def _main(run: Run, evaluation: str, other: Run | None = None) -> str:
-    state = state_of(run)
+def _main(results: Path, run: Run, evaluation: str, other: Run | None = None) -> str:
+    over = taken_over(results)
+    state = state_of(run, taken_over=run.run_id in over)
     parts = [sections.head(run, state)]
     if other:
-        parts.append(sections.beside(run, state, other, state_of(other)))
+        parts.append(
+            sections.beside(run, state, other, state_of(other, taken_over=other.run_id in over))
+        )
     parts += [
         sections.curves(run, state),
         sections.sites(state),
@@ -66,7 +69,10 @@ def listed(results: Path) -> str:
     """The list of all runs, the newest first."""
     ids = run_ids(results)
     minute = int(time() // 60)  # a run that says nothing any more is silent one day
-    rows = "".join(_row(results, r, version(results, r), minute) for r in ids[:MOST_RUNS])
+    over = taken_over(results)
+    rows = "".join(
+        _row(results, r, version(results, r), minute, r in over) for r in ids[:MOST_RUNS]
+    )
     head_row = "".join(f"<th>{n}</th>" for n in sections.OF_A_RUN)
     table = (
         f'<div class="scroll"><table class="wide stack"><thead><tr>{head_row}</tr></thead>'
@@ -80,16 +86,16 @@ def listed(results: Path) -> str:
 
 
 @lru_cache(maxsize=2 * MOST_RUNS)
-def _row(results: Path, run_id: str, _version: str, _minute: int) -> str:
+def _row(results: Path, run_id: str, _version: str, _minute: int, over: bool) -> str:
     """Made anew only when the run's files have changed: of a hundred runs one is at work."""
     run = read_run(results, run_id)
-    return sections.row_of(run, state_of(run))
+    return sections.row_of(run, state_of(run, taken_over=over))
 
 
 def standalone(results: Path, run_id: str) -> str:
     """The page of a run as one file. Raises UnknownRunError."""
     style = (ASSETS / "page.css").read_text(encoding="utf-8")
-    main = _main(read_run(results, run_id), "eval/report.html")
+    main = _main(results, read_run(results, run_id), "eval/report.html")
     return _page(f"Run {run_id}", f"{_POLICY}<style>{style}</style>", "", main)
 
 

@@ -69,6 +69,12 @@ def _began(folder: Path) -> tuple[float, str]:
         return 0.0, folder.name
 
 
+def taken_over(results: Path) -> set[str]:
+    """Ids of the runs that another one goes on from: what was cut off says "running" for ever."""
+    runs = (_facts(results / run_id) for run_id in run_ids(results))
+    return {text(link, "run_id") for facts in runs for link in tables(facts, "resumed_from")}
+
+
 def _facts(folder: Path) -> Json:
     found = _parsed(_read(folder / "run.json") or b"")
     return found if isinstance(found, dict) else {}
@@ -186,6 +192,11 @@ def texts(facts: Json, key: str) -> list[str]:
 def table(facts: Json, key: str) -> Json:
     value = facts.get(key)
     return value if isinstance(value, dict) else {}
+
+
+def tables(facts: Json, key: str) -> list[Json]:
+    values = facts.get(key)
+    return [v for v in values if isinstance(v, dict)] if isinstance(values, list) else []
 
 
 def moment(facts: Json, key: str) -> datetime | None:

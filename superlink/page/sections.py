@@ -7,7 +7,7 @@ from html import escape
 from app.config import MIB
 from eval.summary import caveat, decimals, sentence, table_rows
 from superlink.page import drawings
-from superlink.page.runs import Run, moment, number, table, text
+from superlink.page.runs import Run, moment, number, table, tables, text
 from superlink.page.state import Site, State
 
 MOST_EVENTS = 200
@@ -76,11 +76,15 @@ def head(run: Run, state: State) -> str:
     error = text(run.facts, "error")
     failed = f'<p class="warn pre">{escape(error)}</p>' if error else ""
     unread = "".join(f'<p class="warn">Not readable: {escape(u)}</p>' for u in run.unread)
+    after = ""
+    for link in tables(run.facts, "resumed_from")[-1:]:
+        where = f"round {_shown(link.get('last_round'))} of run {text(link, 'run_id')}"
+        after = f" · goes on after {escape(where)}"
     heard = f" · last heard of {_when(state.heard)}" if state.heard and not state.over else ""
     body = (
         f"<h1>{escape(model)}, fine-tuned by {len(here) or 'its'} sites together</h1>"
         f'<p class="now">{chip(state.status)} <b>{escape(state.phase)}</b></p>'
-        f'<p class="soft">run {run.run_id}{heard}</p>{failed}{unread}'
+        f'<p class="soft">run {run.run_id}{after}{heard}</p>{failed}{unread}'
         f'<div class="tiles">{tiles}</div>'
     )
     return section("head", "", body)

@@ -26,9 +26,10 @@ class Site:
 
 @dataclass
 class State:
-    """``status``: waiting (for sites), running, completed, failed, or silent.
+    """``status``: waiting (for sites), running, completed, failed, cut off, or silent.
 
-    Silent is a run that says that it runs, and says nothing else any more.
+    Cut off is a run that another one goes on from; silent one that says that it runs, and has said
+    nothing else for longer than it waits for anything.
     """
 
     status: str
@@ -46,15 +47,16 @@ class State:
 
     @property
     def over(self) -> bool:
-        return self.status in ("completed", "failed")
+        return self.status in ("completed", "failed", "cut off")
 
 
-def state_of(run: Run, now: datetime | None = None) -> State:
-    """``now``: for the tests."""
+def state_of(run: Run, now: datetime | None = None, *, taken_over: bool = False) -> State:
+    """``now``: for the tests. ``taken_over``: another run goes on from this one."""
     total = int(number(run.config, "num-server-rounds") or 0)
     done = max((int(number(line, "round") or 0) for line in run.rounds), default=0)
     said = text(run.facts, "status")
-    state = State(said if said in ("completed", "failed") else "running", total, done)
+    over = said in ("completed", "failed")
+    state = State(said if over else "cut off" if taken_over else "running", total, done)
     state.started = moment(run.facts, "started")
     _known(state, run.facts)
     for event in run.events:
@@ -140,9 +142,12 @@ def _count(state: State, line: Json) -> None:
 
 def _end(state: State, run: Run, now: datetime) -> None:
     if state.over:
-        state.ended, state.ready_in = moment(run.facts, "finished"), None
-        failed = state.status == "failed"
-        state.phase = f"ended after round {state.done}" if failed else "all rounds are complete"
+        state.ended, state.ready_in = moment(run.facts, "finished") or state.heard, None
+        state.phase = f"ended after round {state.done}"
+        if state.status == "completed":
+            state.phase = "all rounds are complete"
+        elif state.status == "cut off":
+            state.phase += "; another run goes on from there"
         _ask(state, "", [])
         for site in state.sites.values():
             if site.state == "ready":

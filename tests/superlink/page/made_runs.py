@@ -41,6 +41,7 @@ def facts(run_id: str, **more: Any) -> dict[str, Any]:
         "versions": {"flwr": "1.36.0"},
         "config": flat_config(),
         "bytes_sent": 416 * MIB,
+        "resumed_from": [],
         "sites": {
             f"site-{n:02d}": {"num_examples": 1697 + n, "num_holdout": 64, "device": "NVIDIA H200"}
             for n in range(4)

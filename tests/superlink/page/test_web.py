@@ -14,7 +14,7 @@ from superlink.page.document import write_standalone
 from superlink.page.web import HOSTS
 from tests.samples import REPOSITORY
 from tests.superlink.page.asking import Elements, Page
-from tests.superlink.page.made_runs import NEWEST, OTHER
+from tests.superlink.page.made_runs import NEWEST, OTHER, at, facts, line, write
 
 
 def test_a_run_is_shown_with_its_sites_figures_and_events(page: Page) -> None:
@@ -102,6 +102,19 @@ def test_what_has_not_changed_is_not_sent_again(page: Page, results: Path) -> No
     changed = page.get(f"/runs/{NEWEST}", If_None_Match=tag)
     assert changed.status_code == 200
     assert "something new" in changed.text
+
+
+def test_a_run_that_was_cut_off_is_not_at_work_once_another_goes_on_from_it(
+    page: Page, results: Path
+) -> None:
+    chain = [{"run_id": OTHER, "last_round": 10}, {"run_id": NEWEST, "last_round": 2}]
+    write(results / "11", facts("11", resumed_from=chain, started=at(3600)), [line(1), line(2)])
+    text = Elements(page.get("/runs/11").text).text
+    assert f"goes on after round 2 of run {NEWEST}" in text
+    cut_off = Elements(page.get(f"/runs/{NEWEST}").text).text
+    assert "cut off ended after round 2; another run goes on from there" in cut_off
+    states = re.findall(r'class="chip ([\w-]+)"', page.get("/").text)
+    assert states == ["running", "cut-off", "completed"]
 
 
 def test_prometheus_reads_the_newest_run(page: Page) -> None:
