@@ -46,7 +46,8 @@ class Hospital:
     def compose(self, *arguments: str, given: Path | None = None) -> Ended:
         """``given``: a file for the standard input."""
         files = ["-f", "compose.yaml", "-f", "compose.cpu.yaml"]
-        env = os.environ | {"https_proxy": "http://127.0.0.1:1", "no_proxy": self.superlink}
+        dead = dict.fromkeys(("https_proxy", "HTTPS_PROXY", "HTTP_PROXY"), "http://127.0.0.1:1")
+        env = os.environ | dead | {"no_proxy": self.superlink}
         with (given or Path(os.devnull)).open("rb") as stdin:
             return subprocess.run(
                 ["docker", "compose", "-p", self.project, *files, *arguments], cwd=self.folder,

@@ -309,6 +309,14 @@ def test_a_kits_supernode_is_the_one_of_the_big_file_but_for_where_it_is() -> No
     assert ours["depends_on"] == {"check": {"condition": "service_completed_successfully"}}
 
 
+def test_a_kit_reaches_the_hub_as_the_big_file_does() -> None:
+    ours, theirs = (
+        services(f)["download"]["environment"]
+        for f in ("superlink/kit/compose.yaml", "compose.yaml")
+    )
+    assert ours == theirs | {"DATA_SOURCE": "bundled"}  # the rows are the site's own
+
+
 def test_every_service_of_a_kit_is_as_hardened_and_sees_no_more_than_it_needs() -> None:
     ours, big = services("superlink/kit/compose.yaml"), services("compose.yaml")
     for name, service in ours.items():
