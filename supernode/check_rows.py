@@ -66,9 +66,9 @@ class Site:
 
 def settings(site: Site) -> str:
     site.env |= completed(site.env)
-    way = direct(site.env, parsed(site.env["SUPERLINK"])[0])
-    site.env |= way
-    os.environ.update(way)  # where gRPC looks
+    site.env |= direct(site.env, parsed(site.env["SUPERLINK"])[0])
+    # Where gRPC looks; site.env may name them too.
+    os.environ.update({k: v for k, v in site.env.items() if k.lower().endswith("_proxy")})
     number = int(site.env["PARTITION_ID"])
     site.name = f"site-{number:02d}"
     return f"{site.name}, one of {site.env['NUM_PARTITIONS']}, to {site.env['SUPERLINK']}"

@@ -21,6 +21,7 @@ from tests.containers.conftest import CPU, ONLINE_TIMEOUT_S, REPOSITORY, Federat
 from tests.samples import ROWS, write_jsonl
 
 SUPERNODE = f"fedllm-medical/supernode:{os.environ.get('TAG', '0.1.0')}"
+DEAD = "http://127.0.0.1:1"  # a proxy that is not there
 Ended = subprocess.CompletedProcess[str]
 RUN_CONFIG = (
     "num-server-rounds=1 train.training-arguments.max-steps=1 strategy.min-nodes=2 "
@@ -38,16 +39,14 @@ def as_root(*command: str, mounts: tuple[str, ...] = ()) -> None:
 
 @dataclass
 class Hospital:
-    """A kit that is unpacked in ``folder``; its host reaches ``superlink`` and nothing else."""
+    """A kit that is unpacked in ``folder``; `download` meets a dead proxy there."""
 
     folder: Path
-    superlink: str
 
     def compose(self, *arguments: str, given: Path | None = None) -> Ended:
         """``given``: a file for the standard input."""
         files = ["-f", "compose.yaml", "-f", "compose.cpu.yaml"]
-        dead = dict.fromkeys(("https_proxy", "HTTPS_PROXY", "HTTP_PROXY"), "http://127.0.0.1:1")
-        env = os.environ | dead | {"no_proxy": self.superlink}
+        env = os.environ | dict.fromkeys(("HTTPS_PROXY", "HTTP_PROXY"), DEAD)
         with (given or Path(os.devnull)).open("rb") as stdin:
             return subprocess.run(
                 ["docker", "compose", "-p", self.project, *files, *arguments], cwd=self.folder,
@@ -89,7 +88,10 @@ class Scene:
     def unpack(self, site: str, archive: bytes) -> Hospital:
         (self.work / f"{site}.tar.gz").write_bytes(archive)
         as_root("tar", "-C", "/kit", "-xzf", f"/kit/{site}.tar.gz", mounts=(f"{self.work}:/kit",))
-        return Hospital(self.work / site, self.host)
+        proxies = f"https_proxy={DEAD}\\nno_proxy={self.host}\\n"
+        settings = f"printf '{proxies}' >> /kit/{site}/site/site.env"
+        as_root("sh", "-c", settings, mounts=(f"{self.work}:/kit",))
+        return Hospital(self.work / site)
 
 
 def bundled(scene: Scene) -> Path:

@@ -59,8 +59,7 @@ A meaning in one row also goes for the rows without one below it.
 COMPOSE = """## Variables of compose
 
 In `.env` or the environment of `docker compose`, here or beside a site's kit (which has a part of
-them, `REGISTRY`, and `https_proxy` and `no_proxy`). A second default is that of the files for the
-CPU.
+them, and `REGISTRY`). A second default is that of the files for the CPU.
 """
 
 PROGRAMS_HEAD = """## Variables of the programs

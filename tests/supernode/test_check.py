@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -59,7 +60,8 @@ def rows(env: dict[str, str], *arguments: str) -> dict[str, dict[str, str]]:
 
 def of_this_host(env: dict[str, str]) -> dict[str, check.Row]:
     """The rows that need no app, asked in this process."""
-    return {row.row: row for row in check.asked(Site(dict(env)))}
+    with patch.dict(os.environ):
+        return {row.row: row for row in check.asked(Site(dict(env)))}
 
 
 def test_each_row_is_there_once_and_without_a_superlink_the_site_is_not_ready(
@@ -151,6 +153,18 @@ def test_wrong_settings_leave_nothing_unsaid_and_nobody_is_asked(env: dict[str, 
     assert "left to the proxy that https_proxy names" in (
         of_this_host(env | {"https_proxy": "http://127.0.0.1:1"})["name"].what
     )
+
+
+def test_a_proxy_in_site_env_is_that_of_every_row(env: dict[str, str]) -> None:
+    """The SuperNode takes its environment from there as well."""
+    file = Path(env["SITE_DIR"]) / "site.env"
+    provision(Path(env["SITE_DIR"]).parent, 1, "fed.example.org:9092", [])
+    file.write_text(file.read_text() + "https_proxy=http://127.0.0.1:1\n")
+    with patch.dict(os.environ):
+        told = {row.row: row.what for row in check.asked(Site(dict(env)))}
+        assert os.environ["https_proxy"] == "http://127.0.0.1:1"  # gRPC's
+    assert told["name"] == "fed.example.org is left to the proxy that https_proxy names"
+    assert "the proxy that https_proxy names gives no way to" in told["connection"]
 
 
 def test_which_app_is_run_and_whether_state_can_be_written(
