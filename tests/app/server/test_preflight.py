@@ -13,7 +13,8 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from app.config import RunConfig
 from app.server import preflight as module
-from app.server.preflight import UNLISTED, PreflightError, SilenceError, Sites, preflight
+from app.server.answer import UNLISTED
+from app.server.preflight import PreflightError, SilenceError, Sites, preflight
 from app.server.site_list import SiteListError
 from tests.samples import run_config, write_site_list
 from tests.stand_in_grid import Clock, Node, StandInGrid
@@ -34,6 +35,7 @@ def answer(partition_id: int, **changes: Any) -> dict[str, Any]:
         "fingerprint": "aaaa",
         "linear-layers": json.dumps(LINEAR),
         "rows": json.dumps(rows(100 + partition_id, 10 + partition_id)),
+        "policy": f"policy of {partition_id}",
         **changes,
     }
 
@@ -79,6 +81,7 @@ def test_sites_that_agree_may_start_and_are_known_by_their_partitions() -> None:
         devices=dict.fromkeys((0, 3, 7), "cpu"),
         turns={0: "host of 0", 3: "host of 0", 7: "host of 1"},
         rows={p: rows(100 + p, 10 + p) for p in (0, 3, 7)},
+        policies={p: f"policy of {p}" for p in (0, 3, 7)},
     )
     assert list(sites.linear_layers) == list(LINEAR)  # their order is the adapter's
 
