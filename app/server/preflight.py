@@ -7,8 +7,8 @@ any training.
 import json
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,8 @@ def preflight(grid: Grid, config: RunConfig, sites_dir: Path) -> Sites:
         time.sleep(3)
     if config.resume:
         _wait_for_busy_sites(grid, config, listed, answers, silent)
-    return compare(answers, silent, listed, config)
+    sites = compare(answers, silent, listed, config)
+    return replace(sites, left_out=dict.fromkeys(_excluded(config), EXCLUDED) | sites.left_out)
 
 
 def _name(node_id: int, listed: Mapping[int, int]) -> str:
@@ -141,7 +142,9 @@ def _wait_for_nodes(
     """Ids of all nodes that are online, enough of them sites; and the list, as it is now."""
     said = -1
     while True:
-        node_ids, listed = sorted(grid.get_node_ids()), read_site_list(sites_dir)
+        node_ids, listed = _without_excluded(
+            grid.get_node_ids(), read_site_list(sites_dir), _excluded(config)
+        )
         sites = sum(n in listed for n in node_ids)
         if sites >= config.min_nodes:
             return node_ids, listed
@@ -158,6 +161,27 @@ def _wait_for_nodes(
             said = sites
             logger.info("[preflight] %d of %d SuperNodes online", said, config.min_nodes)
         time.sleep(1)
+
+
+def _excluded(config: RunConfig) -> list[str]:
+    return sorted({*config.exclude_sites.split(",")} - {""})
+
+
+def _without_excluded(
+    node_ids: Iterable[int], listed: Mapping[int, int], excluded: list[str]
+) -> tuple[list[int], dict[int, int]]:
+    """The nodes, sorted, and the list, without these sites.
+
+    Raises:
+        PreflightError: one of them is not in the list.
+    """
+    if unknown := sorted(set(excluded) - {site_name(p) for p in listed.values()}):
+        raise PreflightError(
+            f"strategy.exclude-sites names {', '.join(unknown)}, and the operator's list of sites "
+            "does not; correct the name"
+        )
+    out = {n for n, p in listed.items() if site_name(p) in excluded}
+    return sorted(set(node_ids) - out), {n: p for n, p in listed.items() if n not in out}
 
 
 def compare(

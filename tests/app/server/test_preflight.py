@@ -295,6 +295,20 @@ def test_a_site_that_fails_or_keeps_silent_is_named_when_the_time_is_up(
     assert list(sites.left_out) == ["site-02"]
 
 
+def test_excluded_sites_are_not_asked_and_count_nowhere(sites_dir: Path) -> None:
+    """Neither as one that is there, nor as one that is not ready."""
+    grid = StandInGrid({40: ready(answer(0)), 50: ready(answer(1)), 60: ready(answer(2))})
+    without = config(exclude_sites="site-02", node_timeout_s=5.0)
+    sites = preflight(grid, without, sites_dir)
+    assert set(sites.node_of) == {0, 1}
+    assert sites.left_out == {"site-02": "left out by strategy.exclude-sites"}
+    assert sorted(m.metadata.dst_node_id for m in grid.sent) == [40, 50]
+    with pytest.raises(SilenceError, match="2 of 3 SuperNodes online"):
+        preflight(grid, config(3, exclude_sites="site-02", node_timeout_s=0.5), sites_dir)
+    with pytest.raises(PreflightError, match="names site-77, and the operator's list"):
+        preflight(grid, config(exclude_sites="site-02,site-77"), sites_dir)
+
+
 def test_a_site_that_answers_something_else_is_named(sites_dir: Path) -> None:
     nodes = {40: ready(answer(0)), 50: ready(answer(1))}
     grid = StandInGrid({**nodes, 60: lambda m: Message(RecordDict(), reply_to=m)})
