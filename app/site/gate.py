@@ -44,6 +44,10 @@ class Visit:
         """Read the policy. Raises SiteError: it cannot be used, or the time is none for this."""
         self.policy = Policy.read(site)
         self.note(policy=self.policy.sha256)
+        paused = self.state / "paused"  # supernode/site.py
+        if paused.exists():
+            since = datetime.fromtimestamp(paused.stat().st_mtime, UTC)
+            raise RefusedError(f"the site has paused, since {since:%Y-%m-%d %H:%M} UTC")
         now, kinds = datetime.now(UTC), []
         if self.policy.counts_by_day:
             lines = audit.since(self.state, self.policy.day(now))
