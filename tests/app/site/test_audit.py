@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import count
@@ -13,6 +14,7 @@ import pytest
 from app.site import audit
 from tests.full_disk import full_disk
 from tests.killed import kills
+from tests.samples import REPOSITORY
 
 NOON = datetime(2026, 11, 30, 12, 0, tzinfo=UTC)
 
@@ -37,6 +39,18 @@ def test_lines_stand_behind_each_other_with_all_fields(tmp_path: Path) -> None:
     assert first["time"] <= second["time"]
     assert first["schema"] == 1
     assert (state / "audit.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_page_for_hospitals_has_every_field_and_lines_that_have_them() -> None:
+    page = (REPOSITORY / "docs" / "hospital.md").read_text(encoding="utf-8")
+    table = page[page.index("| field | what it is |") :]
+    told = [
+        n for row in re.findall(r"^\| (`.*?) \|", table, re.M) for n in re.findall(r"`(\w+)`", row)
+    ]
+    assert told == list(line())
+    shown = [json.loads(x) for x in page.splitlines() if x.startswith('{"schema"')]
+    assert len(shown) == 10
+    assert all(list(x) == told for x in shown)
 
 
 def test_a_reason_is_one_short_line(tmp_path: Path) -> None:

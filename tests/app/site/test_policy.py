@@ -1,6 +1,7 @@
 """A site's policy.toml: what it may say, and what it keeps in."""
 
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from app.config import CODECS, STRATEGIES
 from app.site.policy import NONE, Policy, PolicyFileError, RefusedError
-from tests.samples import run_config
+from tests.samples import REPOSITORY, run_config
 
 NOON = datetime(2026, 11, 30, 12, 0, tzinfo=UTC)
 PRINT = "0123456789abcdef"
@@ -141,7 +142,7 @@ WRONG = {
     'hours = "08:00-08:00"': "must be a text as",
     'hours = "08:00-24:00"': "must be a text as",
     'time-zone = "Mars/Olympus"': "the name of a time zone that this host knows",
-    'time-zone = "../../etc/passwd"': "the name of a time zone that this host knows",
+    'time-zone = "../../etc/hosts"': "the name of a time zone that this host knows",
     "time-zone = 3": "the name of a time zone that this host knows",
     "strategies = []": "strategies = [] must be a list of one or more of fedavgopt,",
     'strategies = "fedavg"': "must be a list of one or more of",
@@ -179,6 +180,13 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path) -> Non
     (tmp_path / "policy.toml").mkdir()
     with pytest.raises(PolicyFileError, match=r"policy\.toml cannot be read: Is a directory"):
         Policy.read(tmp_path)
+
+
+def test_the_page_for_hospitals_has_a_policy_with_every_key(tmp_path: Path) -> None:
+    page = (REPOSITORY / "docs" / "hospital.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    shown = Policy.read(written(tmp_path, example))
+    assert set(shown.lines) == {f.metadata["key"] for f in fields(Policy) if f.metadata}
 
 
 def test_every_key_is_tried_here() -> None:
