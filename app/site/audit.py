@@ -9,16 +9,17 @@ The supernode's image gets this one file too (docker/Dockerfile), for what never
 run whose app is refused. So it imports nothing of ours.
 """
 
+import errno
 import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-FILE = "audit.jsonl"
+FILE, LOCK = "audit.jsonl", "audit.lock"
 SCHEMA = 1  # another number: a field has another meaning, or is gone
 MOST_BYTES = 4 << 20
 TEXT = 500  # characters of a reason that are kept
@@ -62,16 +63,19 @@ def append(folder: Path, line: dict[str, Any]) -> None:
         line = line | {"reason": " ".join(told.split())[:TEXT]}
     written = json.dumps(line, separators=(",", ":")).encode() + b"\n"
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder) as directory:
+    with _alone(folder):
         path = folder / FILE
-        if path.exists() and path.stat().st_size + len(written) > MOST_BYTES:
+        new = not path.exists()
+        if not new and path.stat().st_size + len(written) > MOST_BYTES:
             path.rename(folder / f"audit-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}.jsonl")
+            new = True
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
+            if new:
+                _sync_names(folder)
             _add(file, written)
         finally:
             os.close(file)
-        os.fsync(directory)  # of a new file also its name
 
 
 def since(folder: Path, start: datetime) -> list[dict[str, Any]]:
@@ -102,12 +106,24 @@ def _older(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[int]:
-    """Nobody else adds or renames; yields a descriptor of the folder."""
-    directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _alone(folder: Path) -> Iterator[None]:
+    """Nobody else adds or renames; not on a file system without locks."""
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX)
-        yield directory
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _sync_names(folder: Path) -> None:
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    except OSError as err:  # some file systems cannot sync a folder
+        if err.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
     finally:
         os.close(directory)
 

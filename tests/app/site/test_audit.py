@@ -89,7 +89,7 @@ def test_a_file_of_the_size_allowed_is_kept_and_a_new_one_begins(
     monkeypatch.setattr(audit, "MOST_BYTES", 1000)
     for n in range(12):
         audit.append(tmp_path, line(round=n))
-    kept = sorted(tmp_path.iterdir())
+    kept = sorted(tmp_path.glob("*.jsonl"))
     assert len(kept) > 3
     assert all(p.stat().st_size <= 1000 for p in kept)
     text = b"".join(p.read_bytes() for p in kept)  # in the order of their names
