@@ -1,6 +1,7 @@
 """What a site lets in and out, with its real handlers: its policy, its record, its words."""
 
 import json
+import re
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -115,9 +116,29 @@ def test_whatever_a_run_asks_what_is_sent_obeys_the_policy(
     assert (line["outcome"], line["rows"], line["steps"]) == (SENT, used, metrics["steps"])
 
 
-def test_a_line_says_what_came_and_what_went(
+def test_a_site_that_pauses_says_so_and_does_nothing(
     site: Path, models_dir: Path, base: dict[str, Any]
 ) -> None:
+    rules(site, "error-lines = false\n")
+    config = run_config(**base)
+    (site / "state").mkdir()
+    (site / "state" / "paused").touch()
+    told = str(asked(config)["error"])
+    assert re.fullmatch(r"the site has paused, since 20\d\d-\d\d-\d\d \d\d:\d\d UTC", told)
+    for kind in ("train", "evaluate"):
+        with pytest.raises(SiteError, match=told):
+            answered(models_dir, config, kind=kind)
+    assert [x["outcome"] for x in audited(site)] == [REFUSED] * 3
+    (site / "state" / "paused").unlink()
+    assert "error" not in asked(config)
+
+
+def test_a_line_says_what_came_and_what_went(
+    site: Path, models_dir: Path, base: dict[str, Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("APPS_SEEN", str(tmp_path / "apps-seen.json"))
+    (tmp_path / "apps-seen.json").write_text(json.dumps({"6": "d" * 64, "7": "c" * 64}))
     sha256 = rules(site, "min-noise-multiplier = 0.5\n")
     config = run_config(**base, clip_norm=0.2, noise_multiplier=0.5)
     answered(models_dir, config)
@@ -127,7 +148,7 @@ def test_a_line_says_what_came_and_what_went(
     size = Layout.of(find(models_dir, config.model_name, 0).linear_layers, config).size
     for line in (train, evaluate, query):
         assert (line["run"], line["policy"], line["outcome"]) == ("7", sha256, SENT)
-        assert (line["app"], line["reason"]) == ("unknown", None)
+        assert (line["app"], line["reason"]) == ("c" * 64, None)
     assert [line["kind"] for line in (train, evaluate, query)] == ["train", "evaluate", "query"]
     assert [line["round"] for line in (train, evaluate, query)] == [1, 1, None]
     assert [line["rows"] for line in (train, evaluate, query)] == [8, 2, 0]
