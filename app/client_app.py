@@ -209,8 +209,7 @@ def train(message: Message, context: Context, visit: Visit) -> RecordDict:
     config = RunConfig.from_flat(context.run_config)
     base, layout, vector, job = _received(message, config)
     server_round = cast(int, job["round"])
-    visit.note(round=server_round, clip_norm=config.clip_norm)
-    visit.note(noise_multiplier=config.noise_multiplier)
+    visit.note(clip_norm=config.clip_norm, noise_multiplier=config.noise_multiplier)
     visit.policy.check_run(config, base.fingerprint)
     partition_id = int(context.node_config["partition-id"])
     rows = _part("train").rows
@@ -261,8 +260,7 @@ def evaluate(message: Message, context: Context, visit: Visit) -> RecordDict:
 
     config = RunConfig.from_flat(context.run_config)
     visit.policy.check_evaluation()
-    base, layout, vector, job = _received(message, config)
-    visit.note(round=cast(int, job["round"]))
+    base, layout, vector, _ = _received(message, config)
     visit.policy.check_run(config, base.fingerprint)
     _take_turn(message, context)
     model, tokenizer = base_model.load_with_lora(base, config, device(), layout, vector)

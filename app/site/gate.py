@@ -35,6 +35,8 @@ class Visit:
         kind = message.metadata.message_type
         self.line = audit.entry(context.run_id, _app(context.run_id), kind)
         self.line["bytes_received"] = _size(message.content)
+        if job := message.content.config_records.get("job"):
+            self.line["round"] = job.get("round")
 
     def note(self, **facts: Any) -> None:
         """Of the fields of ``audit.entry``."""
@@ -52,7 +54,7 @@ class Visit:
         if self.policy.counts_by_day:
             lines = audit.since(self.state, self.policy.day(now))
             kinds = [line["kind"] for line in lines if line["outcome"] != audit.REFUSED]
-        self.policy.check_day(now, kinds)
+        self.policy.check_day(now, self.line["kind"], kinds)
 
     def told(self, err: Exception) -> str:
         """What others hear of an error: worded by us, or its type alone, if the policy allows.

@@ -161,8 +161,8 @@ class Policy:
         here = now.astimezone(_zone(self.time_zone))
         return here.replace(hour=0, minute=0, second=0, microsecond=0)
 
-    def check_day(self, now: datetime, kinds: Iterable[str]) -> None:
-        """May a message be answered now? ``kinds``: of those that were answered today.
+    def check_day(self, now: datetime, kind: str, kinds: Iterable[str]) -> None:
+        """May a message of this kind be answered now? ``kinds``: of those answered today.
 
         Raises:
             RefusedError: it is not an hour for that, or enough has been done today.
@@ -172,7 +172,9 @@ class Policy:
             raise self.refuse("hours", f"it is {here:%H:%M} {self.time_zone}")
         if self.max_messages and len(today) >= self.max_messages:
             raise self.refuse("max-messages-per-day", f"{len(today)} were answered today")
-        if self.max_rounds and (rounds := today.count("train")) >= self.max_rounds:
+        rounds = today.count("train")
+        # What was trained may still be scored.
+        if self.max_rounds and kind != "evaluate" and rounds >= self.max_rounds:
             raise self.refuse("max-rounds-per-day", f"{rounds} were trained today")
 
     def check_run(self, config: RunConfig, fingerprint: str) -> None:

@@ -137,6 +137,7 @@ def test_sites_keep_out_of_a_run_that_does_not_fit_by_the_line_of_their_policy(
     ]  # fmt: skip
     trained = record[2]
     assert trained["run"] == facts["run_id"]
+    assert [x["round"] for x in record] == [None, 0, 1, 1, 2, 2]
     assert (trained["round"], trained["steps"], trained["rows"]) == (1, 2, 8)
     assert trained["change_norm"] == pytest.approx(lines[0]["client_update_norms"][1], rel=1e-3)
 

@@ -53,7 +53,7 @@ def check(policy: Policy, rows: int = 5000, **changes: Any) -> None:
 def test_without_a_file_there_is_no_rule(tmp_path: Path) -> None:
     policy = Policy.read(tmp_path)
     check(policy)
-    policy.check_day(NOON, ["train"] * 10_000)
+    policy.check_day(NOON, "train", ["train"] * 10_000)
     policy.check_evaluation()
     assert policy.sha256 == NONE
     assert str(policy) == "no policy.toml: the run's settings alone count"
@@ -109,25 +109,29 @@ def test_enough_in_a_day_is_enough_until_the_next(tmp_path: Path, key: str) -> N
     policy = Policy.read(written(tmp_path, toml({key: OF_THE_DAY[key]})))
     done = ["query", "train", "evaluate", "train"]
     with pytest.raises(RefusedError, match=f"line 1: {key} = "):
-        policy.check_day(NOON, done)
-    policy.check_day(NOON.replace(hour=21), ["query", "train", "evaluate"])
+        policy.check_day(NOON, "train", done)
+    policy.check_day(NOON.replace(hour=21), "train", ["query", "train", "evaluate"])
+    if key == "max-rounds-per-day":
+        policy.check_day(NOON, "evaluate", done)  # what was trained may still be scored
+        with pytest.raises(RefusedError):
+            policy.check_day(NOON, "query", done)  # for no other run, though
 
 
 def test_hours_and_days_are_those_of_the_time_zone(tmp_path: Path) -> None:
     berlin = 'time-zone = "Europe/Berlin"\nhours = "08:00-13:00"\n'
     policy = Policy.read(written(tmp_path, berlin))
-    policy.check_day(NOON - timedelta(minutes=1), [])
+    policy.check_day(NOON - timedelta(minutes=1), "train", [])
     with pytest.raises(RefusedError, match=r'"08:00-13:00"; it is 13:00 Europe/Berlin'):
-        policy.check_day(NOON, [])
+        policy.check_day(NOON, "train", [])
     assert policy.day(NOON.replace(hour=23)).astimezone(UTC) == NOON.replace(hour=23)
     over_night = Policy.read(written(tmp_path, 'hours = "22:00-06:00"\n'))
     for hour, fits in ((21, False), (22, True), (0, True), (5, True), (6, False)):
         now = NOON.replace(hour=hour)
         if fits:
-            over_night.check_day(now, [])
+            over_night.check_day(now, "train", [])
         else:
             with pytest.raises(RefusedError):
-                over_night.check_day(now, [])
+                over_night.check_day(now, "train", [])
 
 
 WRONG = {
