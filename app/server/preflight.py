@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 
 from app.config import RunConfig
 from app.server.answer import UNLISTED, Answer, believed
+from app.server.events import tell_waiting
 from app.server.exchange import exchange
 from app.server.site_list import CURE, read_site_list, site_name
 
@@ -159,7 +160,7 @@ def _wait_for_nodes(
             )
         if sites != said:
             said = sites
-            logger.info("[preflight] %d of %d SuperNodes online", said, config.min_nodes)
+            tell_waiting(said, config.min_nodes)
         time.sleep(1)
 
 
