@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from app.site.rows import SUFFIXES, RowsError, Table, read
+from app.site.row_files import SUFFIXES, RowsError
+from app.site.rows import Table, read
 from supernode.download import PrepareError, data_folder
 
 MUCH = 0.1  # of the rows, left out, is worth a warning

@@ -18,7 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from app.site.rows import SUFFIXES, VERSION, Row, suffix
+from app.site.row_files import SUFFIXES, suffix
+from app.site.rows import VERSION, Row
 from supernode.data_source import data_files, identity, sha256_of, source_table
 from supernode.download import CACHE, PrepareError
 

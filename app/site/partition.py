@@ -7,8 +7,9 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.site.row_files import RowsError, suffix
 from app.site.rows import Row as Row
-from app.site.rows import RowsError, Table, read, suffix
+from app.site.rows import Table, read
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,11 @@ def _name(path: Path | None) -> str:
 
 def _table(path: Path, columns: str, like: Table | None = None) -> Table:
     try:
-        return read({_name(path): path}, columns, like=like)
+        table = read({_name(path): path}, columns, like=like)
     except RowsError as err:
         raise SiteError(str(err)) from None
+    if table.left_out and not like:
+        logger.info(
+            "%s: the instruction that all rows share is no part of the questions", path.name
+        )
+    return table
