@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from supernode import source as sources
+from supernode import tokens
 from supernode.download import PrepareError, cached, is_prepared, model_folder, prepared
 from supernode.source import KINDS, SourceError
 from supernode.trial import train_one_row
@@ -161,13 +162,22 @@ def _loaded(source: Path, kind: str) -> tuple[Any, Any]:
             trust_remote_code=False,
             **sources.TOLD,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as err:  # whatever the libraries make of a damaged file
         raise PrepareError(
             f"{source} does not load as a causal language model: {_first_line(err)}"
         ) from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as err:
+        raise PrepareError(
+            f"{source}: its tokenizer does not load ({_first_line(err)}); give the model's whole "
+            "folder, with tokenizer.json"
+        ) from None
     sources.check_read(source, model, info)
-    sources.check_tokenizer(source, tokenizer, len(model.get_input_embeddings().weight))
+    tokens.check_tokenizer(source, tokenizer, len(model.get_input_embeddings().weight))
+    tokens.mark_markup(tokenizer)
+    for note in tokens.notes(tokenizer, model.generation_config.eos_token_id):
+        _say(note)
     return model, tokenizer
 
 

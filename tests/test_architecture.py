@@ -23,8 +23,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "app/plan.py": ("app.site", "app.wire", "app.config"),
     "superlink/": ("superlink", "app.config", "supernode.reach"),
     "supernode/": ("supernode",),
-    "supernode/partitions.py": ("supernode", "app.site.rows"),
-    "supernode/data_source.py": ("supernode", "app.site.rows"),
+    "supernode/partitions.py": ("supernode", "app.site.rows", "app.site.row_files"),
+    "supernode/data_source.py": ("supernode", "app.site.rows", "app.site.row_files"),
     "eval/": (
         "eval", "app.config", "app.server.checkpoint", "app.site.base_model",
         "app.site.partition.SiteError", "app.site.verified", "supernode.source",
