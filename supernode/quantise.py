@@ -18,7 +18,7 @@ from typing import Any
 
 from supernode import source as sources
 from supernode import tokens
-from supernode.download import PrepareError, cached, is_prepared, model_folder, prepared
+from supernode.download import PrepareError, cached, check_id, is_prepared, model_folder, prepared
 from supernode.source import KINDS, SourceError
 from supernode.trial import train_one_row
 
@@ -34,15 +34,17 @@ def prepare_model(models: Path, cache: Path, name: str, kind: str, token: str | 
     Raises:
         PrepareError: the model can be had neither locally nor from the hub, or cannot be used.
     """
-    name = os.path.normpath(name)
+    name = name and os.path.normpath(name)  # of an empty one it makes this folder
     if kind not in KINDS:
         raise PrepareError(f"--quantization {kind}: one of {', '.join(KINDS)}")
     target = prepared(models, name, kind)
-    there = cached(cache, name)
+    there = cached(cache, name) if name else None
     if (base := is_prepared(target)) and os.path.normpath(str(base.get("name"))) == name:
         if not there or _made_of(target, base, there, kind):
             return target
         _say(f"{there} has changed, or was not looked at as it is now")
+    if not there:
+        check_id("--name", name)
     source = there or model_folder(cache, name, token)
     models.mkdir(parents=True, exist_ok=True)
     _remove_what_was_killed(models, f".{target.name}-")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -19,6 +20,7 @@ from app.site.rows import read
 from supernode import partitions
 from supernode.download import PrepareError
 from supernode.partitions import BUNDLED, Split, prepare_data
+from supernode.quantise import prepare_model
 from tests.killed import kills
 from tests.samples import ROWS, write_jsonl
 
@@ -448,6 +450,22 @@ def test_a_split_that_cannot_be_made_is_one_line_and_writes_nothing(
 def test_a_data_set_that_is_neither_here_nor_on_the_hub_is_named(federation: Path) -> None:
     with pytest.raises(PrepareError, match="nobody/no-such-data"):
         prepare_data(federation, Split("nobody/no-such-data", 2))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", "rows.jsonl", "data/rows.csv", "/no/such/rows", "../rows", "~/rows", "a/b/c",
+     "https://example.org/rows"],
+)  # fmt: skip
+def test_a_path_with_a_slip_is_not_looked_for_on_the_hub(
+    federation: Path, tmp_path: Path, name: str
+) -> None:
+    said = re.escape(f"{name!r}: there is no such file or folder here")
+    with pytest.raises(PrepareError, match=f"--source {said}"):
+        prepare_data(federation, Split(name, 2))
+    said = re.escape(f"{name and os.path.normpath(name)!r}: there is no such file or folder here")
+    with pytest.raises(PrepareError, match=f"--name {said}"):
+        prepare_model(tmp_path / "models", tmp_path, name, "none", None)
 
 
 def test_the_bundled_flashcards_are_enough_small_and_all_different(federation: Path) -> None:
