@@ -104,7 +104,7 @@ def _convert(source: Path, target: Path, name: str, kind: str) -> None:
     size = sum(p.stat().st_size for p in source.glob("*.safetensors"))
     _say(f"loading {name}, {size / 1e9:.1f} GB, as {kind}")
     model, tokenizer = _loaded(source, kind)
-    layers = sources.linear_layers(model)
+    layers, positions = sources.linear_layers(model), sources.positions(model)
     _say("writing it, and a fingerprint of what it was made of")
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
@@ -126,6 +126,7 @@ def _convert(source: Path, target: Path, name: str, kind: str) -> None:
         "fingerprint": sources.fingerprints(source)[kind],
         "source": stamps,
         "linear_layers": layers,
+        "positions": positions,
         "files": {p.relative_to(target).as_posix(): p.stat().st_size for p in files},
         "sha256": {p.relative_to(target).as_posix(): _sha256(p) for p in files},
     }

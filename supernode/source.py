@@ -192,3 +192,12 @@ def linear_layers(model: Any) -> dict[str, list[int]]:
         for n, m in model.named_modules()
         if isinstance(m, Linear | Conv1D)
     }
+
+
+def positions(model: Any) -> int | None:
+    """How many tokens of a text it can place; None: as many as there are (RoPE), or unknown."""
+    config = model.config.get_text_config()
+    if getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None):
+        return None
+    found = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((n for n in found if isinstance(n, int)), None)

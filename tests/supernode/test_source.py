@@ -372,6 +372,7 @@ def test_what_is_prepared_of_another_family_learns(tmp_path: Path, family: str, 
     build_tiny_family(tmp_path / "source", family)
     prepare(tmp_path / "source", kind, tmp_path)
     base = find(tmp_path / "models", str(tmp_path / "source"), {"none": 0, "nf4": 4}[kind])
+    assert base.positions == {"gpt2": 1024, "gptj": 2048, "mpt": 2048}.get(family)
     config = run_config(
         target_modules="all-linear", lora_r=4, lora_dropout=0.0, batch_size=8, max_steps=6
     )
