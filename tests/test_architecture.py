@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "app/client_app.py": ("app.site", "app.wire", "app.config"),
     "app/plan.py": ("app.site", "app.wire", "app.config"),
     "superlink/": ("superlink", "app.config", "supernode.reach"),
+    "superlink/page/": ("superlink.page", "app.config", "eval.charts", "eval.summary"),
     "supernode/": ("supernode",),
     "supernode/partitions.py": ("supernode", "app.site.rows", "app.site.row_files"),
     "supernode/data_source.py": ("supernode", "app.site.rows", "app.site.row_files"),

@@ -19,7 +19,10 @@ from tests.samples import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "settings.md"
 COMPOSE_FILES = ("compose.yaml", "docker/compose.cpu.yaml")
-PROGRAMS = ("superlink/entrypoint.py", "superlink/serverapp.py", "supernode/entrypoint.py")
+PROGRAMS = (
+    "superlink/entrypoint.py", "superlink/serverapp.py", "superlink/page/__main__.py",
+    "supernode/entrypoint.py",
+)  # fmt: skip
 # They read what an entrypoint sets for them.
 OF_CHILDREN = ("superlink/link_log.py", "supernode/pinned.py", "supernode/warm/")
 CODE = ("app", "superlink", "supernode", "eval")
@@ -74,6 +77,7 @@ MEANT = {
     "MODEL_CACHE": "folder of this host instead of the volume `cache`, writable by uid 10001, "
     "readable by group 10001",
     "MODEL_NAME": "base model, by its hub id",
+    "PAGE_PORT": "port of 127.0.0.1 where the page is published",
     "PARTITIONER": "`iid`; `dirichlet`, with `PARTITION_BY`; `files`, one file a site "
     "(`site-00.jsonl`, …)",
     "PARTITION_BY": "column of the class, for `dirichlet`",

@@ -20,7 +20,7 @@ from tests.samples import ROWS
 
 pytestmark = pytest.mark.faults
 SITES, LATE, KILLED, REVOKED = 4, 1, 2, 3
-ROUND_TIMEOUT_S = 90  # all of it passes: one site is late
+ROUND_TIMEOUT_S = 150  # all of it passes, since one site is late; the others need it on a busy host
 
 
 class Unreliable(LocalFederation):

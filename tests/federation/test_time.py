@@ -25,7 +25,7 @@ pytestmark = pytest.mark.faults
 SITES = 3
 # One of the two runs whatever app comes.
 HANGING = {1: ("hangs busy", ""), 2: ("hangs asleep", "1")}
-ROUND_TIMEOUT_S = 60
+ROUND_TIMEOUT_S = 90
 
 
 class Hanging(LocalFederation):
