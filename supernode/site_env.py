@@ -82,7 +82,8 @@ def _lines(path: Path) -> dict[str, tuple[str, int]]:
             )
         if name in found:
             raise SystemExit(
-                f"supernode: {path}, lines {found[name][1]} and {number} both set {name}; keep one"
+                f"supernode: {path}, lines {found[name][1]} and {number} set {name} twice; keep "
+                "one of them"
             )
         found[name] = value, number
     return found

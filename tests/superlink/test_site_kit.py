@@ -12,6 +12,7 @@ import superlink.provision
 from superlink import certificates
 from superlink.certificates import Key, ca_certificate, new_key, server_certificate
 from superlink.provision import ProvisionError, provision
+from superlink.show import show
 from tests.superlink.test_provision import ADDRESS, handshake, snapshot
 
 
@@ -135,7 +136,7 @@ def test_a_certificate_with_a_common_name_only_is_kept_and_is_for_nobody(
     assert "kept: it is of another CA" in said
     assert "is not for superlink.example, localhost, 127.0.0.1, and ends" in said
     assert superlink.provision.renew(tmp_path) == [said.replace(LACKS, "")]
-    assert superlink.provision.show(tmp_path)
+    assert show(tmp_path)
     assert file.read_bytes() == before
 
 

@@ -157,7 +157,9 @@ def test_an_address_that_cannot_work_is_named(env: dict[str, str], address: str)
 def test_a_setting_twice_is_not_chosen_from(env: dict[str, str]) -> None:
     file = Path(env["SITE_DIR"]) / "site.env"
     file.write_text("SUPERLINK=other:9092\n" + file.read_text())
-    with pytest.raises(SystemExit, match=r"site.env, lines 1 and 2 both set SUPERLINK; keep one"):
+    with pytest.raises(
+        SystemExit, match=r"site.env, lines 1 and 2 set SUPERLINK twice; keep one of them"
+    ):
         read_site(env)
 
 
