@@ -72,6 +72,8 @@ def read(
     for name, place, record in found:
         try:
             texts = _texts(record, form)
+            if not any(texts) and not columns:  # of another form than most, in files put together
+                texts = next(filter(any, (_texts(record, f) for f in _FORMS)), texts)
             of_class = _text(record, class_column.strip().casefold()) if class_column else ""
             if any(texts[:2]) and texts[2]:
                 kept.append((texts, of_class))
@@ -118,7 +120,7 @@ def _form(names: list[str], columns: str, called: str) -> Callable[[dict[str, An
     if "output" in names and {"instruction", "input"} & set(names):
         return _alpaca
     if {"question", "answer"} <= set(names):
-        return lambda r: (_text(r, "instruction"), _text(r, "question"), _text(r, "answer"))
+        return _asked
     if "messages" in names:
         return _chat
     column = "instruction" if "output" in names else "output"
@@ -133,16 +135,23 @@ def _alpaca(record: dict[str, Any]) -> _Texts:
     return _text(record, "instruction"), _text(record, "input"), _text(record, "output")
 
 
+def _asked(record: dict[str, Any]) -> _Texts:
+    return _text(record, "instruction"), _text(record, "question"), _text(record, "answer")
+
+
 def _chat(record: dict[str, Any]) -> _Texts:
     """One question and one answer, behind a system's turn or not."""
     turns = record.get("messages") or []
     if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
         raise BadRowError("no list of turns in column 'messages'")
-    said = {str(turn.get("role")): _text(turn, "content") for turn in turns}
+    said = {str(turn.get("role")).strip().lower(): _text(turn, "content") for turn in turns}
     roles = list(said) if len(said) == len(turns) else []
     if turns and roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise BadRowError("'messages' is not one turn of the user and one of the assistant")
     return said.get("system", ""), said.get("user", ""), said.get("assistant", "")
+
+
+_FORMS = _alpaca, _asked, _chat
 
 
 def _texts(record: Any, form: Callable[[dict[str, Any]], _Texts]) -> _Texts:

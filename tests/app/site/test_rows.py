@@ -335,6 +335,17 @@ def test_a_chat_of_one_turn_each_is_a_question_and_its_answer(tmp_path: Path) ->
     assert partition.load(tmp_path, "train") == [Row("a?", "Y"), Row("b?", "Y")]
 
 
+def test_each_row_of_files_put_together_has_its_own_form(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "A?", "output": "1"}, {"question": "B?", "answer": "2"},
+        turns(("User", "C?"), ("Assistant", "3")), {"instruction": "D?", "output": "4"},
+        {"question": "", "answer": ""},
+    ]  # fmt: skip
+    found = site_rows(tmp_path, "a.jsonl", lines(rows).encode())
+    assert found == [Row("A?", "1"), Row("B?", "2"), Row("C?", "3"), Row("D?", "4")]
+    assert partition.part_of(tmp_path, "train").counts()["empty"] == 1
+
+
 @pytest.mark.parametrize(
     "chat",
     [
