@@ -61,14 +61,8 @@ def check(source: Path) -> None:
         SourceError: the weights are missing, cut short, pickled, quantised already or an adapter's,
             or a file is not what its name says.
     """
-    from safetensors import SafetensorError, safe_open
-
     for path in files(source):
-        with path.open("rb") as file:
-            head = file.read(32).lstrip().lower()
-        for start, what in _NO_FILE.items():
-            if head.startswith(start):
-                raise SourceError(f"{path} {what}")
+        check_file(path)
     if (source / "adapter_config.json").exists():
         raise SourceError(
             f"{source} holds an adapter (adapter_config.json); give its base model, or merge the "
@@ -81,26 +75,44 @@ def check(source: Path) -> None:
             f"{source} holds no .safetensors file, and no other weights are read; save it anew "
             "with save_pretrained of Transformers"
         )
-    arrays: dict[str, dict[str, str]] = {}  # file -> array -> type of its numbers
-    for path in weights:
-        try:
-            with safe_open(path, "np") as opened:
-                names = opened.keys()
-                arrays[path.name] = {n: opened.get_slice(n).get_dtype() for n in names}
-        except SafetensorError as err:
-            raise SourceError(
-                f"{path} is damaged or cut short ({err}); download it again"
-            ) from None
-        whole = [n for n, kind in arrays[path.name].items() if _WHOLE_NUMBERS.fullmatch(kind + n)]
-        if whole:
-            raise SourceError(
-                f"{path}: {len(whole)} weights are whole numbers, as of quantised ones, the first "
-                f"is {whole[0]}; give the original model, which is quantised here"
-            )
+    arrays = {path.name: set(shapes(path)) for path in weights}
     _check_index(source / _INDEX, settings.get(_INDEX), arrays)
 
 
-def _check_index(path: Path, index: Any, arrays: dict[str, dict[str, str]]) -> None:
+def check_file(path: Path) -> None:
+    """Raises SourceError: it is what stands for a file, and not the file."""
+    with path.open("rb") as file:
+        head = file.read(32).lstrip().lower()
+    for start, what in _NO_FILE.items():
+        if head.startswith(start):
+            raise SourceError(f"{path} {what}")
+
+
+def shapes(path: Path) -> dict[str, list[int]]:
+    """Of the arrays in a safetensors file.
+
+    Raises:
+        SourceError: it is none, damaged, or holds whole numbers for weights; OSError: not readable.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    check_file(path)
+    try:
+        with safe_open(path, "np") as opened:
+            arrays = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            found = {name: list(array.get_shape()) for name, array in arrays.items()}
+            whole = [n for n, a in arrays.items() if _WHOLE_NUMBERS.fullmatch(a.get_dtype() + n)]
+    except SafetensorError as err:
+        raise SourceError(f"{path} is damaged or cut short ({err}); download it again") from None
+    if whole:
+        raise SourceError(
+            f"{path}: {len(whole)} weights are whole numbers, as of quantised ones, the first is "
+            f"{whole[0]}; give those that they were made of"
+        )
+    return found
+
+
+def _check_index(path: Path, index: Any, arrays: dict[str, set[str]]) -> None:
     """Raises SourceError: a part of the weights is not there, or nobody says what the parts are."""
     if "model.safetensors" in arrays:  # it alone is read
         return
