@@ -29,7 +29,7 @@ def test_gpt_2_is_trained_and_a_row_that_it_has_no_place_for_is_told_at_once(
         f"model.name={json.dumps(str(source))} model.quantization=0 model.lora.peft-lora-r=4"
         ' model.lora.target-modules="c_attn" train.seq-length=2000',
         "num-server-rounds=1 strategy.min-nodes=2 strategy.node-timeout-s=120",
-        "strategy.min-evaluate-nodes=1 train.learning-rate-max=0.01",
+        "strategy.fraction-evaluate=0.0 train.learning-rate-max=0.01",
     ]
     with LocalFederation(tmp_path, tmp_path / "models", results, 2) as federation:
         federation.provision()

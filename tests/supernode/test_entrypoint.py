@@ -266,6 +266,14 @@ def test_a_node_with_gpus_says_which_is_its_own(
     assert env["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
 
 
+def test_a_driver_that_answers_with_other_bytes_keeps_no_node_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = r"printf 'GPU 0: \377 (UUID: GPU-1)\nGPU 1: \376 (UUID: GPU-2)\n'"
+    nvidia_smi(tmp_path, monkeypatch, listed)
+    assert visible_gpus() == ["0", "1"]
+
+
 def test_slices_of_a_gpu_are_what_its_sites_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
