@@ -106,6 +106,17 @@ def test_the_holdout_is_a_tenth_and_at_most_its_limit(source: str, federation: P
     assert [len(rows_of(federation, s, "train")) for s in (0, 1)] == [42, 42]
 
 
+def test_a_site_that_is_too_small_to_hold_a_row_out_is_told(
+    tmp_path: Path, federation: Path
+) -> None:
+    source = write_jsonl(tmp_path / "few.jsonl", ROWS[:12])
+    said = prepare_data(federation, Split(str(source), 2))
+    assert any("WARNING: 2 of 2 sites hold no row out" in line for line in said)
+    assert not any(
+        "hold no row out" in x for x in prepare_data(tmp_path / "f", Split(str(source), 1))
+    )
+
+
 @pytest.mark.parametrize("partitioner", ["iid", "dirichlet"])
 def test_the_seed_decides_who_gets_what(tmp_path: Path, source: str, partitioner: str) -> None:
     results = []
