@@ -4,6 +4,7 @@ What stands there is read anew each time, and no library's copy of it is made.
 """
 
 import hashlib
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def data_files(source: str, cache: Path, token: str | None, scratch: str) -> dic
         return {source: Path(source)}
     here = bool(source) and Path(source).is_dir()
     if not here:
-        check_id("--source", source)
+        check_id("--source", source.rstrip("/"))
     folder = Path(source) if here else data_folder(cache, source, token)
     import datasets
 
@@ -65,7 +66,8 @@ def data_files(source: str, cache: Path, token: str | None, scratch: str) -> dic
             f"data set {source}: no split 'train', it has {', '.join(splits) or 'none'}; give the "
             f"file of one as --source, out of {folder}"
         )
-    return {f"{source}: {Path(file).name}": Path(file) for file in splits["train"]}
+    # With its folder: shards in several folders may have one name.
+    return {f"{source}: {os.path.relpath(file, folder)}": Path(file) for file in splits["train"]}
 
 
 def source_table(

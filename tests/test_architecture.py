@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "supernode/data_source.py": ("supernode", "app.site.rows", "app.site.row_files"),
     "eval/": (
         "eval", "app.config", "app.server.checkpoint", "app.site.base_model",
-        "app.site.partition.SiteError", "app.site.verified", "supernode.source",
+        "app.site.partition.SiteError", "app.site.verified", "supernode.hub", "supernode.source",
     ),
 }  # fmt: skip
 # A whole federation on one host is made of the rest of superlink/, which does not know of it.

@@ -126,6 +126,28 @@ def test_what_has_the_internet_holds_nothing_and_what_holds_rows_has_no_network(
     assert condition == "service_completed_successfully"
 
 
+def test_how_the_hub_is_reached_gets_to_what_asks_it_and_what_decides_the_split_to_prepare() -> (
+    None
+):
+    way = {
+        "HTTP_PROXY": "http://p:1",
+        "HTTPS_PROXY": "http://p:2",
+        "NO_PROXY": "mirror.example.org",
+    }
+    split = {"DIRICHLET_ALPHA": "0.1", "DATA_SEED": "7"}
+    services = _config(HF_ENDPOINT="https://mirror.example.org", **way, **split)
+    unset = _config(HF_ENDPOINT="", **dict.fromkeys(way, ""))
+    for name in ("download", "fetch"):
+        given = services[name]["environment"]
+        assert given["HF_ENDPOINT"] == "https://mirror.example.org"
+        assert {k: given[f"HUB_{k}"] for k in way} == way
+        assert unset[name]["environment"]["HF_ENDPOINT"] == "https://huggingface.co"
+        # One that is set, though to nothing, would take away the Docker client's own.
+        assert not set(way) & set(unset[name]["environment"])
+        assert {s["source"] for s in services[name]["secrets"]} == {"hf-token", "ca"}
+    assert split.items() <= services["prepare"]["environment"].items()
+
+
 def test_a_serverapp_has_results_and_a_secret_and_no_network_but_the_superlinks(
     gpu: dict[str, Any],
 ) -> None:
