@@ -40,7 +40,7 @@ def data_files(source: str, cache: Path, token: str | None, scratch: str) -> dic
         return {source: Path(source)}
     here = bool(source) and Path(source).is_dir()
     if not here:
-        check_id("--source", source.rstrip("/"))
+        check_id("data set", source.rstrip("/"))
     folder = Path(source) if here else data_folder(cache, source, token)
     import datasets
 

@@ -220,11 +220,13 @@ def _gguf_of_package(folder: Path) -> Path:
     return folder / member
 
 
-def check_id(flag: str, name: str) -> None:
+def check_id(what: str, name: str) -> None:
     """Of what is not here. Raises PrepareError: nor can the hub have it; a path with a slip."""
     if re.search(r"\.(jsonl?|csv|parquet)$|^(?!\w[\w.-]*(/\w[\w.-]*)?$)", name):
+        here = "folder" if what == "base model" else "file or folder"
         raise PrepareError(
-            f"{flag} {name!r}: there is no such file or folder here, and a hub's id is ORG/NAME"
+            f"{what} {name.strip() or '(no name)'}: no {here} here, and the hub has no such names, "
+            "only ORG/NAME"
         )
 
 

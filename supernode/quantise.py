@@ -44,7 +44,7 @@ def prepare_model(models: Path, cache: Path, name: str, kind: str, token: str | 
             return target
         _say(f"{there} has changed, or was not looked at as it is now")
     if not there:
-        check_id("--name", name)
+        check_id("base model", name)
     source = there or model_folder(cache, name, token)
     models.mkdir(parents=True, exist_ok=True)
     _remove_what_was_killed(models, f".{target.name}-")

@@ -76,6 +76,8 @@ def part_of(site_dir: Path, part: str, columns: str = "") -> Part:
         table, path, rows = train, trained_on, train.rows
         if not rows:
             raise SiteError(f"{_name(path)}: no row with a question and an answer")
+        if train.left_out:
+            logger.info("%s: the instruction of all rows is no part of the questions", _name(path))
     else:
         path = data_file(site_dir, part)
         if not path:
@@ -101,8 +103,4 @@ def _table(path: Path, columns: str, like: Table | None = None) -> Table:
         table = read({_name(path): path}, columns, like=like)
     except RowsError as err:
         raise SiteError(str(err)) from None
-    if table.left_out and not like:
-        logger.info(
-            "%s: the instruction that all rows share is no part of the questions", path.name
-        )
     return table
