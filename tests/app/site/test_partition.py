@@ -297,8 +297,9 @@ def test_it_is_said_that_the_instruction_of_all_rows_is_left_out(
     site_log.set_level(logging.INFO, logger="app")
     write(tmp_path, ROWS[:3], ".jsonl")
     load(tmp_path, "train")
-    (said,) = [r.getMessage() for r in site_log.records]
+    (said,) = {r.getMessage() for r in site_log.records}
     assert said == "data/train.jsonl: the instruction of all rows is no part of the questions"
+    site_log.clear()
     write(tmp_path, [r | {"instruction": ""} for r in ROWS[:3]], ".jsonl")  # as prepare writes
     load(tmp_path, "train")
-    assert len(site_log.records) == 1
+    assert not site_log.records
