@@ -59,7 +59,8 @@ def _rows_used(
     """How many rows the run can use, what becomes of the others, by part; each text is encoded.
 
     Raises:
-        SiteError: no row is left to train on, or the model has no tokenizer of the usual form.
+        SiteError: no row is left to train on, one is longer than the model takes, or the model has
+            no tokenizer of the usual form.
     """
     from app.site.examples import FileTokenizer, lengths
 
@@ -74,6 +75,13 @@ def _rows_used(
     for name, part in parts.items():
         counts[name] = part.counts() | lengths(part.rows, tokenizer, config.seq_length)
         counts[name]["used"] = len(part.rows) - counts[name]["too_long"]
+        if base.positions and config.seq_length > base.positions:
+            longer = sum(lengths(part.rows, tokenizer, base.positions).values())
+            if longer:
+                raise SiteError(
+                    f"{part.name}: {longer} rows are longer than the {base.positions} tokens that "
+                    f"{base.name} takes; lower train.seq-length = {config.seq_length} to that"
+                )
         if part.name:
             told = ", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts[name].items())
             logger.info("%s: %s", part.name, told)

@@ -49,7 +49,7 @@ from superlink.certificates import (
 )
 from superlink.container_files import manifest_folder, runtime_secret
 from superlink.show import show
-from supernode.reach import AddressError, parsed
+from supernode.reach import AddressError, certificate_name, parsed
 
 RENEW_BEFORE = timedelta(days=30)
 RENEW_CA_BEFORE = timedelta(days=SERVER_DAYS) + RENEW_BEFORE  # no server's outlives it
@@ -86,6 +86,10 @@ def provision(federation: Path, sites: int, address: str, names: list[str]) -> l
         host, _ = parsed(address)
     except AddressError as err:
         raise ProvisionError(f"--address: {err}") from None
+    try:
+        names = [certificate_name(name) for name in names]
+    except AddressError as err:
+        raise ProvisionError(f"--names: {err}") from None
     made: list[str] = []
     for torn in federation.glob("*/.*.part"):  # of a call that was killed; maybe half a key
         torn.unlink(missing_ok=True)

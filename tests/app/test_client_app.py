@@ -1,9 +1,11 @@
 """A site's side of a round, in this process: what it receives, trains and sends back."""
 
 import fcntl
+import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -192,6 +194,24 @@ def test_a_base_model_without_a_readable_tokenizer_is_named_in_the_preflight(
     monkeypatch.setattr("tokenizers.Tokenizer.token_to_id", lambda *_: None)
     said = str(asked(run_config(**base))["error"])
     assert said.startswith(f"base model {base['model_name']}: no tokenizer.json with an EOS")
+
+
+@pytest.mark.parametrize("part", ["train", "holdout"])
+def test_rows_that_are_longer_than_the_model_takes_are_found_before_training(
+    site: Path, models_dir: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """GPT-2 has a place for so many tokens: of one more it says IndexError, at each site."""
+    made = find(models_dir, base["model_name"], 0)
+    monkeypatch.setattr(client_app, "_base_model", lambda _: replace(made, positions=300))
+    assert "error" not in asked(run_config(**base, seq_length=512))
+    path = next((site / "data").glob(f"{part}.*"), site / "data" / f"{part}.jsonl")
+    row = {"instruction": "", "input": "Long?", "output": "long " * 100}
+    path.write_text((path.read_text() if path.exists() else "") + json.dumps(row) + "\n")
+    assert asked(run_config(**base, seq_length=512))["error"] == (
+        f"data/{path.name}: 1 rows are longer than the 300 tokens that {made.name} takes; "
+        "lower train.seq-length = 512 to that"
+    )
+    assert "error" not in asked(run_config(**base, seq_length=300))
 
 
 def test_too_little_memory_is_an_error_of_the_site_that_says_what_to_lower(
