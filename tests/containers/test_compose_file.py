@@ -8,7 +8,8 @@ import pytest
 
 from tests.containers.conftest import CPU, NODES, REPOSITORY, compose
 
-ONE_SHOT = {"provision", "download", "prepare", "register", "submit", "fetch", "eval"}
+TOOLS = {"status"}  # commands of the operator's; `up` starts none
+ONE_SHOT = {"provision", "download", "prepare", "register", "submit", "fetch", "eval"} | TOOLS
 USERS = {"eval": "10002:10001", "serverapp": "10003:10001"}
 Mounts = dict[str, tuple[str, str, bool]]
 
@@ -36,7 +37,8 @@ def cpu() -> dict[str, Any]:
 
 
 def _config(*files: str, **env: str) -> dict[str, Any]:
-    done = compose("--profile", "eval", "config", "--format", "json", files=files or CPU[:1], **env)
+    profiles = ("--profile", "eval", "--profile", "tools")
+    done = compose(*profiles, "config", "--format", "json", files=files or CPU[:1], **env)
     assert done.returncode == 0, done.stderr
     services: dict[str, Any] = json.loads(done.stdout)["services"]
     return services
@@ -91,6 +93,7 @@ def test_keys_are_seen_whole_by_provision_only_and_else_by_their_owner(
         "serverapp": {"serverapp"},
         "register": {"public"},
         "submit": {"public"},
+        "status": {"public"},
         **{n: {f"site-{n[-2:]}", f"site-{n[-2:]}/state"} for n in NODES},
         **{n: set() for n in ("download", "fetch", "eval")},
     }
@@ -187,15 +190,15 @@ def test_limits_have_defaults_that_the_environment_overrides() -> None:
     given = limits(PIDS="99", **{f"{n}_MEMORY": f"{i}m" for i, n in enumerate(names, start=10)})
     assert {given[n] for n in NODES} == {10}
     assert [given[n] for n in ("superlink", "serverapp", "prepare", "eval")] == [11, 11, 12, 13]
-    assert {given[n] for n in ("provision", "register", "submit", "fetch")} == {14}
+    assert {given[n] for n in ("provision", "register", "submit", "fetch", *TOOLS)} == {14}
 
 
 def test_the_control_api_is_on_a_network_without_supernodes() -> None:
-    done = compose("config", "--format", "json")
+    done = compose("--profile", "tools", "config", "--format", "json")
     made = json.loads(done.stdout)
     networks = {n: set(s.get("networks") or ()) for n, s in made["services"].items()}
     assert networks["superlink"] == {"federation", "control", "runtime"}
-    assert networks["submit"] == networks["register"] == {"control"}
+    assert networks["submit"] == networks["register"] == networks["status"] == {"control"}
     assert {frozenset(networks[n]) for n in NODES} == {frozenset({"federation"})}
     # An internal one leads nowhere, and published ports go to the other: to the Control API.
     for inner in ("federation", "runtime"):
