@@ -6,11 +6,12 @@ Writes FOLDER/fedllm-<UTC time>.tar (mode 0600: it holds all private keys) of
 
     federation/  FEDERATION_DIR: CA, keys, certificates, secrets, kits; no site's data/ and state/
     sites/       SITES_DIR: who is who
+    audit/       AUDIT_DIR: the operator's record
     state/       of STATE_DIR the SuperLink's database, by SQLite's backup interface
     results/     RESULTS_DIR, with --results
 
-and SHA256SUMS of it all, as sha256sum reads it. superlink.restore puts it back. Links and hidden
-files (what is being written) are left out.
+and SHA256SUMS of it all, as sha256sum reads it. superlink.restore puts it back. Links (but for
+results/latest) and hidden files (what is being written) are left out.
 """
 
 import argparse
@@ -29,6 +30,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO
+
+from superlink.audit import AuditError, recorded
 
 FORM = 1  # of the archive: another number is another order of things in it
 ABOUT, SUMS = "backup.json", "SHA256SUMS"
@@ -50,9 +53,11 @@ def folders(env: dict[str, str], state_is_there: bool) -> dict[str, Path]:
     """
     if not env.get("STATE_DIR"):
         raise BackupError("STATE_DIR is not set; it is the folder of the SuperLink's database")
+    federation = Path(env.get("FEDERATION_DIR", "federation"))
     found = {
-        "federation": Path(env.get("FEDERATION_DIR", "federation")),
-        "sites": Path(env.get("SITES_DIR", "federation/sites")),
+        "federation": federation,
+        "sites": Path(env.get("SITES_DIR") or federation / "sites"),
+        "audit": Path(env.get("AUDIT_DIR") or federation / "audit"),
         "state": Path(env["STATE_DIR"]),
         "results": Path(env.get("RESULTS_DIR", "results")),
     }
@@ -72,6 +77,7 @@ def backup(parts: dict[str, Path], target: Path) -> Path:
         raise BackupError(f"FEDERATION_DIR={parts['federation']}: no ca/ca.key there")
     if "results" in parts and not parts["results"].is_dir():
         raise BackupError(f"RESULTS_DIR={parts['results']}: no such folder")
+    parts = {part: folder for part, folder in parts.items() if folder.is_dir()}
     if any(target.resolve().is_relative_to(folder.resolve()) for folder in parts.values()):
         raise BackupError(f"{target} lies in what is to be saved; give another folder")
     target.mkdir(parents=True, exist_ok=True)
@@ -125,6 +131,11 @@ class _Archive:
     def add_folder(self, name: str, mode: int) -> None:
         entry = _entry(name, mode, 0)
         entry.type = tarfile.DIRTYPE
+        self._archive.addfile(entry)
+
+    def add_link(self, name: str, target: str) -> None:
+        entry = _entry(name, 0o777, 0)
+        entry.type, entry.linkname = tarfile.SYMTYPE, target
         self._archive.addfile(entry)
 
 
@@ -191,12 +202,21 @@ def _add_tree(archive: _Archive, part: str, top: Path, others: set[Path]) -> Non
         if any(here.match(pattern) for pattern in _LEFT_OUT if part == "federation"):
             folders.clear()
             continue
+        if part == "results" and here == Path() and (name := latest(top)):
+            archive.add_link("results/latest", name)
         for name in filter(_wanted, sorted(files)):
             for file in _opened(name, handle):
                 facts = os.fstat(file.fileno())
                 archive.add(
                     str(part / here / name), stat.S_IMODE(facts.st_mode), file, facts.st_size
                 )
+
+
+def latest(results: Path) -> str:
+    """The run that the link of this name leads to; empty if there is none that could be saved."""
+    link = results / "latest"
+    name = str(link.readlink()) if link.is_symlink() else ""
+    return name if name.isdecimal() else ""
 
 
 def _raise(err: OSError) -> None:
@@ -230,8 +250,9 @@ def main() -> int:
         parts = folders(dict(os.environ), state_is_there=True)
         if not args.results:
             del parts["results"]
-        path = backup(parts, args.folder)
-    except BackupError as err:
+        with recorded(parts["audit"], "backup", ", ".join(parts), "superlink.backup"):
+            path = backup(parts, args.folder)
+    except (BackupError, AuditError) as err:
         print(f"backup: {err}", file=sys.stderr)
         return 1
     except OSError as err:

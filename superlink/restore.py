@@ -2,7 +2,8 @@
 
     python -m superlink.restore ARCHIVE
 
-ARCHIVE is superlink.backup's; the folders are FEDERATION_DIR, SITES_DIR, STATE_DIR and RESULTS_DIR.
+ARCHIVE is superlink.backup's; the folders are FEDERATION_DIR, SITES_DIR, AUDIT_DIR, STATE_DIR and
+RESULTS_DIR, which must be empty.
 All checksums are compared before anything is written. Without RESULTS_DIR the results stay in the
 archive (tar -xf ARCHIVE results). Then: superlink.provision, the SuperLink, superlink.register.
 """
@@ -14,11 +15,15 @@ import os
 import shutil
 import sys
 import tarfile
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from superlink.audit import AuditError, recorded
 from superlink.backup import ABOUT, FORM, SUMS, BackupError, folders
+
+LATEST = "results/latest"  # the one link
 
 
 def restore(archive: Path, parts: dict[str, Path]) -> list[str]:
@@ -55,9 +60,11 @@ def _checked(tar: tarfile.TarFile, archive: Path) -> list[str]:
     wanted, about = "", dict[str, Any]()
     for entry in tar:
         name = PurePosixPath(entry.name)
-        if name.is_absolute() or ".." in name.parts or not (entry.isreg() or entry.isdir()):
+        link = entry.issym() and entry.name == LATEST and entry.linkname.isdecimal()
+        of_a_kind = entry.isreg() or entry.isdir() or link
+        if name.is_absolute() or ".." in name.parts or not of_a_kind:
             raise BackupError(f"{archive}: {entry.name!r} does not belong into a backup")
-        if (file := tar.extractfile(entry)) is None:  # a folder
+        if not entry.isreg() or (file := tar.extractfile(entry)) is None:
             continue
         if entry.name in (ABOUT, SUMS):
             text = file.read()
@@ -101,6 +108,10 @@ def _write(tar: tarfile.TarFile, parts: dict[str, Path]) -> None:
             path = parts[part].joinpath(*rest)
             if entry.isdir():
                 _make_folder(path, entry.mode, made)
+            elif entry.issym():
+                with suppress(OSError):  # where the file system has links; readers do without
+                    path.symlink_to(entry.linkname)
+                    made.append(path)
             elif file := tar.extractfile(entry):
                 _make_folder(path.parent, 0o755, made)
                 made.append(path)
@@ -112,7 +123,10 @@ def _write(tar: tarfile.TarFile, parts: dict[str, Path]) -> None:
                     os.fsync(copy.fileno())
     except BaseException:
         for path in reversed(made):
-            path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            else:
+                path.unlink(missing_ok=True)
         raise
 
 
@@ -135,7 +149,10 @@ def main() -> int:
         if not os.environ.get("RESULTS_DIR"):
             del parts["results"]
         done = restore(args.archive, parts)
-    except BackupError as err:
+        # Only now: before, there is no record that this could be put into.
+        with recorded(parts["audit"], "restore", ", ".join(done), "superlink.restore"):
+            pass
+    except (BackupError, AuditError) as err:
         print(f"restore: {err}", file=sys.stderr)
         return 1
     except OSError as err:

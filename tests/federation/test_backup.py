@@ -24,6 +24,7 @@ def folders(federation: LocalFederation) -> dict[str, Path]:
     return {
         "federation": federation.federation,
         "sites": federation.sites_dir,
+        "audit": federation.federation / "audit",
         "state": federation.work / "superlink",
         "results": federation.results,
     }
@@ -36,7 +37,7 @@ def nodes(control: Control) -> dict[bytes, int]:
 def test_sites_come_back_as_the_nodes_that_they_were_and_their_run_goes_on(
     models_dir: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Saved with the run's first round done and the second at work; the first host is then lost."""
+    """The first host is lost after a run of one round; the second has another port."""
     source = tmp_path / "rows.json"
     source.write_text(json.dumps(ROWS))
     overrides = [
@@ -81,3 +82,6 @@ def test_sites_come_back_as_the_nodes_that_they_were_and_their_run_goes_on(
         facts = json.loads((new.results / report.newest_run["run"] / "run.json").read_text())
         assert facts["resumed_from"] == [{"run_id": str(known[0]), "last_round": 1}]
         assert public_keys(new.public) == public_keys(old.public)
+    record = (new.federation / "audit" / "audit.jsonl").read_text().splitlines()
+    acts = [(line["act"], line["outcome"]) for line in map(json.loads, record)]
+    assert acts == [("register", "done")] * SITES + [("submit", "done")] * 2

@@ -104,6 +104,7 @@ def test_what_comes_back_is_what_was_there_but_for_the_sites_own(
     assert set(keys.values()) == {0o600}
     with open_database(of(tmp_path / "here")) as base:
         assert base.execute("SELECT id FROM node").fetchall() == [(7,)]
+    assert str((tmp_path / "here" / "results" / "latest").readlink()) == "12"
     database = tmp_path / "here" / "state" / "superlink.db"
     assert stat.S_IMODE(database.stat().st_mode) == 0o600
     assert b"patient" not in path.read_bytes()
