@@ -5,7 +5,9 @@ Questions are no acts.
 """
 
 import hashlib
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,18 @@ ACTS = {
 
 
 def install(folder: Path) -> None:
-    """Let this process's Control API record into ``folder``/audit.jsonl."""
+    """Let this process's Control API record into ``folder``/audit.jsonl.
+
+    Raises:
+        SystemExit: that folder cannot be written.
+    """
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise SystemExit(
+            f"superlink: AUDIT_DIR={folder} cannot be written by user {os.getuid()}; change its "
+            "owner or set another folder"
+        )
     for name, method in list(vars(ControlServicer).items()):
         if name[0].isupper() and not name.startswith(_QUESTIONS):
             setattr(ControlServicer, name, _recording(folder, name, method))

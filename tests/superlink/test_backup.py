@@ -124,8 +124,8 @@ def test_the_sums_are_those_that_sha256sum_reads(parts: Parts, tmp_path: Path) -
 def test_the_database_is_that_of_one_moment_while_somebody_writes_to_it(
     parts: Parts, tmp_path: Path
 ) -> None:
-    """Each transaction writes two rows, so a copy with an odd number would be of none."""
-    stop, copies = threading.Event(), list[int]()
+    """Each transaction writes two rows: a copy has an even number, and all that there were before."""
+    stop, copies, done = threading.Event(), list[int](), list[int]()
 
     def write() -> None:
         with open_database(parts) as base:
@@ -133,16 +133,18 @@ def test_the_database_is_that_of_one_moment_while_somebody_writes_to_it(
                 base.execute("INSERT INTO node VALUES (1)")
                 base.execute("INSERT INTO node VALUES (2)")
                 base.commit()
+                done.append(2)
 
     writer = threading.Thread(target=write)
     del parts["results"]
     writer.start()
     try:
         for n in range(5):
-            here = of(tmp_path / f"here-{n}")
+            here, before = of(tmp_path / f"here-{n}"), sum(done)
             restore(backup(parts, tmp_path / f"saved-{n}"), here)
             with open_database(here) as base:
                 copies += base.execute("SELECT COUNT(*) FROM node WHERE id < 7").fetchone()
+            assert copies[-1] >= before
     finally:
         stop.set()
         writer.join()

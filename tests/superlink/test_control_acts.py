@@ -118,3 +118,11 @@ def test_what_cannot_be_recorded_is_told_as_failed(home: Path, control: Control)
     with pytest.raises(grpc.RpcError):
         control._stub.StopRun(run)
     assert len(record(home)) == 3
+
+
+def test_a_superlink_that_could_record_nothing_does_not_start(tmp_path: Path) -> None:
+    (tmp_path / "audit").write_text("a file")
+    with pytest.raises(
+        SystemExit, match=rf"AUDIT_DIR={tmp_path / 'audit' / 'x'} cannot be written"
+    ):
+        control_acts.install(tmp_path / "audit" / "x")
