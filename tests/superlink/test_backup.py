@@ -124,7 +124,7 @@ def test_the_sums_are_those_that_sha256sum_reads(parts: Parts, tmp_path: Path) -
 def test_the_database_is_that_of_one_moment_while_somebody_writes_to_it(
     parts: Parts, tmp_path: Path
 ) -> None:
-    """Each transaction writes two rows: a copy has an even number, and all that had been written."""
+    """Each transaction writes two rows: a copy has an even number, and all that stood there."""
     stop, copies, done = threading.Event(), list[int](), list[int]()
 
     def write() -> None:
