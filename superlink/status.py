@@ -28,7 +28,8 @@ SCHEMA = 1  # another number: a field has another meaning, or is gone
 SOME_AWAY = 4
 UP_WITHIN_S = 30
 ONLINE, OFFLINE, REGISTERED = "online", "offline", "registered"  # Flower's words; the third: never
-UNKNOWN, REVOKED = "unknown", "revoked"
+UNKNOWN, REVOKED, PAUSED = "unknown", "revoked", "paused"
+_HAS_PAUSED = "the site has paused"  # so the answer of one reads
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Site:
     rows: int | None = None
     device: str = ""
     app: str = ""  # of the newest run that it was ready for, as its own pin was
+    policy: str = ""  # SHA-256 of its policy.toml
     versions: dict[str, str] = field(default_factory=dict)
     last_round: dict[str, Any] | None = None  # run, round
     left_out: dict[str, Any] | None = None  # run, round (None: of the whole run), why
@@ -76,6 +78,9 @@ def status(control: Control, public: Path, results: Path) -> Report:
     apps = {str(run.run_id): f"{run.app_version} {run.app[:12]}".strip() for run in control.runs()}
     newest = _add_runs(sites, results, runs, apps)
     notes += _other_versions(sites.values())
+    for site in sites.values():
+        if site.state == ONLINE and site.left_out and _HAS_PAUSED in site.left_out["why"]:
+            site.state = PAUSED
     away = any(site.state != ONLINE for site in sites.values())
     everybody = [*sites.values(), *(Site(name, REVOKED) for name in out)]
     everybody.sort(key=lambda site: (len(site.site), site.site))
@@ -141,6 +146,7 @@ def _add_facts(site: Site, said: dict[str, Any], app: str) -> None:
     rows = said.get("num_examples")
     site.rows = rows if type(rows) is int else None
     site.device, site.app = run_files.text(said.get("device")), app
+    site.policy = run_files.text(said.get("policy"))
     versions = run_files.table(said.get("versions"))
     site.versions = {run_files.text(k): run_files.text(v) for k, v in versions.items()}
 
@@ -180,7 +186,9 @@ def _other_versions(sites: Any) -> Iterator[str]:
 def text(report: Report) -> str:
     """For people: a line a site, what is worth a note, and the newest run."""
     newest = report.newest_run
-    rows = [("site", "state", "last seen", "rows", "device", "app", "last round", "left out")]
+    rows = [
+        ("site", "state", "last seen", "rows", "device", "app", "policy", "last round", "left out")
+    ]
     for site in report.sites:
         done, out = site.last_round, site.left_out
         which = f"{done['round']}" if done else "-"
@@ -189,7 +197,8 @@ def text(report: Report) -> str:
         why = "" if not out else f"{_of(out)}{out['why']}"
         seen = site.last_seen[:19].replace("T", " ")
         told = "" if site.rows is None else str(site.rows)
-        cells = (site.site, site.state, seen, told, site.device, site.app, which, why)
+        which_app = site.app, site.policy[:8]
+        cells = (site.site, site.state, seen, told, site.device, *which_app, which, why)
         rows.append(tuple(cell or "-" for cell in cells))  # type: ignore[arg-type]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

@@ -125,7 +125,8 @@ def test_rows_rounds_and_reasons_are_those_of_the_newest_run_that_has_them(
     results = tmp_path / "results"
 
     def said(rows: int, torch: str = "2.13.0") -> dict[str, Any]:
-        return {"num_examples": rows, "device": "GPU 0 (H100)", "versions": {"torch": torch}}
+        about = {"device": "GPU 0 (H100)", "versions": {"torch": torch}, "policy": "cd" * 32}
+        return {"num_examples": rows, **about}
 
     written(
         results, OLD,
@@ -163,9 +164,33 @@ def test_rows_rounds_and_reasons_are_those_of_the_newest_run_that_has_them(
     assert report.notes == ["site-01 has torch 2.12.0, most have 2.13.0"]
     shown = text(report).splitlines()
     assert shown[1].split()[:2] == ["site-00", "online"]
-    assert shown[1].endswith("1            round 2: too long")
+    assert shown[1].endswith("cdcdcdcd  1            round 2: too long")
     assert f"1 of run {OLD}  no answer" in shown[4]
     assert shown[-1] == f"newest run: {NEW}, started 2026-11-30T00:00:00+00:00, running"
+
+
+@pytest.mark.parametrize(
+    ("lines", "left_out"),
+    [
+        ((), {"site-01": "the site has paused, since 2026-11-30 05:00 UTC"}),
+        (
+            ({"round": 1, "partitions": [0], "rejected": {"site-01": "X: 'the site has paused'"}},),
+            {},
+        ),
+    ],
+)
+def test_a_site_that_has_paused_is_so_as_long_as_the_newest_run_says_it(
+    public: Path, tmp_path: Path, lines: tuple[object, ...], left_out: dict[str, str]
+) -> None:
+    results = tmp_path / "results"
+    written(results, OLD, {"started": "2026-11-29", "left_out": left_out}, *lines)
+    link = SuperLink(dict.fromkeys(public_keys(public).values(), "online"))
+    report = status(link, public, results)
+    states = {s.site: s.state for s in report.sites}
+    assert states == dict.fromkeys(states, "online") | {"site-01": "paused"}
+    assert report.exit_code == 4
+    written(results, NEW, {"started": "2026-11-30"})
+    assert status(link, public, results).exit_code == 0
 
 
 @pytest.mark.parametrize(
