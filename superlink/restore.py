@@ -26,8 +26,8 @@ from superlink.backup import ABOUT, FORM, SUMS, BackupError, folders
 LATEST = "results/latest"  # the one link
 
 
-def restore(archive: Path, parts: dict[str, Path]) -> list[str]:
-    """Write what the archive has of these parts; returns the names of those parts.
+def restore(archive: Path, parts: dict[str, Path]) -> tuple[list[str], list[str]]:
+    """Write what the archive has of these parts; returns their names, and those of its others.
 
     What was written is removed again if that fails.
 
@@ -47,7 +47,7 @@ def restore(archive: Path, parts: dict[str, Path]) -> list[str]:
             _write(tar, mine)
     except tarfile.TarError as err:
         raise BackupError(f"{archive} is damaged, or no backup: {err}") from None
-    return list(mine)
+    return list(mine), [part for part in held if part not in mine]
 
 
 def _checked(tar: tarfile.TarFile, archive: Path) -> list[str]:
@@ -148,7 +148,7 @@ def main() -> int:
         parts = folders(dict(os.environ), state_is_there=False)
         if not os.environ.get("RESULTS_DIR"):
             del parts["results"]
-        done = restore(args.archive, parts)
+        done, left = restore(args.archive, parts)
         # Only now: before, there is no record that this could be put into.
         with recorded(parts["audit"], "restore", ", ".join(done), "superlink.restore"):
             pass
@@ -159,6 +159,8 @@ def main() -> int:
         print(f"restore: {err.filename}: {err.strerror}", file=sys.stderr)
         return 1
     told = ", ".join(f"{part} in {parts[part]}" for part in done)
+    if left:
+        told += f"; left in the archive: {', '.join(left)} (RESULTS_DIR is not set)"
     print(f"restore: {told}; next: superlink.provision, the SuperLink, superlink.register")
     return 0
 

@@ -87,7 +87,7 @@ def test_what_comes_back_is_what_was_there_but_for_the_sites_own(
     old = os.umask(0o077)
     try:
         path = backup(parts, tmp_path / "saved")
-        assert restore(path, of(tmp_path / "here")) == ["federation", "sites", "state", "results"]
+        assert restore(path, of(tmp_path / "here")) == (list(parts), [])
     finally:
         os.umask(old)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -154,7 +154,7 @@ def test_the_database_is_that_of_one_moment_while_somebody_writes_to_it(
 def test_results_are_left_where_nobody_asked_for_them(parts: Parts, tmp_path: Path) -> None:
     del parts["results"]
     path = backup(parts, tmp_path / "saved")
-    assert restore(path, of(tmp_path / "here")) == ["federation", "sites", "state"]
+    assert restore(path, of(tmp_path / "here")) == (["federation", "sites", "state"], [])
     assert not (tmp_path / "here" / "results").exists()
 
 
@@ -295,7 +295,9 @@ def test_the_commands_take_the_folders_of_the_environment(
         shutil.rmtree(folder)
     monkeypatch.delenv("RESULTS_DIR")
     assert call(superlink.restore, str(path)) == 0
-    assert f"federation in {parts['federation']}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"federation in {parts['federation']}, " in said
+    assert "; left in the archive: results (RESULTS_DIR is not set)" in said
     assert not parts["results"].exists()
     assert call(superlink.restore, str(tmp_path / "none.tar")) == 1
     assert f"{tmp_path / 'none.tar'}: No such file" in capsys.readouterr().err
