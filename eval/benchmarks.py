@@ -5,16 +5,14 @@ Instructions, question mark rule, options and wrapper are the leaderboard's, to 
 character would change the answers.
 """
 
-import json
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from eval import EvalError
-
-Row = Mapping[str, Any]
+from eval.files import TRUTH, Row, authors_test_set, find, read_rows
+from eval.shapes import Asked, RowError, abstracts, choices
 
 BUNDLED = Path(__file__).parent / "questions"
 _KNOWLEDGE = (
@@ -24,7 +22,7 @@ _KNOWLEDGE = (
 _STANDARD = (
     "Base your answer on the current and standard practices referenced in medical guidelines."
 )
-_ABSTRACT = (
+_STATEMENT = (
     "As an expert doctor in clinical science and medical knowledge, can you tell me if the "
     "following statement is correct? Answer yes, no, or maybe."
 )
@@ -51,50 +49,6 @@ class Question(NamedTuple):
     gold: str
 
 
-def _choice(question: str, options: list[Any]) -> str:
-    if any(isinstance(option, list | dict) for option in options):
-        raise TypeError
-    if not question.endswith(("?", ".")):
-        question += "?"
-    lines = "\n".join(f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options))
-    return f"Question: {question}\n\nOptions:\n{lines}"
-
-
-def _abstract(row: Row) -> Question:
-    if row["final_decision"] not in _YES_NO:
-        raise ValueError(f"final_decision {row['final_decision']!r} is none of {_YES_NO}")
-    if not isinstance(row["CONTEXTS"], list) or not isinstance(row["QUESTION"], str):
-        raise TypeError
-    context = "\n".join(row["CONTEXTS"])
-    return Question(f"{context}\n{row['QUESTION']}", row["final_decision"])
-
-
-def _numbered(row: Row, columns: tuple[str, ...], first: int) -> Question:
-    try:
-        index = int(row["cop"]) - first
-    except OverflowError:
-        index = -1
-    if index not in range(len(columns)):
-        raise ValueError(f"cop = {row['cop']} is none of its {len(columns)} options")
-    text = _choice(row["question"], [row[c] for c in columns])
-    return Question(text, chr(ord("A") + index))
-
-
-def _medmcqa(row: Row) -> Question:
-    return _numbered(row, ("opa", "opb", "opc", "opd"), 0)
-
-
-def _careqa(row: Row) -> Question:
-    return _numbered(row, ("op1", "op2", "op3", "op4"), 1)
-
-
-def _medqa(row: Row) -> Question:
-    keys = [o["key"] for o in row["options"] if o["value"] == row["answer"]]
-    if not keys:
-        raise ValueError("its answer is none of its options")
-    return Question(_choice(row["question"], [o["value"] for o in row["options"]]), keys[0])
-
-
 @dataclass(frozen=True)
 class Benchmark:
     """One set of questions; where ``repository`` is empty, it is bundled with this package."""
@@ -102,7 +56,8 @@ class Benchmark:
     title: str
     instruction: str
     labels: tuple[str, ...]
-    body: Callable[[Row], Question]
+    # What a number as gold counts from, in all published files of the set; the hub's first.
+    counts_from: tuple[int, ...] = (0, 1)
     repository: str = ""
     revision: str = ""
     file: str = ""
@@ -113,28 +68,28 @@ class Benchmark:
 # the revisions into which the hub converted them (parquet, the script's own columns and order).
 BENCHMARKS = {
     "pubmedqa": Benchmark(
-        "PubMedQA", _ABSTRACT, _YES_NO, _abstract,
+        "PubMedQA", _STATEMENT, _YES_NO, (),
         "bigbio/pubmed_qa", "1fd5c9aa6cdf264f6c0867061769db9ec1d2bdcd",
         "pubmed_qa_labeled_fold0_source/test/0000.parquet", 500,
     ),
     "medmcqa": Benchmark(
-        "MedMCQA", _ENTRANCE_EXAM, _FOUR, _medmcqa,
+        "MedMCQA", _ENTRANCE_EXAM, _FOUR, (0, 1),
         "openlifescienceai/medmcqa", "91c6572c454088bf71b679ad90aa8dffcd0d5868",
         "data/validation-00000-of-00001.parquet", 4183,
     ),
     "medqa": Benchmark(
-        "MedQA", _LICENSING_EXAM, _FOUR, _medqa,
+        "MedQA", _LICENSING_EXAM, _FOUR, (0, 1),
         "bigbio/med_qa", "23be9145433d91ab1ef920ca5b6a4a220a63cd56",
         "med_qa_en_4options_source/test/0000.parquet", 1273,
     ),
     "careqa": Benchmark(
-        "CareQA", _ENTRANCE_EXAM, _FOUR, _careqa,
+        "CareQA", _ENTRANCE_EXAM, _FOUR, (1,),
         "HPAI-BSC/CareQA", "743ea64415b8a195eb3954bdaa19c222a96370ec",
         "CareQA_en.json", 5621,
     ),
-    "demo-yesno": Benchmark("demo: yes, no, maybe", _ABSTRACT, _YES_NO, _abstract),
-    "demo-four": Benchmark("demo: four options", _ENTRANCE_EXAM, _FOUR, _medmcqa),
-    "demo-five": Benchmark("demo: five options", _LICENSING_EXAM, (*_FOUR, "E"), _medqa),
+    "demo-yesno": Benchmark("demo: yes, no, maybe", _STATEMENT, _YES_NO),
+    "demo-four": Benchmark("demo: four options", _ENTRANCE_EXAM, _FOUR),
+    "demo-five": Benchmark("demo: five options", _LICENSING_EXAM, (*_FOUR, "E")),
 }  # fmt: skip
 LEADERBOARD = ("pubmedqa", "medmcqa", "medqa", "careqa")
 
@@ -146,6 +101,14 @@ def benchmark(dataset: str) -> Benchmark:
     return BENCHMARKS[dataset]
 
 
+def labels_of(dataset: str, questions: Sequence[Question]) -> tuple[str, ...]:
+    """What the set's answers are; with E where people hold it with five options."""
+    own = benchmark(dataset).labels
+    return (
+        own if "yes" in own or all(q.gold not in ("E", "e") for q in questions) else (*_FOUR, "E")
+    )
+
+
 def render(dataset: str, row: Row) -> tuple[str, str]:
     """A row in the hub's columns as prompt (without the chat wrapper) and gold.
 
@@ -154,14 +117,43 @@ def render(dataset: str, row: Row) -> tuple[str, str]:
         ValueError: a column is missing, the question is no text (options may be numbers or
             nothing, worded as Python does), or the gold is no option.
     """
+    return _asked(dataset, [row], held=False)[0]
+
+
+def _asked(dataset: str, rows: Sequence[Row], held: bool) -> list[Question]:
+    """Rows in words; ``held``: they are somebody's own file. Raises RowError, EvalError."""
     chosen = benchmark(dataset)
-    try:
-        body, gold = chosen.body(row)
-    except KeyError as err:
-        raise ValueError(f"no column {err}") from None
-    except (TypeError, AttributeError):
-        raise ValueError("a column is not of the expected type") from None
-    return f"{chosen.instruction}\n{body}\nThe answer is:\n", gold
+    if held and any({"prompt", "gold"} <= row.keys() for row in rows):
+        return _pairs(rows)
+    if "yes" in chosen.labels:
+        return [_worded(chosen, _abstract(a), a) for a in abstracts(rows)]
+    return [_worded(chosen, _choice(a), a) for a in choices(rows, chosen.counts_from, held)]
+
+
+def _worded(chosen: Benchmark, body: str, asked: Asked) -> Question:
+    return Question(f"{chosen.instruction}\n{body}\nThe answer is:\n", asked.gold)
+
+
+def _abstract(asked: Asked) -> str:
+    context = "\n".join(asked.parts)
+    return f"{context}\n{asked.question}"
+
+
+def _choice(asked: Asked) -> str:
+    mark = "" if asked.question.endswith(("?", ".")) else "?"
+    options = "\n".join(f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(asked.parts))
+    return f"Question: {asked.question}{mark}\n\nOptions:\n{options}"
+
+
+def _pairs(rows: Sequence[Row]) -> list[Question]:
+    """Rows that are worded already."""
+    found = []
+    for index, row in enumerate(rows):
+        prompt, gold = row.get("prompt"), row.get("gold")
+        if not (isinstance(prompt, str) and isinstance(gold, str) and gold):
+            raise RowError(index, "prompt or gold is not a text")
+        found.append(Question(prompt, gold))
+    return found
 
 
 def wrap(prompt: str) -> str:
@@ -176,7 +168,7 @@ def load(
 
     Args:
         data_dir: folder with a JSON, JSONL or parquet file whose name has the set's name as a
-            word (medqa.jsonl, generation_medqa_x.jsonl), in the hub's columns or as
+            word (medqa.jsonl, generation_medqa_x.jsonl), in a shape that ``shapes`` reads or as
             prompt/gold pairs. Without it: the bundled file, or the hub's.
         cache: where the hub's files are kept; with HF_HUB_OFFLINE=1 nothing else is tried.
 
@@ -185,28 +177,33 @@ def load(
     """
     chosen = benchmark(dataset)
     if data_dir:
-        path, origin = _file_in(data_dir, dataset), ""
+        path, origin = find(data_dir, dataset), ""
     elif chosen.repository:
         path = fetch(dataset, cache)
         origin = f"{chosen.repository}@{chosen.revision[:12]}, {chosen.file}"
     else:
         path, origin = BUNDLED / f"{dataset}.jsonl", "bundled"
-    questions = []
-    for place, row in read_rows(path):
-        try:
-            pair = Question(row["prompt"], row["gold"]) if {"prompt", "gold"} <= set(row) else None
-            prompt, gold = pair or render(dataset, row)
-            if not (isinstance(prompt, str) and isinstance(gold, str) and gold):
-                raise ValueError("prompt or gold is not a text")
-            prompt.encode()  # a lone surrogate could be asked, but not be written
-        except ValueError as err:
-            raise EvalError(f"{path}, {place}: {err}") from None
-        questions.append(Question(prompt, gold))
+    rows = list(read_rows(path))
+    if data_dir and dataset == "pubmedqa" and (tested := authors_test_set(data_dir, rows)):
+        rows, origin = tested, f"{path}, those in {TRUTH}"
+    try:
+        questions = _asked(dataset, [row for _, row in rows], held=bool(data_dir))
+        for index, question in enumerate(questions):
+            _encodable(index, question)
+    except RowError as err:
+        raise EvalError(f"{path}, {rows[err.index][0]}: {err}") from None
     if not questions:
         raise EvalError(f"{path} holds no question")
     if not data_dir and chosen.questions not in (0, len(questions)):
         raise EvalError(f"{path}: {len(questions)} questions, {chosen.questions} expected")
     return questions[:limit], origin or str(path)
+
+
+def _encodable(index: int, question: Question) -> None:
+    try:
+        question.prompt.encode()
+    except UnicodeEncodeError:  # JSON can say it; it could be asked, but not be written
+        raise RowError(index, "half a character (\\ud800 to \\udfff without its pair)") from None
 
 
 def fetch(dataset: str, cache: Path) -> Path:
@@ -231,59 +228,3 @@ def fetch(dataset: str, cache: Path) -> Path:
             f"{type(err).__name__}; run `python -m eval fetch --datasets {dataset}` (compose: "
             f"EVAL_DATASETS={dataset}) where the hub can be reached, or give --data-dir"
         ) from None
-
-
-def _file_in(data_dir: Path, dataset: str) -> Path:
-    if not data_dir.is_dir():
-        raise EvalError(f"--data-dir: no folder {data_dir}")
-    word = re.compile(rf"(?<![a-z0-9]){re.escape(dataset)}(?![a-z0-9])", re.IGNORECASE)
-    kinds = (".json", ".jsonl", ".parquet")
-    found = [p for p in sorted(data_dir.iterdir()) if p.suffix in kinds and word.search(p.stem)]
-    if len(found) == 1:
-        return found[0]
-    names = " and ".join(p.name for p in found) or f"no {dataset}.jsonl, .json or .parquet"
-    raise EvalError(f"--data-dir {data_dir}: {names}; one file is needed for {dataset}")
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Every row with its place ("line 3", "row 3") of a JSONL, JSON array or parquet file.
-
-    Raises:
-        EvalError: the file cannot be read, or a line is no JSON object.
-    """
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow
-            import pyarrow.parquet
-
-            try:
-                rows = pyarrow.parquet.read_table(path).to_pylist()
-            except (pyarrow.ArrowException, OSError) as err:
-                if getattr(err, "strerror", None):
-                    raise
-                raise EvalError(f"{path} is no parquet file") from None
-            yield from ((f"row {n}", row) for n, row in enumerate(rows, 1))
-            return
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as err:
-        raise EvalError(f"cannot read {path}: {err.strerror}") from None
-    except UnicodeDecodeError:
-        raise EvalError(f"{path} is not UTF-8") from None
-    if text.lstrip().startswith("["):  # as the leaderboard writes, whatever the suffix says
-        try:
-            values = [(f"row {n}", value) for n, value in enumerate(json.loads(text), 1)]
-        except (ValueError, RecursionError) as err:
-            line = f", line {err.lineno}" if isinstance(err, json.JSONDecodeError) else ""
-            raise EvalError(f"{path}{line}: not JSON") from None
-    else:
-        values = []
-        for number, line in enumerate(text.split("\n"), 1):  # splitlines() cuts at U+2028 as well
-            if line.strip():
-                try:
-                    values.append((f"line {number}", json.loads(line)))
-                except (ValueError, RecursionError):
-                    raise EvalError(f"{path}, line {number}: not JSON") from None
-    for place, value in values:
-        if not isinstance(value, dict):
-            raise EvalError(f"{path}, {place}: not a JSON object")
-        yield place, value

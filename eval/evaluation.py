@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from eval import EvalError
 from eval.answers import Journal, write_results
-from eval.benchmarks import Question, benchmark
+from eval.benchmarks import Question, labels_of
 from eval.identity import of_answers, of_model
 from eval.inference import Inference, NotFiniteError
 from eval.model import Adapter, Base, attached, check
@@ -80,19 +80,22 @@ def _answer(
     out: Path,
 ) -> tuple[dict[str, Any], list[bool]]:
     """One model, one set: answers, files, the score, and which questions it has right."""
-    labels = benchmark(dataset).labels
+    labels = labels_of(dataset, questions)
     parts = of_answers(identity, inference, dataset, questions)
     journal = Journal(out, f"{dataset}_{name}", parts, len(questions))
     kept, tokens, repeated = len(journal.answers), inference.tokens, inference.repeated
     started = time.monotonic()
     with tqdm(
         total=len(questions), initial=kept, desc=f"{name}, {dataset}", unit="question",
-        mininterval=1, dynamic_ncols=True,
+        mininterval=1, dynamic_ncols=True, disable=None,
     ) as bar:  # fmt: skip
         try:
             for index, answer in inference.answers(questions, labels, journal.answers):
-                bar.update(index not in journal.answers)
+                new = index not in journal.answers
                 journal.add(index, answer)
+                bar.update(new)
+                if new and bar.disable:
+                    _say(name, dataset, len(journal.answers), len(questions))
         except NotFiniteError as err:
             raise EvalError(
                 f"{dataset}, question {err.index + 1}: the logits of {name} are not finite: "
@@ -114,3 +117,9 @@ def _answer(
         }
     write_results(out, dataset, name, questions, outputs, result["accuracy"])
     return result, right(outputs, golds, "yes" in labels)
+
+
+def _say(name: str, dataset: str, answered: int, total: int) -> None:
+    """A line for each tenth of the questions, where no terminal shows the bar."""
+    if answered * 10 // total > (answered - 1) * 10 // total:
+        print(f"eval: {name}, {dataset}: {answered} of {total}", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.server.checkpoint import sha256
-from eval.benchmarks import Question, benchmark
+from eval.benchmarks import Question, labels_of
 
 if TYPE_CHECKING:
     from eval.inference import Inference
@@ -68,7 +68,7 @@ def of_answers(
     model: Mapping[str, Any], inference: "Inference", dataset: str, questions: Sequence[Question]
 ) -> dict[str, Any]:
     """What the answers of a model (``of_model``) to one set follow from."""
-    labels = list(benchmark(dataset).labels)
+    labels = list(labels_of(dataset, questions))
     parts = {**model, "what is asked": [list(questions), inference.encoded(questions), labels]}
     if not inference.one_pass(questions):  # then a batch's first gold counts for all of it
         parts["--batch-size"] = inference.asked_batch_size

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,10 +156,12 @@ def _source(name: str, quantization: str, models: Path, cache: Path) -> Path:
     if (kept / "complete").exists():
         return kept
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(name, cache_dir=cache / "hub", allow_patterns=patterns))
+        with nullcontext() if sys.stderr.isatty() else disable_progress_bars():
+            return Path(snapshot_download(name, cache_dir=cache / "hub", allow_patterns=patterns))
     except Exception as err:  # hub, network and OS errors have no common class
         raise EvalError(
             f"base model {name} is neither prepared for --quantization {quantization} in {models} "

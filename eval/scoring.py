@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from eval import EvalError
-from eval.benchmarks import BENCHMARKS, read_rows
+from eval.benchmarks import BENCHMARKS
+from eval.files import read_rows
 
 _ANSWERS = {"a", "b", "c", "d", "e", "yes", "no"}
 _DOUBLED = (("yesyes", "yes"), ("nono", "no"), ("yesno", "yes"), ("noyes", "no"))
@@ -65,9 +66,10 @@ def score(
     from scipy.stats import binomtest
 
     n, boolean = len(golds), "yes" in labels
+    by_name = {label.lower(): label for label in (*labels, *([] if boolean else "E"))}
+    golds = [by_name.get(gold.lower(), gold) for gold in golds]  # the rules know no case
     correct = sum(right(outputs, golds, boolean))
     interval = binomtest(correct, n).proportion_ci(0.95, "wilson")
-    by_name = {label.lower(): label for label in (*labels, *([] if boolean else "E"))}
     confusion: dict[str, Counter[str]] = {label: Counter() for label in labels if label in golds}
     for output, gold in zip(outputs, golds, strict=True):
         answer, _ = read_answer(output, gold, boolean)
@@ -141,5 +143,5 @@ def score_file(path: Path) -> tuple[str, dict[str, Any]]:
     name = path.stem.removeprefix("generation_").split("_")[0]
     if name in BENCHMARKS:
         return name, score(outputs, golds, BENCHMARKS[name].labels)
-    boolean = set(golds) <= {"yes", "no", "maybe"}
+    boolean = {gold.lower() for gold in golds} <= {"yes", "no", "maybe"}
     return path.stem, score(outputs, golds, ("yes", "no", "maybe") if boolean else tuple("ABCDE"))

@@ -23,10 +23,20 @@ os.environ |= {  # before any test imports a Hugging Face library
 from supernode.quantise import prepare_model  # noqa: E402
 from tests.tiny_model import build_tiny_model  # noqa: E402
 
+# A file stays with one worker. What takes longest comes first, or one would end up at it alone.
+_LONGEST = [
+    f"federation/test_{name}.py"
+    for name in ("resume", "warm", "drill", "codecs", "nodes", "time", "guards", "claims", "door")
+]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # What takes longest comes first, or one worker would end up waiting for the other.
-    items.sort(key=lambda item: "federation" not in item.path.parts)
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        name = "/".join(item.path.parts[-2:])
+        known = _LONGEST.index(name) if name in _LONGEST else len(_LONGEST)
+        return "federation" not in item.path.parts, known
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session", autouse=True)

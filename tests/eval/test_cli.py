@@ -24,6 +24,7 @@ from eval.identity import of_model
 from eval.inference import Answer
 from supernode.source import fingerprints
 from tests.samples import REPOSITORY, ROWS, run_config, write_jsonl
+from tests.terminal import Terminal
 
 N_FOUR, N_YES_NO = 14, 6
 SETS = {"demo-four": N_FOUR, "demo-yesno": N_YES_NO}
@@ -193,6 +194,36 @@ def test_an_adapter_is_scored_beside_its_base(
         assert against["difference"] == pytest.approx(a - b)
     assert "against_base" not in base
     assert "fl" in (out / "report.html").read_text()
+
+
+def test_without_a_terminal_it_says_how_far_it_is_in_lines(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A container's log would hold a bar that is drawn again and again as one long line."""
+    assert site.evaluate(tmp_path, "--peft-path", "none") == 0
+    said = capsys.readouterr().err
+    assert "\r" not in said
+    lines = [line for line in said.splitlines() if line.startswith("eval: base, ")]
+    tenths = [2, 3, 5, 6, 7, 9, 10, 12, 13, 14]
+    assert lines == [
+        *(f"eval: base, demo-four: {n} of {N_FOUR}" for n in tenths),
+        *(f"eval: base, demo-yesno: {n} of {N_YES_NO}" for n in range(1, N_YES_NO + 1)),
+    ]
+    assert site.evaluate(tmp_path, "--peft-path", "none") == 0  # all of it is kept
+    assert "eval: base, " not in capsys.readouterr().err
+
+
+def test_in_a_terminal_a_bar_is_drawn(site: Site, tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "eval", "--peft-path", "none", "--out", str(tmp_path / "out")),
+        *("--base-model-name-path", str(site.model), "--quantization", "0"),
+        *("--data-dir", str(site.data), "--datasets", "demo-four"),
+    ]
+    terminal = Terminal(command, DEVICE="cpu")
+    assert terminal.end() == 0
+    assert "\r" in terminal.output.replace("\r\n", "\n")
+    assert any(f"{N_FOUR}/{N_FOUR} [" in line for line in terminal.screen())
+    assert "eval: base, " not in terminal.output
 
 
 def test_a_mirrors_name_given_by_hand_is_noted_in_the_report(

@@ -194,6 +194,23 @@ def test_a_letter_beyond_the_options_is_an_answer_but_wrong() -> None:
     assert (result["accuracy"], result["unparsed"]) == (1 / 3, 1)
 
 
+@pytest.mark.parametrize(
+    ("labels", "golds", "outputs"),
+    [
+        (("A", "B", "C", "D"), ["A", "B", "B", "E", "D"], ["A", "B", "c", "e", "The"]),
+        (("yes", "no", "maybe"), ["yes", "no", "maybe", "yes"], ["Yes", "yes", "maybe", "?"]),
+    ],
+)
+def test_golds_in_another_case_give_the_same_score(
+    labels: tuple[str, ...], golds: list[str], outputs: list[str]
+) -> None:
+    picks = ["B", *golds[1:]]
+    expected = score(outputs, golds, labels, picks)
+    assert expected["label_accuracy"] == (len(golds) - 1) / len(golds)
+    for other in (str.lower, str.upper, str.title):
+        assert score(outputs, [other(gold) for gold in golds], labels, picks) == expected
+
+
 def test_the_majority_is_the_commonest_gold() -> None:
     golds = ["no", "yes", "yes", "maybe"]
     assert score([""] * 4, golds, YES_NO)["majority"] == {"label": "yes", "accuracy": 0.5}
