@@ -6,17 +6,21 @@ SITES  ?= 4
 # one computes while others wait.
 SHARED := -n 3 --dist loadfile --no-loadscope-reorder
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
+# The hub of tests/hub: another FastAPI than Flower's, so a Python and a lock of its own.
+OLAH   := .venv/olah/bin/python
 CPU    := -f compose.yaml -f docker/compose.cpu.yaml
 
 .PHONY: install lock demo test lint test-faults drill test-gpu test-containers images up down clean
 
 install: .venv/.installed
 
-.venv/.installed: pyproject.toml requirements.lock
+.venv/.installed: pyproject.toml requirements.lock tests/hub/requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; make PYTHON=/path/to/python3.11" % v)'
 	@echo "installing into .venv: 2 GB, a minute or more; once"
 	@test -x $(PY) || $(PYTHON) -m venv .venv
 	@$(PIP) -e '.[node,eval,dev]'
+	@test -x $(OLAH) || $(PYTHON) -m venv .venv/olah
+	@$(OLAH) -m pip install --quiet --disable-pip-version-check --no-deps -r tests/hub/requirements.lock
 	@touch $@
 
 # All packages of all extras, in exact versions. What is locked stays as long as pyproject.toml
@@ -27,7 +31,9 @@ lock:
 	@$(PIP) uv
 	@$(PY) -m uv pip compile --quiet --universal --python-version 3.11 --all-extras $(UPGRADE) \
 		--no-emit-package pip --custom-compile-command 'make lock' -o requirements.lock pyproject.toml
-	@git --no-pager diff --unified=0 -- requirements.lock
+	@$(PY) -m uv pip compile --quiet --universal --python-version 3.11 --group olah $(UPGRADE) \
+		--custom-compile-command 'make lock' -o tests/hub/requirements.lock
+	@git --no-pager diff --unified=0 -- requirements.lock tests/hub/requirements.lock
 
 # SuperLink and SuperNodes as processes: a real run in minutes. make demo SITES=20 ARGS='--data FILE'
 demo: install
@@ -41,9 +47,10 @@ lint: install
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# Real federations (processes) under attack and failure: a quarter of an hour on two cores.
+# Real federations (processes) under attack and failure, and a real hub: a quarter of an hour on two
+# cores.
 test-faults: install
-	$(PY) -m pytest $(SHARED) -m faults tests/federation
+	$(PY) -m pytest $(SHARED) -m faults tests/federation tests/hub
 
 # Faults, one after the other, in one run that has to end as if nothing had been; prints a table.
 drill: install

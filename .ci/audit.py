@@ -1,4 +1,4 @@
-"""pip-audit over requirements.lock: red if one has a known vulnerability.
+"""pip-audit over both locks: red if one has a known vulnerability.
 
     python .ci/audit.py [PIP-AUDIT]
 
@@ -15,14 +15,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-LOCK = Path(__file__).parents[1] / "requirements.lock"
+LOCKS = ("requirements.lock", "tests/hub/requirements.lock")
 CANARY = "jinja2==2.10"
 TIMEOUT_S = 600
 
 
-def locked() -> list[str]:
+def locked(lock: str) -> list[str]:
     """name==version of all dependencies, also those of other machines and extras."""
-    return re.findall(r"^[\w.-]+==[\w.]+", LOCK.read_text(encoding="utf-8"), re.MULTILINE)
+    text = (Path(__file__).parents[1] / lock).read_text(encoding="utf-8")
+    return re.findall(r"^[\w.-]+==[\w.]+", text, re.MULTILINE)
 
 
 def audit(program: str, requirements: list[str]) -> list[dict[str, Any]]:
@@ -52,11 +53,10 @@ def audit(program: str, requirements: list[str]) -> list[dict[str, Any]]:
 
 def main() -> int:
     program = (sys.argv[1:] or [str(Path(sys.executable).with_name("pip-audit"))])[0]
-    requirements = locked()
     try:
         if not any(a.get("vulns") for a in audit(program, [CANARY])):
             raise ValueError(f"the vulnerability service does not know that {CANARY} is vulnerable")
-        answers = audit(program, requirements)
+        answers = [answer for lock in LOCKS for answer in audit(program, locked(lock))]
     except ValueError as err:
         print(f"audit: {'#' * 60}\naudit: NOTICE: NOTHING WAS AUDITED: {err}\naudit: {'#' * 60}")
         return 0
@@ -68,7 +68,7 @@ def main() -> int:
         for v in a["vulns"]:
             fixed = ", ".join(v["fix_versions"]) or "no version yet"
             print(f"audit: {a['name']} {a['version']}: {v['id']}, fixed in {fixed}")
-    print(f"audit: {len(answers) - len(skipped)} of {len(requirements)} packages audited, "
+    print(f"audit: {len(answers) - len(skipped)} of {len(answers)} packages audited, "
           f"{len(vulnerable)} of them vulnerable")  # fmt: skip
     return 1 if vulnerable else 0
 

@@ -19,6 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from app.config import GIVEN_UP, MIB, SILENT, ConfigError, RunConfig
 from app.server.checkpoint import ResultsError, RunFolder
+from app.server.events import EventFile, event
 from app.server.preflight import PreflightError, SilenceError, Sites, preflight
 from app.server.resume import Earlier, adopt, bytes_before, find_earlier
 from app.server.site_list import SiteListError, site_name
@@ -48,6 +49,7 @@ def main(grid: Grid, context: Context) -> None:
     folder = None
     try:
         folder = RunFolder(Path(os.environ["RESULTS_DIR"]), context.run_id)
+        logger.addHandler(EventFile(folder.path / "events.jsonl"))
         run(grid, RunConfig.from_flat(context.run_config), folder, facts)
         facts["status"] = "completed"
     except BaseException as err:  # flwr stop and SIGTERM end in SystemExit
@@ -65,14 +67,17 @@ def main(grid: Grid, context: Context) -> None:
         if folder:
             with suppress(ResultsError):  # the disk may be what ended the run
                 folder.write_run(facts | {"finished": _now()})
+            ended = event("end", status=facts["status"], error=facts.get("error", ""))
+            logger.debug("the run has %s", facts["status"], extra=ended)
 
 
 def _log_to_stdout() -> None:
     # Not the root logger: httpx would then log each call that sends a log line, and so on.
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setLevel(logging.INFO)
     logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)  # of ours: what is an event and no line of the log
     logger.propagate = False
 
 
@@ -84,6 +89,7 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
     """Preflight, then the rounds, each with a checkpoint; adds what it learns to ``facts``."""
     started = time.monotonic()
     facts["config"] = config.flat()
+    logger.debug("a run begins", extra=event("start", rounds=config.num_server_rounds))
     earlier = _taken_up(config, folder, facts)
     sites = preflight(grid, config, Path(os.environ["SITES_DIR"]))
     layout = _layout(sites, config)
@@ -156,6 +162,7 @@ def _agreed(sites: Sites, layout: Layout, config: RunConfig) -> dict[str, Any]:
         sites.fingerprint,
         layout.size,
         4 * layout.size / MIB,
+        extra=_ready(sites),
     )
     return {
         "base_model_fingerprint": sites.fingerprint,
@@ -176,6 +183,19 @@ def _agreed(sites: Sites, layout: Layout, config: RunConfig) -> dict[str, Any]:
     }
 
 
+def _ready(sites: Sites) -> dict[str, Any]:
+    """The event of a preflight that let the run start."""
+    told = {
+        site_name(p): {
+            "num_examples": sites.num_examples[p],
+            "num_holdout": sites.num_holdout[p],
+            "device": sites.devices[p],
+        }
+        for p in sites.node_of
+    }
+    return event("ready", sites=told, left_out=sites.left_out)
+
+
 def _before(strategy: Strategy, adapter: Vector) -> dict[str, Any]:
     """The initial adapter's figures; nothing where nobody is evaluated."""
     before = strategy.evaluate(0, adapter)
@@ -185,6 +205,7 @@ def _before(strategy: Strategy, adapter: Vector) -> dict[str, Any]:
             before["eval_loss_median"],
             before["eval_token_accuracy_median"],
             len(before["eval_partitions"]),
+            extra=event("before", held_out_loss=before["eval_loss_median"]),
         )
     return before
 
@@ -204,7 +225,9 @@ def _rounds(
             "alphas": line["alphas"],
             "partitions": line["partitions"],
         }
-        folder.save_round(server_round, strategy.layout, adapter, strategy.config, manifest)
+        kept = folder.save_round(server_round, strategy.layout, adapter, strategy.config, manifest)
+        extra = event("checkpoint", round=server_round, folder=kept.name)
+        logger.debug("[round %d] %s is complete", server_round, kept.name, extra=extra)
         before = _measure(strategy, server_round, adapter, line, before)
         folder.add_metrics(line)
         per_round = (time.monotonic() - started) / (server_round - done)
@@ -238,4 +261,28 @@ def _say(line: dict[str, Any], total: int, left_s: float) -> None:
         line["mb_sent"],
         line["mb_left"],
         f"about {left_s:.0f} s left" if left_s else "last round",
+        extra=_told(line, left_s),
+    )
+
+
+def _told(line: dict[str, Any], left_s: float) -> dict[str, Any]:
+    """The event of a complete round."""
+    same = (
+        "round",
+        "train_loss",
+        "shares",
+        "alphas",
+        "bytes_down",
+        "bytes_up",
+        "mb_sent",
+        "mb_left",
+    )
+    return event(
+        "round",
+        **{key: line[key] for key in same},
+        held_out_loss=line.get("eval_loss_median"),
+        sites=[site_name(p) for p in line["partitions"]],
+        losses=line["train_site_losses"],
+        seconds=line["seconds"] + line.get("eval_seconds", 0.0),
+        left_s=left_s,
     )

@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING
 
 from app.site.partition import SiteError
 from eval import EvalError
-from eval.benchmarks import BENCHMARKS, LEADERBOARD, Question, benchmark, fetch, load
+from eval.benchmarks import BENCHMARKS, LEADERBOARD, Question, benchmark, load
+from eval.fetch import fetch
 from eval.scoring import score_file
+from supernode.hub import find_the_way
 
 if TYPE_CHECKING:
     from eval.model import Adapter
@@ -32,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands = {"score": _score, "fetch": _fetch}
     command = commands[given.pop(0)] if given and given[0] in commands else _evaluate
+    find_the_way()
     try:
         return command(given)
     except (EvalError, SiteError, OSError) as err:
@@ -55,18 +58,11 @@ def _fetch(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval fetch", description="Fetch questions.")
     _datasets_and_cache(parser)
     args = parser.parse_args(arguments)
-    _trust_own_ca()
     for name in args.datasets:
-        if BENCHMARKS[name].repository:
-            print(f"eval: {name}: {fetch(name, args.cache)}", flush=True)
+        if (chosen := BENCHMARKS[name]).repository:
+            path = fetch(name, chosen.repository, chosen.file, chosen.revision, args.cache)
+            print(f"eval: {name}: {path}", flush=True)
     return 0
-
-
-def _trust_own_ca() -> None:
-    """Let the hub's client trust the certificates in CA_FILE, if it holds any."""
-    path = os.environ.get("CA_FILE")
-    if path and Path(path).is_file() and Path(path).stat().st_size:
-        os.environ["SSL_CERT_FILE"] = path
 
 
 def _datasets_and_cache(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from eval import EvalError
+from eval.fetch import fetch
 from eval.files import TRUTH, Row, authors_test_set, find, read_rows
 from eval.shapes import Asked, RowError, abstracts, choices
 
@@ -179,7 +180,7 @@ def load(
     if data_dir:
         path, origin = find(data_dir, dataset), ""
     elif chosen.repository:
-        path = fetch(dataset, cache)
+        path = fetch(dataset, chosen.repository, chosen.file, chosen.revision, cache)
         origin = f"{chosen.repository}@{chosen.revision[:12]}, {chosen.file}"
     else:
         path, origin = BUNDLED / f"{dataset}.jsonl", "bundled"
@@ -204,27 +205,3 @@ def _encodable(index: int, question: Question) -> None:
         question.prompt.encode()
     except UnicodeEncodeError:  # JSON can say it; it could be asked, but not be written
         raise RowError(index, "half a character (\\ud800 to \\udfff without its pair)") from None
-
-
-def fetch(dataset: str, cache: Path) -> Path:
-    """The hub's file of a set, from the cache or else the network.
-
-    Raises:
-        EvalError: neither has it.
-    """
-    from huggingface_hub import hf_hub_download
-
-    chosen = BENCHMARKS[dataset]
-    try:
-        return Path(
-            hf_hub_download(
-                chosen.repository, chosen.file, revision=chosen.revision, repo_type="dataset",
-                cache_dir=cache / "hub",
-            )
-        )  # fmt: skip
-    except Exception as err:  # hub, network and OS errors have no common class
-        raise EvalError(
-            f"{dataset}: {chosen.repository} is not in {cache} and the hub says "
-            f"{type(err).__name__}; run `python -m eval fetch --datasets {dataset}` (compose: "
-            f"EVAL_DATASETS={dataset}) where the hub can be reached, or give --data-dir"
-        ) from None

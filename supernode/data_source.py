@@ -4,6 +4,7 @@ What stands there is read anew each time, and no library's copy of it is made.
 """
 
 import hashlib
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ def data_files(source: str, cache: Path, token: str | None, scratch: str) -> dic
             f"data set {source}: no split 'train', it has {', '.join(splits) or 'none'}; give the "
             f"file of one as --source, out of {folder}"
         )
-    return {f"{source}: {Path(file).name}": Path(file) for file in splits["train"]}
+    # With its folder: shards in several folders may have one name.
+    return {f"{source}: {os.path.relpath(file, folder)}": Path(file) for file in splits["train"]}
 
 
 def source_table(

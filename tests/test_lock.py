@@ -3,7 +3,7 @@
 import tomllib
 from collections.abc import Callable, Mapping
 from functools import cache
-from importlib.metadata import PackageNotFoundError, distribution, requires
+from importlib.metadata import PackageNotFoundError, distribution, distributions, requires
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from tests.lock import LOCK, PROJECT, Entry, locked_here, read
 from tests.samples import REPOSITORY
 
 TEXT = LOCK.read_text(encoding="utf-8")
+OLAHS_LOCK = REPOSITORY / "tests" / "hub" / "requirements.lock"
 CURE = "make lock"
 
 
@@ -184,6 +185,19 @@ def test_these_tests_run_with_the_locked_versions() -> None:
     assert other == {}, "make install"
     assert have["torch"][1]
     assert have["pytest"][1]
+
+
+def test_the_hub_of_the_tests_has_a_python_with_what_its_own_lock_says() -> None:
+    entries = read(OLAHS_LOCK.read_text(encoding="utf-8"))
+    (wanted,) = (Requirement(r) for r in pyproject()["dependency-groups"]["olah"])
+    (olah,) = (e for e in entries if e.name == wanted.name)
+    assert olah.satisfies(wanted.specifier), CURE
+    assert [e.name for e in entries if not e.via] == []
+    folders = [str(f) for f in (REPOSITORY / ".venv" / "olah").glob("lib/*/site-packages")]
+    there = {canonicalize_name(d.name): d.version for d in distributions(path=folders)}
+    assert {e.name: e.version for e in entries if e.is_for_here}.items() <= there.items(), (
+        "make install"
+    )
 
 
 def test_what_builds_the_package_has_exact_versions_too() -> None:

@@ -21,6 +21,7 @@ K = TypeVar("K")
 # Between two looks: at least POLL_S, and POLL_EACH_S for every site still waited for, since each is
 # asked for by itself. Flower's own is 3 s.
 POLL_S, POLL_EACH_S = 1.0, 0.15
+NPY_HEADER_BYTES = 128  # that Flower puts in front of an array; framing, not counted
 NOBODYS = "0" * 64  # the id of no message
 REFUSED = "the SuperLink takes no message for it: its key was revoked or replaced"
 
@@ -29,7 +30,7 @@ def exchange(
     grid: Grid,
     messages: Mapping[K, Message],
     timeout_s: float,
-    arrived: Callable[[RecordDict], None] = lambda _: None,
+    arrived: Callable[[K, RecordDict], None] = lambda key, content: None,
     turns: Mapping[K, str] | None = None,
 ) -> tuple[dict[K, RecordDict], dict[K, str]]:
     """Send, then wait for all replies or ``timeout_s``.
@@ -39,7 +40,7 @@ def exchange(
     the last look brings is no failure of the site.
 
     Args:
-        arrived: called with each reply's content as it comes, not only when all are there.
+        arrived: called with each reply's key and content as it comes, not only when all are there.
         turns: key -> name of a device. Those that share one work one after the other: ``timeout_s``
             is for each of them, so all are waited for so many times as long.
 
@@ -68,7 +69,7 @@ def exchange(
             reply = _pull(grid, waiting[key])
             if isinstance(reply, RecordDict):
                 contents[key] = reply
-                arrived(reply)
+                arrived(key, reply)
             elif over or (reply is not None and time.monotonic() >= started + lives_s[key]):
                 late.add(key)
             elif reply is not None:
@@ -101,3 +102,10 @@ def _pull(grid: Grid, message_id: str) -> RecordDict | str | None:
     except Exception as err:  # whatever Flower makes of what a site has put together
         return f"unreadable reply ({type(err).__name__})"
     return None
+
+
+def uploaded_bytes(content: RecordDict) -> int:
+    """Bytes of a reply's arrays. One that a site gives a thousand names was sent once."""
+    records = content.array_records.values()
+    arrays = {id(a): a for record in records for a in record.values()}
+    return sum(max(len(a.data) - NPY_HEADER_BYTES, 0) for a in arrays.values())

@@ -16,6 +16,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from app.config import RunConfig
+from app.server.events import tell_waiting
 from app.server.exchange import exchange
 from app.server.site_list import CURE, read_site_list, site_name
 from app.server.site_rows import PARTS, row_counts
@@ -191,7 +192,7 @@ def _wait_for_nodes(
             )
         if sites != said:
             said = sites
-            logger.info("[preflight] %d of %d SuperNodes online", said, config.min_nodes)
+            tell_waiting(said, config.min_nodes)
         time.sleep(1)
 
 

@@ -17,7 +17,8 @@ from flwr.serverapp import Grid
 
 from app.config import MIB, RunConfig
 from app.server.aggregation import aggregate, capped, mean_cosine, weight_change_norm
-from app.server.exchange import REFUSED, exchange
+from app.server.events import event, tell_left_out
+from app.server.exchange import REFUSED, exchange, uploaded_bytes
 from app.server.fedavgopt import Floats
 from app.server.guards import Change, Gathered, number, usable
 from app.server.held_out import believable, held_out
@@ -29,7 +30,6 @@ from app.wire.codec import decode, encode
 logger = logging.getLogger(__name__)
 
 RAISED = "<class '"  # so Flower tells what a ClientApp has raised
-NPY_HEADER_BYTES = 128  # that Flower puts in front of an array; framing, not counted
 
 
 class RoundError(Exception):
@@ -118,18 +118,20 @@ class Strategy:
         down = up = 0
         for attempt in range(self.config.max_retries + 1):
             partitions = self.sample(server_round, attempt)
-            names = ", ".join(map(site_name, partitions))
-            logger.info("[round %d/%d] training at %s", server_round, total, names)
+            names = list(map(site_name, partitions))
+            logger.info(
+                "[round %d/%d] training at %s", server_round, total, ", ".join(names),
+                extra=event("training", round=server_round, attempt=attempt, sites=names),
+            )  # fmt: skip
             gathered = self._ask(MessageType.TRAIN, partitions, server_round, adapter)
             down += gathered.bytes_down
             up += gathered.bytes_up
             updates, products, bad = usable(
                 gathered, adapter, self.config, server_round, self.changes, self.sites.num_examples
             )
-            for partition_id, why in sorted(bad.items()):
-                name = site_name(partition_id)
-                logger.warning("[round %d/%d] without %s: %s", server_round, total, name, why)
-                rejected[name] = why
+            without = {site_name(p): why for p, why in sorted(bad.items())}
+            tell_left_out(f"round {server_round}/{total}", server_round, "train", without)
+            rejected |= without
             if len(updates) >= self.config.min_replies:
                 break
             self._check_hope(server_round, attempt, partitions, rejected)
@@ -221,13 +223,16 @@ class Strategy:
         if not partitions:
             return {}
         started = time.monotonic()
+        extra = event("evaluating", round=server_round, sites=[*map(site_name, partitions)])
+        logger.debug(
+            "[round %d] evaluation at %d sites", server_round, len(partitions), extra=extra
+        )
         gathered = self._ask(MessageType.EVALUATE, partitions, server_round, adapter)
         figures, impossible = believable(
             gathered.replies, self.sites.num_holdout, self.holdout_tokens, self.config
         )
         rejected = {site_name(p): why for p, why in sorted((gathered.failed | impossible).items())}
-        for name, why in rejected.items():
-            logger.warning("[evaluation] without %s: %s", name, why)
+        tell_left_out("evaluation", server_round, "evaluate", rejected)
         if not figures:
             logger.warning("[evaluation] no site returned an answer token; no held-out loss")
             return {}
@@ -266,7 +271,7 @@ class Strategy:
             self.grid,
             messages,
             self.config.round_timeout_s,
-            arrived=lambda content: self._count(_uploaded(content)),
+            arrived=lambda p, content: self._arrived(kind, server_round, p, content),
             turns=self.sites.turns,
         )
         # The very constant: a site can say the same words, but not be refused by them.
@@ -277,18 +282,19 @@ class Strategy:
             replies=contents,
             failed={p: failed.get(p, late) for p in partitions if p not in contents},
             bytes_down=len(payload) * (len(partitions) - refused),
-            bytes_up=sum(map(_uploaded, contents.values())),
+            bytes_up=sum(map(uploaded_bytes, contents.values())),
             sent=adapter if codec == "fp32" else decode(codec, payload, self._initial),
         )
+
+    def _arrived(
+        self, kind: str, server_round: int, partition_id: int, content: RecordDict
+    ) -> None:
+        size, name = uploaded_bytes(content), site_name(partition_id)
+        extra = event("arrived", round=server_round, site=name, of=kind, bytes=size)
+        logger.debug("[round %d] %s has answered", server_round, name, extra=extra)
+        self._count(size)
 
     def _count(self, size: int) -> None:
         if size:
             self.bytes_sent += size
             self.keep(self.bytes_sent)
-
-
-def _uploaded(content: RecordDict) -> int:
-    """Bytes of a reply's arrays. One that a site gives a thousand names was sent once."""
-    records = content.array_records.values()
-    arrays = {id(a): a for record in records for a in record.values()}
-    return sum(max(len(a.data) - NPY_HEADER_BYTES, 0) for a in arrays.values())

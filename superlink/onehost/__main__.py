@@ -18,6 +18,7 @@ from pathlib import Path
 from app.config import MIB, ConfigError, merged_config
 from superlink.control import ControlError
 from superlink.onehost.processes import REPOSITORY, LocalFederation
+from superlink.page.document import write_standalone
 from superlink.provision import ProvisionError
 from superlink.submit import submit
 
@@ -135,6 +136,7 @@ def demo(args: argparse.Namespace) -> int:
         say(f"final adapter: {run / max(run.glob('peft_*'), key=_round_of).name}")
         say("5/5 evaluation: base model and final adapter on the bundled questions")
         code = _evaluate(args, run)
+        say(f"the run on one page: {write_standalone(args.results, run.name)}")
     say(f"{'done' if code == 0 else 'failed'} after {time.monotonic() - started:.0f} s")
     return code
 

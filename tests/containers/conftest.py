@@ -24,7 +24,7 @@ from superlink.onehost.processes import free_port
 REPOSITORY = Path(__file__).parents[2]
 CPU = ("compose.yaml", "docker/compose.cpu.yaml")
 NODES = [f"supernode-{n:02d}" for n in range(20)]
-LONG_RUNNING = ["superlink", "serverapp", *NODES]
+LONG_RUNNING = ["superlink", "serverapp", "page", *NODES]
 RUN_CONFIG = (
     "num-server-rounds=1 train.training-arguments.max-steps=2 strategy.fraction-evaluate=0.05 "
     "strategy.min-evaluate-nodes=1"
@@ -162,7 +162,7 @@ def images() -> None:
 def federation(images: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     """`up -d` of all services but the evaluation, once for all tests; the job has ended."""
     token_file = tmp_path_factory.mktemp("token") / "hf-token"
-    ports = {"FLEET_PORT": str(free_port()), "CONTROL_PORT": str(free_port())}
+    ports = {n: str(free_port()) for n in ("FLEET_PORT", "CONTROL_PORT", "PAGE_PORT")}
     env = {"RUN_CONFIG": RUN_CONFIG, "HF_TOKEN_FILE": str(token_file), **ports}
     made = Federation(f"fedllm-test-{os.getpid()}", env)
     token_file.write_text(made.token)

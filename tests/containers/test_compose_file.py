@@ -45,7 +45,7 @@ def _config(*files: str, **env: str) -> dict[str, Any]:
 
 
 def test_all_the_services_are_there(gpu: dict[str, Any]) -> None:
-    assert set(gpu) == ONE_SHOT | {"superlink", "serverapp"} | set(NODES)
+    assert set(gpu) == ONE_SHOT | {"superlink", "serverapp", "page"} | set(NODES)
 
 
 def _gpus(service: dict[str, Any]) -> Any:
@@ -97,7 +97,7 @@ def test_keys_are_seen_whole_by_provision_and_backups_only_and_else_by_their_own
         "submit": {"public"},
         "status": {"public"},
         **{n: {f"site-{n[-2:]}", f"site-{n[-2:]}/state"} for n in NODES},
-        **{n: set() for n in ("download", "fetch", "eval")},
+        **{n: set() for n in ("download", "fetch", "eval", "page")},
     }
     assert {n for n, s in gpu.items() if "/federation/ca" in _mounts(s)} == {*whole}
     # A backup changes nothing; SQLite's readers write beside the database, an act into its record.
@@ -133,6 +133,28 @@ def test_what_has_the_internet_holds_nothing_and_what_holds_rows_has_no_network(
         assert downloaded == prepared
     condition = gpu["prepare"]["depends_on"]["download"]["condition"]
     assert condition == "service_completed_successfully"
+
+
+def test_how_the_hub_is_reached_gets_to_what_asks_it_and_what_decides_the_split_to_prepare() -> (
+    None
+):
+    way = {
+        "HTTP_PROXY": "http://p:1",
+        "HTTPS_PROXY": "http://p:2",
+        "NO_PROXY": "mirror.example.org",
+    }
+    split = {"DIRICHLET_ALPHA": "0.1", "DATA_SEED": "7"}
+    services = _config(HF_ENDPOINT="https://mirror.example.org", **way, **split)
+    unset = _config(HF_ENDPOINT="", **dict.fromkeys(way, ""))
+    for name in ("download", "fetch"):
+        given = services[name]["environment"]
+        assert given["HF_ENDPOINT"] == "https://mirror.example.org"
+        assert {k: given[f"HUB_{k}"] for k in way} == way
+        assert unset[name]["environment"]["HF_ENDPOINT"] == "https://huggingface.co"
+        # One that is set, though to nothing, would take away the Docker client's own.
+        assert not set(way) & set(unset[name]["environment"])
+        assert {s["source"] for s in services[name]["secrets"]} == {"hf-token", "ca"}
+    assert split.items() <= services["prepare"]["environment"].items()
 
 
 def test_a_serverapp_has_results_and_a_secret_and_no_network_but_the_superlinks(
@@ -230,7 +252,7 @@ def test_the_control_api_is_on_a_network_without_supernodes() -> None:
 def test_what_runs_on_comes_back_after_a_crash_and_a_reboot_and_a_one_shot_does_not(
     gpu: dict[str, Any],
 ) -> None:
-    running = [*NODES, "superlink", "serverapp"]
+    running = [*NODES, "superlink", "serverapp", "page"]
     assert {gpu[n].get("restart") for n in running} == {"unless-stopped"}
     assert {gpu[n].get("restart") for n in ONE_SHOT - {"submit"}} == {None}
     assert gpu["submit"]["restart"] == "on-failure:1"
@@ -248,17 +270,27 @@ def test_the_evaluation_has_no_network_and_changes_neither_model_nor_cache(
         assert len(asked) == 1
 
 
-def test_only_the_superlink_publishes_ports_and_only_on_the_loopback(gpu: dict[str, Any]) -> None:
+def test_superlink_and_page_alone_publish_ports_and_only_on_the_loopback(
+    gpu: dict[str, Any],
+) -> None:
     published = {name: s["ports"] for name, s in gpu.items() if s.get("ports")}
-    assert set(published) == {"superlink"}
-    assert {p["target"]: p["host_ip"] for p in published["superlink"]} == {
-        9092: "127.0.0.1",
-        9093: "127.0.0.1",
+    assert {n: {p["target"] for p in ports} for n, ports in published.items()} == {
+        "superlink": {9092, 9093},
+        "page": {9080},
     }
+    assert {p["host_ip"] for ports in published.values() for p in ports} == {"127.0.0.1"}
+
+
+def test_the_page_reads_the_results_and_is_on_no_network_of_the_federation(
+    gpu: dict[str, Any],
+) -> None:
+    assert _mounts(gpu["page"]) == {"/results": ("results", "", True)}
+    assert set(gpu["page"]["networks"]) == {"page"}
+    assert {n for n, s in gpu.items() if "page" in (s.get("networks") or ())} == {"page"}
 
 
 def test_a_health_check_costs_one_bare_python_without_site_packages(gpu: dict[str, Any]) -> None:
-    for name in [*NODES, "superlink", "serverapp"]:
+    for name in [*NODES, "superlink", "serverapp", "page"]:
         assert gpu[name]["healthcheck"]["test"][1:3] == ["python3", "-ISc"]
 
 

@@ -6,10 +6,11 @@ import pytest
 
 from tests.containers.conftest import LONG_RUNNING, Federation
 
+SERVICES = ["superlink", "serverapp", "page", "supernode-00", "supernode-19"]
 ONE_SHOT = {"provision", "download", "prepare", "register", "submit", "fetch"}
 
 
-@pytest.mark.parametrize("service", ["superlink", "serverapp", "supernode-00", "supernode-19"])
+@pytest.mark.parametrize("service", SERVICES)
 def test_nothing_can_be_written_but_volumes_and_memory(
     federation: Federation, service: str
 ) -> None:
@@ -22,7 +23,7 @@ def test_nothing_can_be_written_but_volumes_and_memory(
     assert all(line.endswith("Read-only file system") for line in refused), refused
 
 
-@pytest.mark.parametrize("service", ["superlink", "serverapp", "supernode-00", "supernode-19"])
+@pytest.mark.parametrize("service", SERVICES)
 def test_every_process_is_an_ordinary_user_without_capabilities(
     federation: Federation, service: str
 ) -> None:

@@ -78,7 +78,7 @@ def test_after_a_power_cut_in_round_2_the_run_goes_on_by_itself_and_its_adapter_
     assert [json.loads(line)["round"] for line in lines] == [1, 2]
     containers = federation.containers()
     up_again = {name for name, c in containers.items() if c.status == "running"}
-    assert up_again == {"superlink", "serverapp", *SITES}  # what was stopped stays stopped
+    assert up_again == {"superlink", "serverapp", "page", *SITES}  # what was stopped stays stopped
 
     score = ("--profile", "eval", "run", "--rm", "eval", "--limit", "2")
     done = federation.compose(*score, EVAL_DATASETS="demo-yesno")

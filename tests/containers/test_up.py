@@ -1,5 +1,6 @@
 """`docker compose up` with all 20 SuperNodes on the CPU and the real 135M-parameter model."""
 
+import http.client
 import json
 import os
 import re
@@ -53,6 +54,23 @@ def test_the_results_can_be_copied_out(federation: Federation, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     latest = (tmp_path / "results" / "latest").readlink().name
     assert (tmp_path / "results" / latest / "peft_1" / "adapter_model.safetensors").is_file()
+
+
+def test_this_host_sees_the_run_on_its_page_and_a_command_writes_it_as_a_file(
+    federation: Federation,
+) -> None:
+    run_id = federation.shell("superlink", "readlink /results/latest").strip()
+    asked = http.client.HTTPConnection("127.0.0.1", int(federation.env["PAGE_PORT"]), timeout=60)
+    asked.request("GET", f"/runs/{run_id}")
+    html = asked.getresponse().read().decode()
+    assert "fine-tuned by 20 sites together" in html
+    assert "1 of 1" in html
+    assert "site-19</th>" in html
+    report = ("run", "--rm", "--no-deps", "-T", "serverapp", "python3", "-m")
+    done = federation.compose(*report, "superlink.page", "report", run_id)
+    assert done.stdout.strip() == f"/results/{run_id}/report.html", done.stderr
+    refused = federation.shell("page", f"touch /results/{run_id}/x")
+    assert "Read-only file system" in refused
 
 
 def test_the_evaluation_cannot_change_an_adapter(federation: Federation) -> None:

@@ -19,9 +19,14 @@ from tests.samples import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "settings.md"
 COMPOSE_FILES = ("compose.yaml", "docker/compose.cpu.yaml")
-PROGRAMS = ("superlink/entrypoint.py", "superlink/serverapp.py", "supernode/entrypoint.py")
+PROGRAMS = (
+    "superlink/entrypoint.py", "superlink/serverapp.py", "superlink/page/__main__.py",
+    "supernode/entrypoint.py",
+)  # fmt: skip
 # They read what an entrypoint sets for them.
 OF_CHILDREN = ("superlink/link_log.py", "supernode/pinned.py", "supernode/warm/")
+# A module of several commands.
+SHARED = {"supernode/hub.py": ("supernode.download", "supernode.prepare", "eval")}
 CODE = ("app", "superlink", "supernode", "eval")
 
 HEAD = """# Settings
@@ -72,10 +77,15 @@ MEANT = {
     "EVAL_MEMORY": "memory limit of `eval`",
     "FLEET_BIND": "address where the Fleet API is published; 0.0.0.0 lets other hosts in",
     "FLEET_PORT": "its port",
-    "HF_TOKEN_FILE": "file with the hub token, readable by uid 10001",
+    "HF_ENDPOINT": "address of a mirror of the hub, for `download` and `fetch`",
+    "HF_TOKEN_FILE": "file with the token of the hub or the mirror, readable by uid 10001",
+    "HTTPS_PROXY": "proxy of `download` and `fetch`, in the place of the Docker client's own",
+    "HTTP_PROXY": "the same, for a mirror at http://",
     "MODEL_CACHE": "folder of this host instead of the volume `cache`, writable by uid 10001, "
     "readable by group 10001",
     "MODEL_NAME": "base model, by its hub id",
+    "NO_PROXY": "names to which they go past it",
+    "PAGE_PORT": "port of 127.0.0.1 where the page is published",
     "PARTITIONER": "`iid`; `dirichlet`, with `PARTITION_BY`; `files`, one file a site "
     "(`site-00.jsonl`, …)",
     "PARTITION_BY": "column of the class, for `dirichlet`",
@@ -230,7 +240,7 @@ def variables_in(tree: ast.AST) -> Iterator[tuple[str, str]]:
         ):
             given = [node.slice]
         texts = [x.value if isinstance(x, ast.Constant) else "" for x in given[:2]]
-        if texts and isinstance(texts[0], str):
+        if texts and texts[0] and isinstance(texts[0], str):
             yield texts[0], str((texts[1:] or [""])[0])
 
 
@@ -246,11 +256,12 @@ def command_rows() -> Iterator[str]:
     found: dict[str, dict[str, str]] = {}
     for file, tree in sources():
         is_command = "__name__ == '__main__'" in ast.unparse(tree) or file.endswith("__main__.py")
-        if not is_command or file in PROGRAMS or file.startswith(OF_CHILDREN):
+        if file in PROGRAMS or file.startswith(OF_CHILDREN):
             continue
-        name = file[:-3].replace("/", ".").removesuffix(".__main__")
+        own = (file[:-3].replace("/", ".").removesuffix(".__main__"),) if is_command else ()
         for variable, default in variables_in(tree):
-            found.setdefault(variable, {}).setdefault(name, default)
+            for name in SHARED.get(file, own):
+                found.setdefault(variable, {}).setdefault(name, default)
     yield table("variable", "default", "read by `python -m`")
     for variable, by in sorted(found.items()):
         defaults = dict.fromkeys(f"`{d}`" for d in by.values() if d)

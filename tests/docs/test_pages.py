@@ -52,6 +52,12 @@ RUN_BY = {
     r"docker volume rm fedllm-medical_state": (
         "tests/federation/test_reset.py", 'glob("superlink.db*")',
     ),
+    r"RESULTS_DIR=results \.venv/bin/python -m superlink\.page( report \d+)?": (
+        "tests/federation/test_page.py", '"superlink.page", "report"',
+    ),
+    r"docker compose run --rm --no-deps serverapp python3 -m superlink\.page report \d+": (
+        "tests/containers/test_up.py", '"superlink.page", "report"',
+    ),
     r"\.venv/bin/python -m superlink\.connection localhost:9093 ca\.crt": (
         "tests/superlink/test_connection.py", '"superlink.connection", "localhost:9093"',
     ),

@@ -3,9 +3,7 @@
 import errno
 import json
 import math
-import os
 import re
-import shutil
 import subprocess
 import zlib
 from html.parser import HTMLParser
@@ -18,6 +16,7 @@ from hypothesis import strategies as st
 
 from eval.report import page, write_report
 from eval.summary import text_table
+from tests.browser import BROWSER, in_browser
 from tests.full_disk import full_disk
 
 SETS = {"pubmedqa": "PubMedQA", "medmcqa": "MedMCQA", "medqa": "MedQA", "careqa": "CareQA"}
@@ -33,14 +32,6 @@ REFERENCE = {
 WITHOUT_CAREQA = {k: v for k, v in REFERENCE.items() if k != "careqa"} | {"name": "leaderboard"}
 ADAPTER_BYTES = 52 * 2**20  # rank 32 on q_proj and v_proj of the 8B model
 EVIL = "<img src=x onerror=alert(1)>"
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-# REQUIRE_BROWSER=1 (as in .ci/run) makes a missing one a failure instead.
-in_browser = pytest.mark.skipif(
-    BROWSER is None and not os.environ.get("REQUIRE_BROWSER"),
-    reason="no chromium or google-chrome here",
-)
 
 
 def score(accuracy: float) -> dict[str, Any]:

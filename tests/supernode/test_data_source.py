@@ -70,6 +70,13 @@ def test_of_a_folder_with_splits_train_is_taken(tmp_path: Path) -> None:
     assert sorted(train + holdout) == sorted(r["question"] for r in numbered(20))
 
 
+def test_files_of_one_name_in_several_folders_are_all_read(tmp_path: Path) -> None:
+    both = {f"{year}/train": numbered(20, f"of {year} ") for year in (2020, 2021)}
+    source = folder_of(tmp_path / "set", both)
+    lines = prepare_data(tmp_path / "f", Split(str(source), 2))
+    assert lines[-1] == f"{source}: 40 rows, 40 of them used"
+
+
 CONFIGS = """---
 configs:
 - config_name: english

@@ -149,7 +149,7 @@ def test_a_reply_is_told_when_it_comes_and_not_when_all_are_there(clock: Clock) 
     grid = StandInGrid({1: says("fine"), 2: silent, 3: lambda m: KeyError()})
     arrived: list[tuple[object, float]] = []
 
-    def note(content: RecordDict) -> None:
+    def note(_: object, content: RecordDict) -> None:
         arrived.append((word(content), clock.now))
 
     exchange(grid, messages(1, 2, 3), 33.0, arrived=note)

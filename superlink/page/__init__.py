@@ -1,0 +1,1 @@
+"""What goes on in the runs, as a page, as a file, and for Prometheus."""

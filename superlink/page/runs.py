@@ -1,0 +1,208 @@
+"""The results folder, read only and without trust: a run's ServerApp has written what is in it.
+
+What cannot be read is missing and named, never an error of the page.
+"""
+
+import json
+import os
+import re
+import stat
+from dataclasses import dataclass, field
+from datetime import datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from app.config import MIB
+
+Json = dict[str, Any]
+MOST_BYTES = 64 * MIB  # of a file; a run of 100 rounds at 200 sites has 2 MiB of lines
+_RUN_ID = re.compile(r"[0-9]{1,20}")  # as Flower numbers them
+_FILES = ("run.json", "metrics.jsonl", "events.jsonl", "eval/report.json")
+
+
+class UnknownRunError(LookupError):
+    """There is no such run; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the files of a run hold, as far as they can be read.
+
+    Attributes:
+        facts: run.json. rounds: the lines of metrics.jsonl. events: those of events.jsonl.
+        evaluation: eval/report.json; empty where there is none yet.
+        unread: files, or lines of them, that cannot be read, and why.
+    """
+
+    run_id: str
+    facts: Json = field(default_factory=dict)
+    rounds: list[Json] = field(default_factory=list)
+    events: list[Json] = field(default_factory=list)
+    evaluation: Json = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
+
+    @property
+    def config(self) -> Json:
+        return table(self.facts, "config")
+
+
+def run_ids(results: Path) -> list[str]:
+    """Every run's id, the newest first."""
+    try:
+        folders = [p for p in results.iterdir() if _RUN_ID.fullmatch(p.name) and _is_folder(p)]
+    except OSError:
+        return []
+    return [p.name for p in sorted(folders, key=_began, reverse=True)]
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()  # a link may lead anywhere
+
+
+def _began(folder: Path) -> tuple[float, str]:
+    """When its run began; where it has not said so yet, when the folder was made."""
+    started = moment(_facts(folder), "started")
+    try:
+        return started.timestamp() if started else folder.stat().st_mtime, folder.name
+    except OSError:
+        return 0.0, folder.name
+
+
+def taken_over(results: Path) -> set[str]:
+    """Ids of the runs that another one goes on from: what was cut off says "running" for ever."""
+    runs = (_facts(results / run_id) for run_id in run_ids(results))
+    return {text(link, "run_id") for facts in runs for link in tables(facts, "resumed_from")}
+
+
+def _facts(folder: Path) -> Json:
+    found = _parsed(_read(folder / "run.json") or b"")
+    return found if isinstance(found, dict) else {}
+
+
+def folder_of(results: Path, run_id: str) -> Path:
+    """Raises UnknownRunError: it is no run's id, or there is no such run."""
+    folder = results / run_id
+    if not _RUN_ID.fullmatch(run_id) or not _is_folder(folder):
+        raise UnknownRunError("no such run; the list of all runs is at /")
+    return folder
+
+
+def version(results: Path, run_id: str) -> str:
+    """Changes with the run's files. Raises UnknownRunError."""
+    folder, seen = folder_of(results, run_id), []
+    for name in _FILES:
+        try:
+            facts = (folder / name).lstat()
+            seen.append((facts.st_mtime_ns, facts.st_size))
+        except OSError:
+            seen.append((0, 0))
+    return sha256(repr((run_id, seen)).encode()).hexdigest()[:16]
+
+
+def read_run(results: Path, run_id: str) -> Run:
+    """All of a run. Raises UnknownRunError."""
+    folder, unread = folder_of(results, run_id), list[str]()
+
+    def read(name: str) -> bytes:
+        data = _read(folder / name)
+        if data is None and os.path.lexists(folder / name):
+            unread.append(f"{name} is no file of {MOST_BYTES // MIB} MiB at most")
+        return data or b""
+
+    def whole(name: str) -> Json:
+        found = _parsed(read(name) or b"{}")
+        if isinstance(found, dict):
+            return found
+        unread.append(f"{name} is no JSON object")
+        return {}
+
+    def lines(name: str) -> list[Json]:
+        data = read(name)
+        complete = data[: data.rfind(b"\n") + 1]  # the last line may be on its way
+        parsed = [_parsed(line) for line in complete.split(b"\n") if line.strip()]
+        good = [line for line in parsed if isinstance(line, dict)]
+        if len(good) < len(parsed):
+            unread.append(f"{name}: {len(parsed) - len(good)} of {len(parsed)} lines")
+        return good
+
+    run, metrics, events, report = _FILES
+    return Run(run_id, whole(run), lines(metrics), lines(events), whole(report), unread)
+
+
+def read_evaluation(results: Path, run_id: str) -> bytes:
+    """The evaluation's own page. Raises UnknownRunError: there is none."""
+    page = _read(folder_of(results, run_id) / "eval" / "report.html")
+    if page is None:
+        raise UnknownRunError("this run has no eval/report.html yet; docker compose run --rm eval")
+    return page
+
+
+def _read(path: Path) -> bytes | None:
+    """A file's bytes; None where there is none, or something else: a link, a pipe, too much."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    with os.fdopen(handle, "rb") as file:
+        facts = os.fstat(handle)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > MOST_BYTES:
+            return None
+        try:
+            return file.read(MOST_BYTES)
+        except OSError:
+            return None
+
+
+def _parsed(data: bytes) -> Any:
+    """What this JSON holds; None where it is none."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def number(facts: Json, key: str) -> float | None:
+    """The value as a finite number, if it is one."""
+    value = facts.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if abs(value) <= 1e18 else None  # nor NaN, which is not below anything
+
+
+def numbers(facts: Json, key: str) -> list[float]:
+    """The list's numbers, as far as they are some; empty where it is no such list."""
+    values = facts.get(key)
+    found = [number({"": v}, "") for v in values] if isinstance(values, list) else []
+    return [] if None in found else [v for v in found if v is not None]
+
+
+def text(facts: Json, key: str) -> str:
+    """The value if it is a text, of what can be shown: no half of a character, no end."""
+    value = facts.get(key)
+    kept = value[:4000] if isinstance(value, str) else ""
+    return kept.encode("utf-8", "replace").decode()
+
+
+def texts(facts: Json, key: str) -> list[str]:
+    values = facts.get(key)
+    return [text({"": v}, "") for v in values] if isinstance(values, list) else []
+
+
+def table(facts: Json, key: str) -> Json:
+    value = facts.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def tables(facts: Json, key: str) -> list[Json]:
+    values = facts.get(key)
+    return [v for v in values if isinstance(v, dict)] if isinstance(values, list) else []
+
+
+def moment(facts: Json, key: str) -> datetime | None:
+    """The value as a point in time, with its zone."""
+    try:
+        found = datetime.fromisoformat(text(facts, key))
+    except ValueError:
+        return None
+    return found if found.tzinfo and 1970 < found.year < 3000 else None
