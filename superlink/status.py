@@ -71,7 +71,7 @@ def status(control: Control, public: Path, results: Path) -> Report:
     out = sorted({name.rsplit("-", 1)[0] for name in revoked} - keys.keys())
     notes = list(_notes(nodes, keys, revoked))
     try:
-        runs = [p.name for p in results.iterdir() if p.name.isdecimal()]
+        runs = [p.name for p in results.iterdir() if p.name.isdecimal() and not p.is_symlink()]
     except OSError as err:
         notes.append(f"RESULTS_DIR={results}: {err.strerror}: nothing is known of runs")
         runs = []

@@ -143,6 +143,8 @@ def test_rows_rounds_and_reasons_are_those_of_the_newest_run_that_has_them(
         {"round": 2, "partitions": [1], "rejected": {"site-00": "too long"}},
     )  # fmt: skip
     (results / "latest").symlink_to(NEW)
+    (results / "33").symlink_to(tmp_path / "elsewhere" / "33")  # a link may lead anywhere
+    written(tmp_path / "elsewhere", "33", {"started": "2026-12-01"})
     link = SuperLink(dict.fromkeys(public_keys(public).values(), "online"))
     report = status(link, public, results)
     assert report.newest_run == {
