@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "supernode/": ("supernode",),
     "supernode/partitions.py": ("supernode", "app.site.rows"),
     "supernode/data_source.py": ("supernode", "app.site.rows"),
+    "supernode/pinned.py": ("supernode", "app.site.audit"),
     "eval/": (
         "eval", "app.config", "app.server.checkpoint", "app.site.base_model",
         "app.site.partition.SiteError", "app.site.verified", "supernode.hub", "supernode.source",

@@ -67,6 +67,10 @@ RUN_BY = {
     r"\.venv/bin/python -m supernode\.pinned hash \.": (
         "superlink/onehost/processes.py", '"supernode.pinned", "hash"',  # of each local federation
     ),
+    r"SITE_DIR=\$PWD/site-07 \.venv/bin/python -m supernode\.site "
+    r"(pause|resume|apps|approve SHA256 --by NAME)": (
+        "tests/federation/test_policy.py", '"-m", "supernode.site"',
+    ),
     r"\.venv/bin/python -m eval --data-dir DIR": ("tests/eval/test_cli.py", '"--data-dir"'),
     r"\.venv/bin/python -m eval score \S+": ("tests/eval/test_cli.py", 'main(["score"'),
 }  # fmt: skip

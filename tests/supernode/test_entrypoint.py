@@ -174,11 +174,12 @@ def test_tls_and_the_sites_key_are_always_among_the_flags(
 
 @pytest.mark.parametrize("pin", ["", "0123", PIN.upper(), PIN + "0"])
 def test_without_a_pinned_app_a_site_starts_only_if_it_says_so(
-    env: dict[str, str], pin: str
+    env: dict[str, str], pin: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match=r"APP_SHA256=.* ALLOW_APP_UPDATES=1"):
         command(read_site(env | {"APP_SHA256": pin}))
     argv = command(read_site(env | {"APP_SHA256": pin, "ALLOW_APP_UPDATES": "1"}))
+    assert "WARNING: ALLOW_APP_UPDATES=1 is set: no app is checked" in capsys.readouterr().err
     unpinned = [sys.executable, "-m", "supernode.pinned", "run", "any", "site-02"]
     assert argv[: argv.index("--superlink")] == unpinned
     with pytest.raises(SystemExit, match="ALLOW_APP_UPDATES=yes"):

@@ -336,16 +336,21 @@ def test_every_row_is_used_or_counted_and_none_is_made_up(rows: list[tuple[str, 
 def test_what_the_supernodes_image_has_of_the_app_hides_nothing_of_a_runs_own(
     tmp_path: Path,
 ) -> None:
-    """Its one file, as the Dockerfile copies it, first on the path; the app as a run brings it."""
-    (copied,) = [
+    """Its few files, as the Dockerfile copies it, first on the path; the app as a run brings it."""
+    ((*copied, folder),) = [
         line.split()[1:]
         for line in (REPOSITORY / "docker" / "Dockerfile").read_text().splitlines()
         if line.startswith("COPY app/site")
     ]
-    target = tmp_path / "image" / copied[1]
+    target = tmp_path / "image" / folder
     target.mkdir(parents=True)
-    (target / "rows.py").write_bytes((REPOSITORY / copied[0]).read_bytes())
-    code = "import sys; sys.path[:0] = sys.argv[1:]; import app.site.rows as r; print(r.__file__)"
+    assert {"app/site/rows.py", "app/site/audit.py"} == {*copied}
+    for file in copied:
+        (target / Path(file).name).write_bytes((REPOSITORY / file).read_bytes())
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:]; import app.site.rows as r, app.site.audit as a; "
+        "print(r.__file__, a.__file__)"
+    )
     for paths, wanted in (
         ([tmp_path / "image"], tmp_path / "image"),
         ([tmp_path / "image", REPOSITORY], REPOSITORY),
@@ -355,4 +360,4 @@ def test_what_the_supernodes_image_has_of_the_app_hides_nothing_of_a_runs_own(
             [sys.executable, "-I", "-S", "-c", code, *map(str, paths)], text=True,
             capture_output=True, check=True,
         )  # fmt: skip
-        assert done.stdout.strip() == str(wanted / "app/site/rows.py")
+        assert done.stdout.split() == [str(wanted / file) for file in copied]
