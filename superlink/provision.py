@@ -27,7 +27,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from superlink import site_keys, site_kit
+from superlink import audit, site_keys, site_kit
 from superlink.certificates import (
     SERVER_DAYS,
     CertificateError,
@@ -211,8 +211,10 @@ def _server(
 def main() -> int:
     args = _arguments()
     try:
-        print(f"provision: {_do(args)}")
-    except ProvisionError as err:
+        subject = getattr(args, "site", f"{args.sites} sites")
+        with audit.command(args.federation, args.command or "provision", subject):
+            print(f"provision: {_do(args)}")
+    except (ProvisionError, audit.AuditError) as err:
         print(f"provision: {err}", file=sys.stderr)
         return 1
     return 0

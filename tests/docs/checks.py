@@ -35,7 +35,7 @@ OTHERS = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "HF_HUB_OFFLINE"}
 # Words with hyphens that are no run-config keys.
 HYPHENATED = {"nelder-mead", "nf4-bf16", "flower-superlink"}
 HYPHENATED |= {f.metadata["key"] for f in fields(Policy) if f.metadata}
-OTHER_PROGRAMS = {"pytest", "ruff", "mypy"}  # of python -m
+OTHER_PROGRAMS = {"pytest", "ruff", "mypy", "venv"}  # of python -m
 IN_TABLE = re.compile(r"`([A-Z_]+)`").findall
 
 

@@ -36,6 +36,19 @@ RUN_BY = {
     r"(show|renew|rotate site-07|revoke site-07|reset)": (
         "tests/superlink/test_provision.py", '["superlink.provision", *options, *words]',
     ),
+    r"docker compose run --rm status": ("tests/containers/test_tools.py", '(*RUN, "status"'),
+    r"docker compose run --rm backup( --results)?": (
+        "tests/containers/test_tools.py", '(*RUN, "backup", "--results")',
+    ),
+    r"docker compose run --rm restore /backup/\S+\.tar": (
+        "tests/containers/test_tools.py", '"restore", f"/backup/{archive.name}"',
+    ),
+    r"docker compose run --rm provision cat /audit/audit\.jsonl": (
+        "tests/containers/test_tools.py", '"provision", "cat", "/audit/audit.jsonl"',
+    ),
+    r"sudo install -d -o 10001 backup && export BACKUP_DIR=\./backup": (
+        "tests/containers/test_tools.py", '"BACKUP_DIR": str(saved)',
+    ),
     r"docker volume rm fedllm-medical_state": (
         "tests/federation/test_reset.py", 'glob("superlink.db*")',
     ),
