@@ -12,8 +12,6 @@ import platform
 import secrets
 import sys
 import time
-import traceback
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -22,11 +20,12 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from app.config import ConfigError, RunConfig
+from app.config import RunConfig
 from app.site import libraries, memory, partition
 from app.site.base_model import BaseModel, find
 from app.site.device import device, look, take_turn, turn
 from app.site.feedback import Feedback
+from app.site.gate import Visit, guarded
 from app.site.partition import SiteError
 from app.site.privacy import privatise
 from app.site.rows_used import rows_used
@@ -39,30 +38,6 @@ logger = logging.getLogger("app")
 logger.addHandler(logging.StreamHandler(sys.stderr))
 logger.setLevel(logging.INFO)
 logger.propagate = False
-Handler = Callable[[Message, Context], Message]
-
-
-def _no_data_in_errors(handler: Handler) -> Handler:
-    """Let only messages that we worded ourselves reach the log and the server.
-
-    A library's message may quote what it was given: a row of this site. Its type and the
-    places in the code are enough to find the fault.
-    """
-
-    def guarded(message: Message, context: Context) -> Message:
-        try:
-            return handler(message, context)
-        except (SiteError, ConfigError) as err:
-            told = str(err)
-        except Exception as err:
-            frames = "".join(traceback.format_tb(err.__traceback__))
-            logger.error("%s in\n%s", type(err).__name__, frames)
-            told = f"{type(err).__name__} (the site's log says where)"
-            if type(err).__name__ == "OutOfMemoryError":
-                told += "; lower train.max-tokens-per-pass"
-        raise SiteError(told)
-
-    return guarded
 
 
 def _site_dir() -> Path:
@@ -115,33 +90,42 @@ def _described(base: BaseModel, config: RunConfig) -> str:
     return str(gpu)
 
 
-@app.query()
-def preflight(message: Message, context: Context) -> Message:
-    """What the server must know before a run. Reads data and base.json; imports no torch."""
-    facts: dict[str, Any] = {
+def _answer(context: Context, facts: dict[str, Any]) -> RecordDict:
+    """What a preflight is answered: these facts, or an error, and who says so."""
+    said: dict[str, Any] = {
         "partition-id": int(context.node_config["partition-id"]),
         "num-partitions": int(context.node_config["num-partitions"]),
+        # Flower stores an answer by its hash: one that can be foreseen, another site could spoil.
+        "nonce": secrets.token_hex(16),
+    }
+    return RecordDict({"preflight": ConfigRecord(said | facts)})
+
+
+@app.query()
+@guarded(failed=lambda context, why: _answer(context, {"error": why}))
+def preflight(message: Message, context: Context, visit: Visit) -> RecordDict:
+    """What the server must know before a run. Reads data and base.json; imports no torch."""
+    logger.info("%s", visit.policy)
+    config = RunConfig.from_flat(context.run_config)
+    parts = {name: _part(name) for name in ("train", "holdout")}
+    if not visit.policy.held_out_losses:
+        parts["holdout"] = partition.Part("", [])  # so nobody asks for them
+    base = _base_model(config)
+    visit.policy.check_run(config, base.fingerprint)
+    rows = _rows_used(parts, base, config)
+    visit.policy.check_round(config, rows["num-examples"])
+    facts = rows | {
+        "fingerprint": base.fingerprint,
+        "linear-layers": json.dumps(base.linear_layers),
+        "turn": turn(),
+        "device": _described(base, config),
+        "policy": visit.policy.sha256,
         "versions": json.dumps(
             {"python": platform.python_version()}
             | {p: version(p) for p in ("flwr", "torch", "transformers", "peft", "bitsandbytes")}
         ),
-        # Flower stores an answer by its hash: one that can be foreseen, another site could spoil.
-        "nonce": secrets.token_hex(16),
     }
-    try:
-        config = RunConfig.from_flat(context.run_config)
-        parts = {name: _part(name) for name in ("train", "holdout")}
-        base = _base_model(config)
-        facts |= _rows_used(parts, base, config)
-        facts["fingerprint"] = base.fingerprint
-        facts["linear-layers"] = json.dumps(base.linear_layers)
-        facts["turn"] = turn()
-        facts["device"] = _described(base, config)
-    except (SiteError, ConfigError) as err:
-        facts["error"] = str(err)
-    except Exception as err:
-        facts["error"] = f"{type(err).__name__} in the preflight"
-    return Message(RecordDict({"preflight": ConfigRecord(facts)}), reply_to=message)
+    return _answer(context, facts)
 
 
 def _received(
@@ -172,7 +156,8 @@ def _to_send(
     if config.up == "fp32" or not config.error_feedback:
         return encode(config.up, trained, received)
     server_round = cast(int, job["round"])
-    feedback = Feedback(_site_dir() / "state", cast(str, job["run"]), layout)
+    privacy = config.clip_norm, config.noise_multiplier
+    feedback = Feedback(_site_dir() / "state", cast(str, job["run"]), layout, privacy)
     wanted = trained + feedback.read(server_round)
     payload = encode(config.up, wanted, received)
     try:
@@ -184,8 +169,8 @@ def _to_send(
 
 
 @app.train()
-@_no_data_in_errors
-def train(message: Message, context: Context) -> Message:
+@guarded()
+def train(message: Message, context: Context, visit: Visit) -> RecordDict:
     """Fine-tune the received adapter on this site's rows; reply with the new one."""
     libraries.load()
     from app.site import base_model, training
@@ -194,6 +179,8 @@ def train(message: Message, context: Context) -> Message:
     config = RunConfig.from_flat(context.run_config)
     base, layout, vector, job = _received(message, config)
     server_round = cast(int, job["round"])
+    visit.note(clip_norm=config.clip_norm, noise_multiplier=config.noise_multiplier)
+    visit.policy.check_run(config, base.fingerprint)
     partition_id = int(context.node_config["partition-id"])
     rows = _part("train").rows
     _take_turn(message, context)
@@ -203,6 +190,7 @@ def train(message: Message, context: Context) -> Message:
     examples = encode_all(rows, tokenizer, config.seq_length)
     if not examples:
         raise SiteError(f"no row keeps an answer within {config.seq_length} tokens")
+    visit.policy.check_round(config, len(examples))
     load_s = time.monotonic() - started
     logger.info("round %d: %d rows, loaded in %.1f s", server_round, len(examples), load_s)
     seed = int(
@@ -224,25 +212,30 @@ def train(message: Message, context: Context) -> Message:
             "peak-memory-mb": training.peak_memory_mb(device()),
         }
     )
-    payload = np.frombuffer(_to_send(trained, vector, layout, config, job), np.uint8)
-    adapter = ArrayRecord({"payload": Array(payload)})
-    content = RecordDict({"adapter": adapter, "metrics": metrics})
-    return Message(content, reply_to=message)
+    payload = _to_send(trained, vector, layout, config, job)
+    rows_used = min(len(examples), result.steps * config.rows_per_step)
+    change = decode(config.up, payload, vector) - vector  # as whoever receives it sees it
+    visit.note(rows=rows_used, steps=result.steps, change_norm=float(np.linalg.norm(change)))
+    adapter = ArrayRecord({"payload": Array(np.frombuffer(payload, np.uint8))})
+    return RecordDict({"adapter": adapter, "metrics": metrics})
 
 
 @app.evaluate()
-@_no_data_in_errors
-def evaluate(message: Message, context: Context) -> Message:
+@guarded()
+def evaluate(message: Message, context: Context, visit: Visit) -> RecordDict:
     """Score the received adapter on this site's held-out rows."""
     libraries.load()
     from app.site import base_model, training
     from app.site.examples import encode_all
 
     config = RunConfig.from_flat(context.run_config)
+    visit.policy.check_evaluation()
     base, layout, vector, _ = _received(message, config)
+    visit.policy.check_run(config, base.fingerprint)
     _take_turn(message, context)
     model, tokenizer = base_model.load_with_lora(base, config, device(), layout, vector)
     examples = encode_all(_part("holdout").rows, tokenizer, config.seq_length)
+    visit.note(rows=len(examples))
     result = training.evaluate(model, examples, config)
     metrics = MetricRecord(
         {
@@ -253,4 +246,4 @@ def evaluate(message: Message, context: Context) -> Message:
             "num-tokens": result.num_tokens,
         }
     )
-    return Message(RecordDict({"metrics": metrics}), reply_to=message)
+    return RecordDict({"metrics": metrics})

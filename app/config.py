@@ -62,6 +62,10 @@ _RUNS = (
     'empty, or "latest" or run ids with commas between (0: start anew)',
     lambda v: not v or re.fullmatch(r"(latest|\d+)(,(latest|\d+))*", v) is not None,
 )
+_SITES = (
+    'empty, or names of sites with commas between, as "site-03,site-07"',
+    lambda v: not v or re.fullmatch(r"site-\d{2,}(,site-\d{2,})*", v) is not None,
+)
 _YES_NO = ("true or false", lambda v: True)
 _ARGS = "train.training-arguments."
 
@@ -127,6 +131,8 @@ class RunConfig:
     min_nodes: int = _key("strategy.min-nodes", *_whole_from(1))
     # If false, sites that fail the preflight are left out as long as min-nodes others are fine.
     require_all_nodes: bool = _key("strategy.require-all-nodes", *_YES_NO)
+    # These are not asked at all, and count nowhere; their keys stay registered.
+    exclude_sites: str = _key("strategy.exclude-sites", *_SITES)
     # A round with fewer usable replies than min-replies is repeated with other sites: one of a
     # single reply is that site's adapter alone.
     min_replies: int = _key("strategy.min-replies", *_whole_from(1))

@@ -176,6 +176,7 @@ def _agreed(sites: Sites, layout: Layout, config: RunConfig) -> dict[str, Any]:
                 "rows": sites.rows[p],
                 "versions": sites.versions[p],
                 "device": sites.devices[p],
+                "policy": sites.policies[p],
             }
             for p in sites.node_of
         },

@@ -237,12 +237,13 @@ def check(adapter: Adapter, base: Base) -> str:
             raise EvalError(f"{text}; prepare the same revision of the base model")
         print(f"eval: cannot compare base models: {text}", file=sys.stderr)
     try:
-        with safe_open(adapter.weights, "np") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        shapes = sources.shapes(adapter.weights)
     except FileNotFoundError:
         raise EvalError(f"no adapter_model.safetensors in {adapter.folder}") from None
-    except (OSError, SafetensorError) as err:
-        raise EvalError(f"{adapter.weights} is damaged or cut short: {err}") from None
+    except sources.SourceError as err:
+        raise EvalError(str(err)) from None
+    except OSError as err:
+        raise EvalError(f"{adapter.weights}: {err.strerror}") from None
     for name, shape in shapes.items():
         layer, _, side = name.removeprefix("base_model.model.").rpartition(".lora_")
         if side not in ("A.weight", "B.weight"):

@@ -56,8 +56,19 @@ def server_certificate(
 
 
 def names_of(certificate: x509.Certificate) -> list[str]:
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    """Those that it is for; none where it has a common name only, which nobody looks at."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
     return [str(n.value) for n in names]
+
+
+def is_for(certificate: x509.Certificate, name: str) -> bool:
+    """Whether a client that calls this host ``name`` takes it, by a * in front as well."""
+    names = [n.casefold() for n in names_of(certificate)]
+    wanted = canonical(name).casefold()
+    return wanted in names or f"*.{wanted.partition('.')[2]}" in names
 
 
 def canonical(name: str) -> str:

@@ -10,15 +10,36 @@ pyproject.toml, which ``flwr run`` would rewrite.
 import os
 import sys
 import tomllib
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from supernode.reach import parsed
 
+_PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 _TEMPLATE = """
 [superlink.deployment]
 address = "{address}"
 root-certificates = "{ca}"
 """
+
+
+def other_flwr() -> str:
+    """What to know if the flwr here is not the one that pyproject.toml pins; empty if it is.
+
+    Flower's own words for it come late, or (of 1.37 and later, which speak HTTP) not at all. Where
+    there is no checkout, pip has seen to it.
+    """
+    if not _PROJECT.is_file():
+        return ""
+    project = tomllib.loads(_PROJECT.read_text(encoding="utf-8"))["project"]
+    (pin,) = (need for need in project["dependencies"] if need.startswith("flwr=="))
+    try:
+        here = version("flwr")
+    except PackageNotFoundError:
+        here = "none"
+    if f"flwr=={here}" == pin:
+        return ""
+    return f"this Python has flwr {here}, and the federation is of another: pip install {pin}"
 
 
 def write_connection(flwr_home: Path, address: str, ca_file: Path) -> Path:
@@ -48,6 +69,9 @@ def main() -> int:
         print(__doc__, file=sys.stderr)
         return 2
     home = Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr"))
+    if reason := other_flwr():
+        print(f"connection: {reason}", file=sys.stderr)
+        return 1
     ca_file = Path(sys.argv[2])
     if not ca_file.is_file():
         print(f"connection: no CA certificate at {ca_file}", file=sys.stderr)

@@ -64,6 +64,7 @@ class KnownRun:
     app: str
     state: RunStatus
     ended_s_ago: float  # by the SuperLink's clock; 0 of a run that has not ended
+    app_version: str = ""  # as its pyproject.toml says
 
 
 def connected(address: str, ca_file: Path) -> "Control":
@@ -189,6 +190,7 @@ class Control:
                 r.fab_hash,
                 _status(r),
                 (now - datetime.fromisoformat(r.finished_at or reply.now)).total_seconds(),
+                r.fab_version,
             )
             for r in sorted(reply.run_dict.values(), key=lambda r: r.pending_at, reverse=True)
         ]

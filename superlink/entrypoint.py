@@ -11,6 +11,8 @@
 |                |                 | unset, ServerApps are child processes               |
 | RUNTIME_PORT   | 9091            | of 127.0.0.1, for those child processes             |
 | SITES_DIR      | (required then) | who is who, from register; the ServerApp reads it   |
+| AUDIT_DIR      | audit/ beside   | audit.jsonl: who asked for what                     |
+|                | SUPERLINK_DIR   |                                                     |
 | HEALTH_PORT    | 9190            | liveness, on 127.0.0.1 only                         |
 | FLWR_LOG_LEVEL | INFO            | DEBUG: also what Flower's processes poll            |
 """
@@ -124,11 +126,13 @@ def main() -> None:
     from flwr.supercore.constant import SQLITE_PRAGMAS
     from flwr.superlink.cli import flower_superlink
 
-    from superlink import fleet_door, runtime_door
+    from superlink import control_acts, fleet_door, runtime_door
 
     link_log.set_up()
     fleet_door.install(Path(os.environ["RESULTS_DIR"]))
     runtime_door.install()
+    beside = Path(os.environ["SUPERLINK_DIR"]).parent / "audit"  # where provision has it too
+    control_acts.install(Path(os.environ.get("AUDIT_DIR") or beside))
     # Flower 1.36 gives up a database lock after 5 s, and no flag changes that. With 20 busy
     # SuperNodes on one host it then answers "Internal server error", after which a SuperNode,
     # or the process that starts ServerApps, is gone for good.

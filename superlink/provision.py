@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from superlink import kit_archive, site_keys, site_kit
+from superlink import audit, kit_archive, site_keys, site_kit
 from superlink.authority import ProvisionError as ProvisionError
 from superlink.authority import authority, names_in, server
 from superlink.certificates import (
@@ -40,7 +40,7 @@ from superlink.certificates import (
 )
 from superlink.container_files import manifest_folder, runtime_secret
 from superlink.show import show
-from supernode.reach import AddressError, parsed
+from supernode.reach import AddressError, certificate_name, parsed
 
 
 @contextmanager
@@ -70,6 +70,10 @@ def provision(federation: Path, sites: int, address: str, names: list[str]) -> l
         host, _ = parsed(address)
     except AddressError as err:
         raise ProvisionError(f"--address: {err}") from None
+    try:
+        names = [certificate_name(name) for name in names]
+    except AddressError as err:
+        raise ProvisionError(f"--names: {err}") from None
     made: list[str] = []
     for torn in federation.glob("*/.*.part"):  # of a call that was killed; maybe half a key
         torn.unlink(missing_ok=True)
@@ -119,11 +123,13 @@ def reset(federation: Path) -> list[str]:
 def main() -> int:
     args = _arguments()
     try:
-        told = _do(args)
+        subject = getattr(args, "site", f"{args.sites} sites")
+        with audit.command(args.federation, args.command or "provision", subject):
+            told = _do(args)
         # Where the standard output is the kit, it holds nothing else.
         to = sys.stderr if getattr(args, "output", None) == kit_archive.PIPE else sys.stdout
         print(f"provision: {told}", file=to)
-    except ProvisionError as err:
+    except (ProvisionError, audit.AuditError) as err:
         print(f"provision: {err}", file=sys.stderr)
         return 1
     return 0

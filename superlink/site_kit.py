@@ -10,9 +10,8 @@ from cryptography import x509
 
 from superlink import site_keys
 from superlink.certificates import (
-    canonical,
+    is_for,
     load_certificates,
-    names_of,
     time_left,
     write,
     write_certificate,
@@ -72,7 +71,7 @@ def note_address(federation: Path, address: str) -> None:
 
 def of_another_ca(server: x509.Certificate, names: list[str]) -> str:
     """What to know of a server certificate that provision has not made."""
-    lacks = [name for name in names if canonical(name) not in names_of(server)]
+    lacks = [name for name in names if not is_for(server, name)]
     without = f", is not for {', '.join(lacks)}" if lacks else ""
     return (
         f"it is of another CA (to be trusted, that belongs into public/ca.crt){without}, and ends "

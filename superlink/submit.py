@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,15 @@ JUST_ENDED_S = 30
 _RAISED = "ServerApp failed with exception: "  # Flower's words before ours
 
 
-def wait_for_nodes(control: Control, public: Path, needed: int, timeout_s: float) -> None:
-    """Wait until ``needed`` of the registered sites are online.
+def wait_for_nodes(
+    control: Control, public: Path, needed: int, timeout_s: float, without: Collection[str] = ()
+) -> None:
+    """Wait until ``needed`` of the registered sites are online, those ``without`` not counted.
 
     Raises:
         ControlError: too few after ``timeout_s``; names those that are not online.
     """
-    sites = public_keys(public)
+    sites = {s: key for s, key in public_keys(public).items() if s not in without}
     deadline, said = time.monotonic() + timeout_s, -1
     stalled_at = time.monotonic() + _STALLED_AFTER_S
     while True:
@@ -125,7 +128,8 @@ def _submit(app_dir: Path, overrides: list[str], control: Control, public: Path)
                 run_id, resume = run.run_id, run.config.get("resume")
                 _say(f"run {run_id} is going on; following it")
             else:
-                wait_for_nodes(control, public, config.min_nodes, config.node_timeout_s)
+                excluded = config.exclude_sites.split(",")
+                wait_for_nodes(control, public, config.min_nodes, config.node_timeout_s, excluded)
                 run_id, resume = _start(app_dir, flat, Path(home), env), flat.get("resume")
                 _say(f"run {run_id} started")
             state = _follow(control, run_id, env, config.node_timeout_s)

@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from app.site.rows import SUFFIXES, RowsError, Table, read
-from supernode.download import PrepareError, data_folder
+from app.site.row_files import SUFFIXES, RowsError
+from app.site.rows import Table, read
+from supernode.download import PrepareError, check_id, data_folder
 
 MUCH = 0.1  # of the rows, left out, is worth a warning
 
@@ -37,7 +38,10 @@ def data_files(source: str, cache: Path, token: str | None, scratch: str) -> dic
     """The data files by name: the file itself, or those of a folder's or hub set's train split."""
     if Path(source).is_file():
         return {source: Path(source)}
-    folder = Path(source) if Path(source).is_dir() else data_folder(cache, source, token)
+    here = bool(source) and Path(source).is_dir()
+    if not here:
+        check_id("data set", source.rstrip("/"))
+    folder = Path(source) if here else data_folder(cache, source, token)
     import datasets
 
     try:

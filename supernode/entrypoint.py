@@ -11,7 +11,7 @@
 | SUPERLINK, PARTITION_ID, NUM_PARTITIONS | from site.env | set them only to override it   |
 | RUNTIME_PORT | 9094             | ClientApp process, on 127.0.0.1 only                     |
 | HEALTH_PORT  | (none)           | liveness, on 127.0.0.1 only                              |
-| APP_SHA256   | from app.sha256  | the app (FAB) that runs may bring; app.sha256 is the image's |
+| APP_SHA256   | from app.sha256  | the app that runs may bring; app.sha256 is the image's   |
 | ALLOW_APP_UPDATES | (none)      | 1: run whatever app a run brings                         |
 | PYTHONWARNINGS | ignore         | default: the log also holds what libraries warn of       |
 | WARM_S       | 600              | idle seconds that the loaded libraries are kept; 0: not at all |
@@ -32,7 +32,7 @@ from pathlib import Path
 from supernode import verify
 from supernode.gpus import set_gpu
 from supernode.node_log import QUIET, Joining, plain
-from supernode.pinned import ANY
+from supernode.pinned import ANY, UNCHECKED
 from supernode.reach import direct, parsed, why_not
 from supernode.site_env import read_site
 
@@ -74,6 +74,7 @@ def pinned_app(env: dict[str, str]) -> str:
     if allowed not in ("", "0", "1"):
         raise SystemExit(f"supernode: ALLOW_APP_UPDATES={allowed}: 1, or leave it out")
     if allowed == "1":
+        print(f"supernode: WARNING: {UNCHECKED}", file=sys.stderr, flush=True)
         return ""
     stored = Path(__file__).parents[1] / "app.sha256"
     pin = env.get("APP_SHA256") or (stored.read_text().strip() if stored.is_file() else "")
@@ -149,6 +150,7 @@ def main() -> int:
         "TORCHDYNAMO_DISABLE": "1",
         "MODELS_VERIFIED": str(verify.start(Path(env["MODELS_DIR"]))),
     }
+    env["APPS_SEEN"] = str(Path(env["MODELS_VERIFIED"]).with_name("apps-seen.json"))
     argv = command(env)
     deadline = time.monotonic() + ACTIVATION_TIMEOUT_S
     with warm_client_apps(env):

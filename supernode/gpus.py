@@ -70,7 +70,7 @@ def _allowed(given: str) -> list[str]:
         NoGpuError: nothing.
     """
     names = (name.strip() for name in given.split(","))
-    allowed = list(takewhile(re.compile(r"\d+|(GPU|MIG)-\S+").fullmatch, names))
+    allowed = list(takewhile(re.compile(r"[0-9]+|(GPU|MIG)-\S+").fullmatch, names))
     if not allowed:
         raise NoGpuError(f"CUDA_VISIBLE_DEVICES={given} hides every GPU; take it out or name one")
     return allowed
@@ -83,7 +83,12 @@ def visible_gpus() -> list[str]:
     """
     try:
         listed = subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=SMI_TIMEOUT_S
+            ["nvidia-smi", "-L"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
+            timeout=SMI_TIMEOUT_S,
         )
     except (OSError, subprocess.SubprocessError):
         return [str(n) for n in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]

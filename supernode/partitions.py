@@ -18,7 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from app.site.rows import SUFFIXES, VERSION, Row, suffix
+from app.site.row_files import SUFFIXES, suffix
+from app.site.rows import VERSION, Row
 from supernode.data_source import data_files, identity, sha256_of, source_table
 from supernode.download import CACHE, PrepareError
 
@@ -99,6 +100,12 @@ def prepare_data(
             files = data_files(split.source, cache, token, scratch)
         parts, shared = _partitions(split, files, notes), set()
     facts, written = _contents(federation, split, parts, shared)
+    without = [name for name, f in facts.items() if "/holdout." in name and not f["rows"]]
+    if without:
+        notes.append(
+            f"WARNING: {len(without)} of {split.sites} sites hold no row out, since they have too "
+            "few that no other site has; they take no part in the evaluation"
+        )
     # In this order, so that what an interruption leaves is no stranger to the next call.
     for name in old.get("files", {}):  # all intact; also those of sites that there are no longer
         (federation / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Flower's SuperNode, but it runs no other app than the one that this site was given.
+"""Flower's SuperNode, but it runs no other app than this site was given, or has approved.
 
     python -m supernode.pinned run SHA256|any SITE [flower-supernode's flags]
     python -m supernode.pinned hash FOLDER     the SHA-256 of the app of a checkout
@@ -11,6 +11,7 @@ names and contents, not of the zip: that differs by the system and the zlib whic
 
 import hashlib
 import io
+import json
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 ANY = "any"  # in the place of the SHA-256
+UNCHECKED = "ALLOW_APP_UPDATES=1 is set: no app is checked, and one may heed no policy.toml"
 MOST_BYTES = 64 << 20  # unpacked
 
 
@@ -41,8 +43,12 @@ def app_sha256(fab: bytes) -> str:
     return digest.hexdigest()
 
 
-def install(pinned: str, site: str) -> None:
-    """Let this process's SuperNode accept the app of this SHA-256 only."""
+def install(pinned: str, site: str, state: Path) -> None:
+    """Let this process's SuperNode accept the app of this SHA-256 only, and those approved.
+
+    With ANY it accepts every app, and says so of each. ``state``: the site's; APPS_SEEN names the
+    file that tells the ClientApps which app a run brought.
+    """
     from flwr.app import Error
     from flwr.common.constant import ErrorCode
     from flwr.supercore.fab import Fab
@@ -50,29 +56,78 @@ def install(pinned: str, site: str) -> None:
 
     refusal = (
         f"{site} runs app {pinned[:12]} only, and this run brings another; the site's operator "
-        "installs its version, or sets ALLOW_APP_UPDATES=1 to run whatever comes"
+        "installs its version, or looks at it and approves it (python -m supernode.site), or sets "
+        "ALLOW_APP_UPDATES=1 to run whatever comes"
     )
     receive = flower._pull_and_store_message
+    run_id, kind = 0, ""
+    seen: dict[str, str] = {}
 
     def receive_pinned(**given: Any) -> int | None:
         fetch = given["get_fab"]
 
-        def fetch_unsigned(fab_hash: str, run_id: int) -> Fab:
-            fab: Fab = fetch(fab_hash, run_id)
+        def note() -> Any:
+            nonlocal kind
+            received = given["receive"]()
+            if received is not None:
+                kind = received[0].metadata.message_type
+            return received
+
+        def fetch_unsigned(fab_hash: str, of_run: int) -> Fab:
+            nonlocal run_id
+            run_id = of_run
+            fab: Fab = fetch(fab_hash, of_run)
             return Fab(fab.hash_str, fab.content, {"valid_license": "not asked for"})
 
         # Any trusted entity makes Flower verify; who they are does not matter to `verify`.
-        return receive(**given | {"get_fab": fetch_unsigned, "trusted_entities": {"": ""}})
+        changed = {"receive": note, "get_fab": fetch_unsigned, "trusted_entities": {"": ""}}
+        return receive(**given | changed)
 
     def verify(fab: Fab, trusted_entities: dict[str, str]) -> bool:
         found = app_sha256(fab.content)
-        if found != pinned:
-            print(f"supernode: ERROR: app {found[:12]} refused: {refusal}", flush=True)
-        return found == pinned
+        if pinned in (ANY, found) or found in _approved(state):
+            if pinned == ANY:
+                print(f"supernode: WARNING: {UNCHECKED}: app {found[:12]} is run", flush=True)
+            seen[str(run_id)] = found or "unknown"
+            _write(Path(os.environ["APPS_SEEN"]), seen)
+            return True
+        print(f"supernode: ERROR: app {found[:12]} refused: {refusal}", flush=True)
+        _note(state, found, fab.content, run_id, kind, refusal)
+        return False
 
     flower._pull_and_store_message = receive_pinned  # type: ignore[assignment]
     flower._verify_fab = verify
     flower.FAB_VERIFICATION_ERROR = Error(ErrorCode.INVALID_FAB, refusal)
+
+
+def _approved(state: Path) -> set[str]:
+    from supernode.apps import AppsError, approved
+
+    try:
+        return {app["sha256"] for app in approved(state)} - {""}
+    except AppsError as err:
+        print(f"supernode: ERROR: {err}", flush=True)
+        return set()
+
+
+def _note(state: Path, found: str, fab: bytes, run_id: int, kind: str, refusal: str) -> None:
+    """Of a refused app: for whoever may approve it, and in the site's audit file."""
+    from app.site import audit
+    from supernode.apps import note_refused, version_of
+
+    line = audit.entry(run_id, found or "unknown", kind)
+    try:
+        audit.append(state, line | {"outcome": audit.REFUSED, "reason": refusal})
+        if found:
+            note_refused(state, found, version_of(fab), run_id)
+    except OSError as err:
+        print(f"supernode: ERROR: {state} cannot be written: {err.strerror}", flush=True)
+
+
+def _write(path: Path, seen: dict[str, str]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(seen))
+    part.replace(path)
 
 
 def install_refusal() -> None:
@@ -102,8 +157,7 @@ def main() -> None:
 
     end_with(os.getppid(), signal.SIGTERM)  # time to sign off, as when it is asked to
     pin, site = sys.argv[2:4]
-    if pin != ANY:
-        install(pin, site)
+    install(pin, site, Path(os.environ["SITE_DIR"]) / "state")
     install_refusal()
     if socket := os.environ.get("WARM_SOCKET"):
         orders.install(Path(socket), float(os.environ["WARM_S"]))

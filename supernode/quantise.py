@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from supernode import source as sources
-from supernode.download import PrepareError, cached, is_prepared, model_folder, prepared
+from supernode import tokens
+from supernode.download import PrepareError, cached, check_id, is_prepared, model_folder, prepared
 from supernode.source import KINDS, SourceError
 from supernode.trial import train_one_row
 
@@ -33,15 +34,17 @@ def prepare_model(models: Path, cache: Path, name: str, kind: str, token: str | 
     Raises:
         PrepareError: the model can be had neither locally nor from the hub, or cannot be used.
     """
-    name = os.path.normpath(name)
+    name = name and os.path.normpath(name)  # of an empty one it makes this folder
     if kind not in KINDS:
         raise PrepareError(f"--quantization {kind}: one of {', '.join(KINDS)}")
     target = prepared(models, name, kind)
-    there = cached(cache, name)
+    there = cached(cache, name) if name else None
     if (base := is_prepared(target)) and os.path.normpath(str(base.get("name"))) == name:
         if not there or _made_of(target, base, there, kind):
             return target
         _say(f"{there} has changed, or was not looked at as it is now")
+    if not there:
+        check_id("base model", name)
     source = there or model_folder(cache, name, token)
     models.mkdir(parents=True, exist_ok=True)
     _remove_what_was_killed(models, f".{target.name}-")
@@ -101,7 +104,7 @@ def _convert(source: Path, target: Path, name: str, kind: str) -> None:
     size = sum(p.stat().st_size for p in source.glob("*.safetensors"))
     _say(f"loading {name}, {size / 1e9:.1f} GB, as {kind}")
     model, tokenizer = _loaded(source, kind)
-    layers = sources.linear_layers(model)
+    layers, positions = sources.linear_layers(model), sources.positions(model)
     _say("writing it, and a fingerprint of what it was made of")
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
@@ -123,6 +126,7 @@ def _convert(source: Path, target: Path, name: str, kind: str) -> None:
         "fingerprint": sources.fingerprints(source)[kind],
         "source": stamps,
         "linear_layers": layers,
+        "positions": positions,
         "files": {p.relative_to(target).as_posix(): p.stat().st_size for p in files},
         "sha256": {p.relative_to(target).as_posix(): _sha256(p) for p in files},
     }
@@ -161,13 +165,22 @@ def _loaded(source: Path, kind: str) -> tuple[Any, Any]:
             trust_remote_code=False,
             **sources.TOLD,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as err:  # whatever the libraries make of a damaged file
         raise PrepareError(
             f"{source} does not load as a causal language model: {_first_line(err)}"
         ) from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as err:
+        raise PrepareError(
+            f"{source}: its tokenizer does not load ({_first_line(err)}); give the model's whole "
+            "folder, with tokenizer.json"
+        ) from None
     sources.check_read(source, model, info)
-    sources.check_tokenizer(source, tokenizer, len(model.get_input_embeddings().weight))
+    tokens.check_tokenizer(source, tokenizer, len(model.get_input_embeddings().weight))
+    tokens.mark_markup(tokenizer)
+    for note in tokens.notes(tokenizer, model.generation_config.eos_token_id):
+        _say(note)
     return model, tokenizer
 
 

@@ -37,13 +37,31 @@ def parsed(text: str) -> tuple[str, int]:
         why = "without a scheme and a path"
     elif not colon or not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
         why = "with a port from 1 to 65535"
-    elif (host.startswith("[") and host.endswith("]") and _is_ip(host[1:-1], 6)) or _is_host(host):
+    elif _in_brackets(host) or _is_host(host):
         return host.strip("[]"), int(port)
     else:
         why = "with a name, an IPv4 address, or an IPv6 address in []"
     raise AddressError(
         f"{text!r} is no address: host:port is needed, {why}, as fed.example.org:9092"
     )
+
+
+def certificate_name(text: str) -> str:
+    """What a certificate can be for: a name, perhaps with *. in front, or an IP address.
+
+    Raises:
+        AddressError: it is none; a certificate for it would be for nobody.
+    """
+    if _is_host(text.removeprefix("*.")) or _in_brackets(text) or _is_ip(text, 6):
+        return text.strip("[]")
+    raise AddressError(
+        f"{text!r} is no name for a certificate: fed.example.org, *.example.org, or an IP address, "
+        "without scheme, port or spaces; names in other letters as xn--…"
+    )
+
+
+def _in_brackets(host: str) -> bool:
+    return host.startswith("[") and host.endswith("]") and _is_ip(host[1:-1], 6)
 
 
 def _is_host(host: str) -> bool:

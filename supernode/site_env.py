@@ -33,15 +33,26 @@ def completed(env: dict[str, str]) -> dict[str, str]:
     """
     file = Path(env["SITE_DIR"]) / "site.env"
     check_readable(file)
-    complete = settings(file) | env
+    lines = _lines(file)
+    complete = {name: value for name, (value, _) in lines.items()} | env
+
+    def see(name: str) -> str:
+        there = name in lines and name not in env
+        return f"see {file}{f', line {lines[name][1]}' if there else ''}"
+
     for name in ("PARTITION_ID", "NUM_PARTITIONS"):
         value = complete.get(name, "")
         if not (value.isascii() and value.isdigit()):
-            raise SystemExit(f"supernode: {name}={value!r} cannot work; see site.env")
+            raise SystemExit(f"supernode: {name}={value!r} cannot work; {see(name)}")
+    if int(complete["PARTITION_ID"]) >= int(complete["NUM_PARTITIONS"]):
+        raise SystemExit(
+            f"supernode: PARTITION_ID={complete['PARTITION_ID']} cannot work: NUM_PARTITIONS="
+            f"{complete['NUM_PARTITIONS']}, and the first is 0; {see('PARTITION_ID')}"
+        )
     try:
         parsed(complete.get("SUPERLINK", ""))
     except AddressError as err:
-        raise SystemExit(f"supernode: SUPERLINK: {err}; see site.env") from None
+        raise SystemExit(f"supernode: SUPERLINK: {err}; {see('SUPERLINK')}") from None
     return complete
 
 
@@ -61,11 +72,16 @@ def settings(path: Path) -> dict[str, str]:
     Raises:
         SystemExit: another line, by its number.
     """
+    return {name: value for name, (value, _) in _lines(path).items()}
+
+
+def _lines(path: Path) -> dict[str, tuple[str, int]]:
+    """Name -> value, and the number of its line. Raises as settings does."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise SystemExit(f"supernode: {path} is not UTF-8; save it as that") from None
-    found = {}
+    found: dict[str, tuple[str, int]] = {}
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line.startswith("#"):
             continue
@@ -73,11 +89,18 @@ def settings(path: Path) -> dict[str, str]:
         name, value = setting.groups() if setting else ("", "")
         if quoted := value.startswith(_QUOTES):
             value = value[1:-1] if len(value) > 1 and value[-1] == value[0] else " "
-        # A space at an end is a slip; so is a quotation mark that nothing closes.
-        if not name or (value != value.strip() and not quoted) or value == " ":
+        # A space at an end is a slip; so is a quotation mark that nothing closes, and a comment
+        # behind a value would be a part of it.
+        slip = not quoted and (value != value.strip() or " #" in value)
+        if not name or slip or value == " " or not value.isprintable():
             raise SystemExit(
                 f"supernode: {path}, line {number} is not of the form NAME=value (no `export`, no "
-                "space around =, quotes in pairs)"
+                "space around =, quotes in pairs, comments on lines of their own)"
             )
-        found[name] = value
+        if name in found:
+            raise SystemExit(
+                f"supernode: {path}, lines {found[name][1]} and {number} set {name} twice; keep "
+                "one of them"
+            )
+        found[name] = value, number
     return found

@@ -6,6 +6,7 @@ library fills with random numbers what a file lacks, and says so in its log only
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ _NO_FILE = {  # what a file begins with -> what it is
     b"<!doctype": "is a web page, not the file; download it again, logged in if it asks for that",
     b"<html": "is a web page, not the file; download it again, logged in if it asks for that",
 }
+_INDEX = "model.safetensors.index.json"
+# Type and name. Buffers may be whole numbers (GPT-2's old attn.bias), weights may not.
+_WHOLE_NUMBERS = re.compile(r"[IU]\d+.*weight")
 
 
 class SourceError(Exception):
@@ -57,42 +61,91 @@ def check(source: Path) -> None:
         SourceError: the weights are missing, cut short, pickled, quantised already or an adapter's,
             or a file is not what its name says.
     """
-    from safetensors import SafetensorError, safe_open
-
     for path in files(source):
-        with path.open("rb") as file:
-            head = file.read(32).lstrip().lower()
-        for start, what in _NO_FILE.items():
-            if head.startswith(start):
-                raise SourceError(f"{path} {what}")
+        check_file(path)
     if (source / "adapter_config.json").exists():
         raise SourceError(
             f"{source} holds an adapter (adapter_config.json); give its base model, or merge the "
             "two first (PEFT's merge_and_unload)"
         )
-    _check_config(source / "config.json")
+    settings = {path.name: _json(path) for path in files(source) if path.suffix == ".json"}
+    _check_config(source / "config.json", settings)
     if not (weights := [p for p in files(source) if p.suffix == ".safetensors"]):
         raise SourceError(
             f"{source} holds no .safetensors file, and no other weights are read; save it anew "
             "with save_pretrained of Transformers"
         )
-    for path in weights:
-        try:
-            with safe_open(path, "np"):
-                pass
-        except SafetensorError as err:
-            raise SourceError(
-                f"{path} is damaged or cut short ({err}); download it again"
-            ) from None
+    arrays = {path.name: set(shapes(path)) for path in weights}
+    _check_index(source / _INDEX, settings.get(_INDEX), arrays)
 
 
-def _check_config(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """Raises SourceError: it is what stands for a file, and not the file."""
+    with path.open("rb") as file:
+        head = file.read(32).lstrip().lower()
+    for start, what in _NO_FILE.items():
+        if head.startswith(start):
+            raise SourceError(f"{path} {what}")
+
+
+def shapes(path: Path) -> dict[str, list[int]]:
+    """Of the arrays in a safetensors file.
+
+    Raises:
+        SourceError: it is none, damaged, or holds whole numbers for weights; OSError: not readable.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    check_file(path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SourceError(f"{path} is missing; give the model's whole folder") from None
-    except ValueError as err:
+        with safe_open(path, "np") as opened:
+            arrays = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            found = {name: list(array.get_shape()) for name, array in arrays.items()}
+            whole = [n for n, a in arrays.items() if _WHOLE_NUMBERS.fullmatch(a.get_dtype() + n)]
+    except SafetensorError as err:
+        raise SourceError(f"{path} is damaged or cut short ({err}); download it again") from None
+    if whole:
+        raise SourceError(
+            f"{path}: {len(whole)} weights are whole numbers, as of quantised ones, the first is "
+            f"{whole[0]}; give those that they were made of"
+        )
+    return found
+
+
+def _check_index(path: Path, index: Any, arrays: dict[str, set[str]]) -> None:
+    """Raises SourceError: a part of the weights is not there, or nobody says what the parts are."""
+    if "model.safetensors" in arrays:  # it alone is read
+        return
+    if index is None:
+        raise SourceError(
+            f"{path} is missing, which says what is in {sorted(arrays)[0]}; give the whole folder"
+        )
+    named = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(named, dict):
+        raise SourceError(f"{path} has no weight_map; download it again")
+    if lost := sorted({str(file) for file in named.values()} - set(arrays)):
+        raise SourceError(
+            f"{path} names {len(lost)} files that are not there, the first is {lost[0]}; download "
+            "the model again"
+        )
+    if absent := sorted(n for n, file in named.items() if n not in arrays[file]):
+        raise SourceError(
+            f"{path} names {len(absent)} arrays that its files lack, the first is {absent[0]}; "
+            "download the model again"
+        )
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as err:
         raise SourceError(f"{path} is no JSON ({err}); download it again") from None
+
+
+def _check_config(path: Path, settings: dict[str, Any]) -> None:
+    if path.name not in settings:
+        raise SourceError(f"{path} is missing; give the model's whole folder")
+    config = settings[path.name]
     if not isinstance(config, dict):
         raise SourceError(f"{path} is no object of settings; download it again")
     for key in ("quantization_config", "compression_config"):
@@ -138,21 +191,6 @@ def _of_other_shapes(model: Any) -> list[str]:
     ]
 
 
-def check_tokenizer(source: Path, tokenizer: Any, vocabulary: int) -> None:
-    """Raises SourceError if rows cannot be encoded for a model of so many tokens."""
-    last = max(tokenizer.get_vocab().values(), default=-1)
-    if last >= vocabulary:
-        raise SourceError(
-            f"{source}: the tokenizer has a token {last}, the model knows 0 to {vocabulary - 1}; "
-            "give the model's own tokenizer, or resize_token_embeddings and save both"
-        )
-    if tokenizer.eos_token_id is None:
-        raise SourceError(
-            f"{source / 'tokenizer_config.json'} names no eos_token, which every answer ends in; "
-            "add it"
-        )
-
-
 def linear_layers(model: Any) -> dict[str, list[int]]:
     """Name -> [out, in], in the model's order, of all layers that LoRA adapts, and the head.
 
@@ -166,3 +204,12 @@ def linear_layers(model: Any) -> dict[str, list[int]]:
         for n, m in model.named_modules()
         if isinstance(m, Linear | Conv1D)
     }
+
+
+def positions(model: Any) -> int | None:
+    """How many tokens of a text it can place; None: as many as there are (RoPE), or unknown."""
+    config = model.config.get_text_config()
+    if getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None):
+        return None
+    found = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((n for n in found if isinstance(n, int)), None)

@@ -24,8 +24,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "superlink/": ("superlink", "app.config", "supernode.reach"),
     "superlink/page/": ("superlink.page", "app.config", "eval.charts", "eval.summary"),
     "supernode/": ("supernode",),
-    "supernode/partitions.py": ("supernode", "app.site.rows"),
-    "supernode/data_source.py": ("supernode", "app.site.rows"),
+    "supernode/partitions.py": ("supernode", "app.site.rows", "app.site.row_files"),
+    "supernode/data_source.py": ("supernode", "app.site.rows", "app.site.row_files"),
+    "supernode/pinned.py": ("supernode", "app.site.audit"),
     "eval/": (
         "eval", "app.config", "app.server.checkpoint", "app.site.base_model",
         "app.site.partition.SiteError", "app.site.verified", "supernode.hub", "supernode.source",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from superlink import fleet_door
+from superlink import control_acts, fleet_door
 
 # Where a name is replaced, by which of our files, and the function that must read it.
 REPLACED = [
@@ -79,6 +79,17 @@ CALLED = [
             ["self", "request", "context"],
         )
         for name in fleet_door.CHECKS
+    ),
+    *(
+        (
+            "flwr.superlink.servicer.control.control_servicer:ControlServicer." + name,
+            ["self", "request", "context"],
+        )
+        for name in control_acts.ACTS
+    ),
+    (
+        "flwr.server.superlink.linkstate.sql_linkstate:SqlLinkState.get_node_info",
+        ["self", "node_ids"],
     ),
 ]
 # Whose words are checked at the door, column by column.

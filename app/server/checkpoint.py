@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class RunFolder:
     """The results of one run; the only writer in it."""
 
     def __init__(self, results: Path, run_id: int) -> None:
-        """Make the folder and try to write into it.
+        """Make the folder and try in it, small, all that a round will do.
 
         Raises:
             ResultsError: it cannot be written.
@@ -41,14 +41,15 @@ class RunFolder:
         self.path = results / str(run_id)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".probe"
-            probe.write_bytes(b"\0" * 4096)
-            probe.unlink()
+            _probe(self.path)
             # The evaluation container runs as another user of this group: it can write here
             # and nowhere else in the results.
             (self.path / "eval").mkdir(exist_ok=True)
-            with suppress(PermissionError):  # some network file systems know no modes
+            try:
                 (self.path / "eval").chmod(0o2775)
+            except OSError as err:  # some network file systems know no modes
+                if err.errno in _REAL:
+                    raise
         except OSError as err:
             raise ResultsError(
                 f"cannot write results to {self.path}: {err.strerror}; "
@@ -72,8 +73,9 @@ class RunFolder:
         Raises:
             ResultsError: too little room.
         """
-        free, needed = shutil.disk_usage(self.path).free, checkpoints * adapter_bytes
-        if free < needed:
+        total, _, free = shutil.disk_usage(self.path)
+        needed = checkpoints * adapter_bytes
+        if total and free < needed:  # some mounts say 0 bytes of 0
             raise ResultsError(
                 f"{checkpoints} checkpoints need {needed / MIB:.0f} MiB in {self.path}, "
                 f"{free / MIB:.0f} MiB are free; make room or set RESULTS_DIR to another disk"
@@ -92,7 +94,7 @@ class RunFolder:
             part = self.path / f".{name}"
             part.write_text(text)
             _fsync(part)
-            part.replace(self.path / name)
+            _replace_file(part, self.path / name)
 
     def add_metrics(self, line: dict[str, Any]) -> None:
         """Append one round to metrics.jsonl. Raises ResultsError if it cannot be written."""
@@ -156,6 +158,8 @@ class RunFolder:
         try:
             link.unlink(missing_ok=True)
             link.symlink_to(self.path.name)  # relative: holds wherever the volume is mounted
+            if latest.exists() and not latest.is_symlink():
+                raise FileExistsError(errno.EEXIST, "it is there, and no link", str(latest))
             link.replace(latest)
         except OSError as err:
             link.unlink(missing_ok=True)
@@ -164,6 +168,35 @@ class RunFolder:
             if not self._told:
                 logger.warning("[results] no link %s to this run: %s", latest, err.strerror)
             self._told = True
+
+
+def _probe(folder: Path) -> None:
+    """Raises OSError: a round could not be written here, though its file system may lack a lot."""
+    part, whole = folder / ".probe.part", folder / ".probe"
+    try:
+        for left in (part, whole):
+            shutil.rmtree(left, ignore_errors=True)
+        part.mkdir()
+        old, new = part / "old", part / "new"
+        for file in (old, new):
+            file.write_bytes(b"\0" * 4096)
+            with file.open("ab") as more:
+                more.write(b"\0")
+            _fsync(file)
+        _replace_file(new, old)
+        _fsync(part)
+        _rename_folder(part, whole)
+    finally:
+        for left in (part, whole):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _replace_file(part: Path, target: Path) -> None:
+    try:
+        part.replace(target)
+    except FileExistsError:  # some file systems rename to new names only
+        target.unlink()
+        part.replace(target)
 
 
 def _rename_folder(part: Path, target: Path) -> None:
@@ -184,8 +217,8 @@ def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError as err:  # some file systems cannot sync a folder
-        if err.errno in _REAL or not path.is_dir():
+    except OSError as err:  # some file systems cannot sync a folder, or anything
+        if err.errno in _REAL:
             raise
     finally:
         os.close(handle)

@@ -7,8 +7,8 @@ any training.
 import json
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,14 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from app.config import RunConfig
+from app.server.answer import UNLISTED, Answer, believed
 from app.server.events import tell_waiting
 from app.server.exchange import exchange
 from app.server.site_list import CURE, read_site_list, site_name
-from app.server.site_rows import PARTS, row_counts
-from app.server.untrusted import UnfitError, count, linear_layers, one_line, table
 
 logger = logging.getLogger(__name__)
 QUERY_TIMEOUT_S, ATTEMPTS = 120.0, 3
-UNLISTED = f"a node that is not in the operator's list of sites; {CURE}"
+EXCLUDED = "left out by strategy.exclude-sites"
 NO_ANSWER = "no answer to the preflight"
 
 
@@ -52,42 +51,8 @@ class Sites:
     turns: dict[int, str] = field(default_factory=dict)
     # Partition id -> part of the data -> what became of the rows that were read.
     rows: dict[int, dict[str, dict[str, int]]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one site says it has; with an ``error`` nothing else."""
-
-    partition_id: int
-    error: str = ""
-    num_examples: int = 0
-    num_holdout: int = 0
-    fingerprint: str = ""
-    linear_layers: dict[str, list[int]] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    device: str = ""
-    turn: str = ""
-    rows: dict[str, dict[str, int]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> "Answer":
-        """Check a site's answer. Raises: UnfitError, KeyError and others: it is no such answer."""
-        partition_id = count(facts["partition-id"], "partition-id")
-        if "error" in facts:
-            return cls(partition_id, one_line(str(facts["error"])) or "an error")
-        used = {part: count(facts[name], name) for part, name in PARTS.items()}
-        return cls(
-            partition_id,
-            num_examples=used["train"],
-            num_holdout=used["holdout"],
-            # Only told, never reckoned with: a site that says nothing of it can take part.
-            rows=row_counts(facts["rows"], used) if "rows" in facts else {},
-            fingerprint=one_line(str(facts["fingerprint"]), 100),
-            linear_layers=linear_layers(facts["linear-layers"]),
-            versions=table(facts["versions"], "versions"),
-            device=one_line(str(facts["device"]), 100),
-            turn=one_line(str(facts["turn"]), 100),
-        )
+    # Partition id -> SHA-256 of the policy that the site has in force, or "none".
+    policies: dict[int, str] = field(default_factory=dict)
 
 
 def preflight(grid: Grid, config: RunConfig, sites_dir: Path) -> Sites:
@@ -118,7 +83,8 @@ def preflight(grid: Grid, config: RunConfig, sites_dir: Path) -> Sites:
         time.sleep(3)
     if config.resume:
         _wait_for_busy_sites(grid, config, listed, answers, silent)
-    return compare(answers, silent, listed, config)
+    sites = compare(answers, silent, listed, config)
+    return replace(sites, left_out=dict.fromkeys(_excluded(config), EXCLUDED) | sites.left_out)
 
 
 def _name(node_id: int, listed: Mapping[int, int]) -> str:
@@ -177,7 +143,9 @@ def _wait_for_nodes(
     """Ids of all nodes that are online, enough of them sites; and the list, as it is now."""
     said = -1
     while True:
-        node_ids, listed = sorted(grid.get_node_ids()), read_site_list(sites_dir)
+        node_ids, listed = _without_excluded(
+            grid.get_node_ids(), read_site_list(sites_dir), _excluded(config)
+        )
         sites = sum(n in listed for n in node_ids)
         if sites >= config.min_nodes:
             return node_ids, listed
@@ -194,6 +162,27 @@ def _wait_for_nodes(
             said = sites
             tell_waiting(said, config.min_nodes)
         time.sleep(1)
+
+
+def _excluded(config: RunConfig) -> list[str]:
+    return sorted({*config.exclude_sites.split(",")} - {""})
+
+
+def _without_excluded(
+    node_ids: Iterable[int], listed: Mapping[int, int], excluded: list[str]
+) -> tuple[list[int], dict[int, int]]:
+    """The nodes, sorted, and the list, without these sites.
+
+    Raises:
+        PreflightError: one of them is not in the list.
+    """
+    if unknown := sorted(set(excluded) - {site_name(p) for p in listed.values()}):
+        raise PreflightError(
+            f"strategy.exclude-sites names {', '.join(unknown)}, and the operator's list of sites "
+            "does not; correct the name"
+        )
+    out = {n for n, p in listed.items() if site_name(p) in excluded}
+    return sorted(set(node_ids) - out), {n: p for n, p in listed.items() if n not in out}
 
 
 def compare(
@@ -215,7 +204,7 @@ def compare(
     left_out = {_name(node_id, listed): why for node_id, why in silent.items()}
     usable: dict[int, Answer] = {}
     for node_id, facts in answers.items():
-        answer = _believed(facts, listed.get(node_id))
+        answer = believed(facts, listed.get(node_id))
         if isinstance(answer, str):
             left_out[_name(node_id, listed)] = answer
         else:
@@ -246,26 +235,8 @@ def compare(
         devices={p: a.device for p, a in usable.items()},
         turns={p: a.turn for p, a in usable.items()},
         rows={p: a.rows for p, a in usable.items()},
+        policies={p: a.policy for p, a in usable.items()},
     )
-
-
-def _believed(facts: Mapping[str, Any], partition_id: int | None) -> Answer | str:
-    """The answer of the node that the operator lists as this site, or why it cannot take part."""
-    if partition_id is None:
-        return UNLISTED
-    unreadable = "an answer to the preflight that cannot be read"
-    try:
-        answer = Answer.of(facts)
-    except UnfitError as err:
-        return f"{unreadable}: {err}"
-    except Exception:  # it may hold anything
-        return unreadable
-    if answer.partition_id != partition_id:
-        return (
-            f"it says that it is {site_name(answer.partition_id)}, and its key is that of "
-            f"{site_name(partition_id)}; correct PARTITION_ID in its site.env"
-        )
-    return answer.error or answer
 
 
 def _of_the_most(

@@ -38,6 +38,7 @@ class BaseModel:
     linear_layers: dict[str, list[int]]  # name -> [out, in], in the model's order
     files: dict[str, int]  # name -> bytes
     sha256: dict[str, str]  # name -> hex digits; empty if an older version prepared it
+    positions: int | None  # tokens of a row that it can place; None: any number, or unknown
 
 
 def prepared(models_dir: Path) -> list[BaseModel]:
@@ -51,7 +52,7 @@ def prepared(models_dir: Path) -> list[BaseModel]:
         try:
             base = json.loads(path.read_text())
             name = os.path.normpath(base["name"])  # an older version wrote it as it was typed
-            facts = {"sha256": {}} | base | {"folder": path.parent, "name": name}
+            facts = {"sha256": {}, "positions": None} | base | {"folder": path.parent, "name": name}
             found.append(BaseModel(**{f.name: facts[f.name] for f in fields(BaseModel)}))
         except (ValueError, KeyError, TypeError, RecursionError):
             raise SiteError(

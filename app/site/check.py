@@ -20,7 +20,8 @@ from app.config import MIB, ConfigError, RunConfig, merged_config
 from app.site import device, memory
 from app.site.base_model import BaseModel, find
 from app.site.partition import Part, SiteError, part_of
-from app.site.rows_used import check_some_used, counted, token_sizes
+from app.site.policy import Policy
+from app.site.rows_used import check_positions, check_some_used, counted, token_sizes
 from app.site.verified import check_contents
 
 NOT_CHECKED = 4  # the exit code
@@ -44,6 +45,11 @@ class Site:
     columns: str = ""  # DATA_COLUMNS
     base: BaseModel | None = None
     gpu: device.Gpu | None = None
+
+
+def policy(site: Site) -> str:
+    """The site's own rules, if it has any."""
+    return str(Policy.read(site.folder))
 
 
 def base_model(site: Site) -> str:
@@ -80,6 +86,7 @@ def _rows(site: Site, part: Part) -> str:
         )
     sizes = token_sizes(part, site.base)
     counts = counted(part, sizes, site.config)
+    check_positions(part, sizes, site.base, site.config)
     if part.name.startswith("data/train."):
         check_some_used(part, counts, site.config)
     tokens = [whole for whole, _ in sizes] or [0]
@@ -119,8 +126,9 @@ def gpu_memory(site: Site) -> str:
 
 
 # In this order, by name. A row says what is so (a Doubt: as a warning), or raises SiteError or
-# ConfigError with the cure. The site's policy is one more row here.
+# ConfigError with the cure.
 ROWS: dict[str, Callable[[Site], str]] = {
+    "policy": policy,
     "base model": base_model,
     "rows": train_rows,
     "held-out rows": holdout_rows,

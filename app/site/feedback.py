@@ -25,12 +25,19 @@ class Feedback:
     resumes it, starts from the rest that it started from the first time.
     """
 
-    def __init__(self, folder: Path, run: str, layout: Layout) -> None:
-        """``run`` as in ``Strategy.run``. Raises ValueError if it is no such name."""
+    def __init__(
+        self, folder: Path, run: str, layout: Layout, privacy: tuple[float, float] = (0.0, 0.0)
+    ) -> None:
+        """``run`` as in ``Strategy.run``. Raises ValueError if it is no such name.
+
+        ``privacy``: what the changes are clipped to, and their noise. A rest of a change that was
+        less private is not added to one that is more so, whatever run a message names.
+        """
         if not re.fullmatch(r"(\d+:\d+ )*\d+", run):
             raise ValueError(f"run {run!r} is no run id")
         *before, own = (part.partition(":") for part in run.split())
-        self._folder, self._layout = folder, layout
+        self._folder, self._size = folder, layout.size
+        self._key = layout.hash + (f"-{privacy[0]!r}-{privacy[1]!r}" if any(privacy) else "")
         self._path = self._of(own[0])
         self._before = [(self._of(run_id), int(last)) for run_id, _, last in reversed(before)]
 
@@ -40,7 +47,7 @@ class Feedback:
     def read(self, server_round: int) -> Vector:
         """The rest [layout.size] before this round; zeros where there is none of this layout."""
         earlier = self._earlier(server_round)
-        return earlier[max(earlier)] if earlier else np.zeros(self._layout.size, np.float32)
+        return earlier[max(earlier)] if earlier else np.zeros(self._size, np.float32)
 
     def _earlier(self, server_round: int) -> dict[int, Vector]:
         """By round: this run's or, while it has none, of the run that it goes on from."""
@@ -56,9 +63,9 @@ class Feedback:
             return {}
         found = {}
         for name, rest in stored.items():
-            layout, _, number = name.partition(".")
-            ours = layout == self._layout.hash and number.isdecimal()
-            whole = rest.shape == (self._layout.size,) and rest.dtype == np.float32
+            key, _, number = name.rpartition(".")
+            ours = key == self._key and number.isdecimal()
+            whole = rest.shape == (self._size,) and rest.dtype == np.float32
             if ours and whole and int(number) <= last and np.isfinite(rest).all():
                 found[int(number)] = rest
         return found
@@ -71,7 +78,7 @@ class Feedback:
         """
         earlier = self._earlier(server_round)
         kept = {n: earlier[n] for n in [max(earlier)]} if earlier else {}
-        named = {f"{self._layout.hash}.{n}": v for n, v in (kept | {server_round: rest}).items()}
+        named = {f"{self._key}.{n}": v for n, v in (kept | {server_round: rest}).items()}
         self._folder.mkdir(parents=True, exist_ok=True)
         part = self._path.with_suffix(".part")
         part.write_bytes(save(named))

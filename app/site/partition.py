@@ -7,8 +7,9 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.site.row_files import RowsError, suffix
 from app.site.rows import Row as Row
-from app.site.rows import RowsError, Table, read, suffix
+from app.site.rows import Table, read
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ def part_of(site_dir: Path, part: str, columns: str = "") -> Part:
         table, path, rows = train, trained_on, train.rows
         if not rows:
             raise SiteError(f"{_name(path)}: no row with a question and an answer")
+        if train.left_out:
+            logger.info("%s: the instruction of all rows is no part of the questions", _name(path))
     else:
         path = data_file(site_dir, part)
         if not path:
@@ -100,6 +103,7 @@ def _name(path: Path | None) -> str:
 
 def _table(path: Path, columns: str, like: Table | None = None) -> Table:
     try:
-        return read({_name(path): path}, columns, like=like)
+        table = read({_name(path): path}, columns, like=like)
     except RowsError as err:
         raise SiteError(str(err)) from None
+    return table

@@ -48,16 +48,33 @@ def check_some_used(part: Part, counts: Mapping[str, int], config: RunConfig) ->
         )
 
 
+def check_positions(
+    part: Part, sizes: list[tuple[int, int]], base: BaseModel, config: RunConfig
+) -> None:
+    """Raises SiteError: a row is longer than the model takes."""
+    from app.site.examples import lengths
+
+    if base.positions and config.seq_length > base.positions:
+        longer = sum(lengths(sizes, base.positions).values())
+        if longer:
+            raise SiteError(
+                f"{part.name}: {longer} rows are longer than the {base.positions} tokens that "
+                f"{base.name} takes; lower train.seq-length = {config.seq_length} to that"
+            )
+
+
 def rows_used(
     parts: Mapping[str, Part], base: BaseModel, config: RunConfig
 ) -> dict[str, dict[str, int]]:
     """The counts by part of the data; each text is encoded, and they are logged.
 
-    Raises: SiteError as ``token_sizes`` and ``check_some_used``.
+    Raises: SiteError as ``token_sizes``, ``check_positions`` and ``check_some_used``.
     """
     found = {}
     for name, part in parts.items():
-        found[name] = counted(part, token_sizes(part, base), config)
+        sizes = token_sizes(part, base)
+        found[name] = counted(part, sizes, config)
+        check_positions(part, sizes, base, config)
         if part.name:
             told = ", ".join(f"{n} {key.replace('_', ' ')}" for key, n in found[name].items())
             logger.info("%s: %s", part.name, told)

@@ -62,7 +62,12 @@ def _prepare(args: argparse.Namespace, federation: Path) -> None:
         "--federation", str(federation), "--sites", str(args.sites), "--source", args.data,
     ]  # fmt: skip
     # How far it is, and an error, it says on stderr.
-    done = subprocess.run(command, cwd=REPOSITORY, check=False, stdout=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, check=False, stdout=subprocess.PIPE, encoding="utf-8"
+    )
+    for line in done.stdout.splitlines():
+        if not line.startswith("prepare: site-"):  # so many of them; what was left out is told
+            print(line, flush=True)
     if done.returncode:
         raise ControlError("base model and data are not prepared; the reason stands above")
 

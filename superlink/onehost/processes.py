@@ -75,6 +75,7 @@ class LocalFederation:
             STATE_DIR=str(self.work / "superlink"),
             RESULTS_DIR=str(self.results),
             SITES_DIR=str(self.sites_dir),
+            AUDIT_DIR=str(self.federation / "audit"),
             FLEET_ADDRESS=f"127.0.0.1:{self.fleet_port}",
             CONTROL_ADDRESS=f"127.0.0.1:{self.control_port}",
             RUNTIME_PORT=str(free_port()),

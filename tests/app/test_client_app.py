@@ -1,11 +1,11 @@
 """A site's side of a round, in this process: what it receives, trains and sends back."""
 
 import fcntl
-import logging
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,8 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from app import client_app
 from app.config import CODECS, STRATEGIES, RunConfig
-from app.server.preflight import Answer, Sites
+from app.server.answer import Answer
+from app.server.preflight import Sites
 from app.server.strategy import Strategy
 from app.site import training, verified
 from app.site.base_model import find
@@ -29,34 +30,6 @@ from tests.samples import ROWS, run_config, write_jsonl
 from tests.stand_in_grid import Node, StandInGrid
 
 PARTITION, NODE_ID = 0, 1000
-
-
-@pytest.fixture
-def site(tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A SuperNode's environment around this folder."""
-    folder = tmp_path / "site"
-    for part, rows in (("train", ROWS[:8]), ("holdout", ROWS[8:10])):
-        write_jsonl(folder / "data" / f"{part}.jsonl", rows)
-    for name, value in (
-        ("SITE_DIR", folder),
-        ("MODELS_DIR", models_dir),
-        ("MODELS_VERIFIED", tmp_path / "verified.json"),
-        ("DEVICE", "cpu"),
-        ("LOCK_DIR", tmp_path),
-    ):
-        monkeypatch.setenv(name, str(value))
-    verify(models_dir, tmp_path / "verified.json", {})
-    return folder
-
-
-@pytest.fixture
-def base(tiny_model: Path) -> dict[str, Any]:
-    return {
-        "model_name": str(tiny_model), "quantization": 0, "lora_r": 4, "lora_alpha": 8,
-        "batch_size": 4, "max_steps": 2, "gradient_checkpointing": False, "lr_max": 0.01,
-        "min_nodes": 1, "min_train_nodes": 1, "min_replies": 1, "max_retries": 0,
-        "fraction_evaluate": 1.0,
-    }  # fmt: skip
 
 
 def strategy(models_dir: Path, config: RunConfig) -> Strategy:
@@ -104,10 +77,10 @@ def test_site_and_server_agree_on_a_whole_round_in_every_codec(
     assert line["num_examples"] == [8]
     assert line["update_norm"] > 0.01
     # What is sent coarsely is kept, and read again by the next round.
-    state = site / "state"
-    assert state.exists() == (codec != "fp32")
+    rests = (site / "state").glob
+    assert len(list(rests("feedback-*"))) == (codec != "fp32")
     s.train_round(2, new)
-    assert len(list(state.glob("*"))) == (codec != "fp32")
+    assert len(list(rests("feedback-*"))) == (codec != "fp32")
     scored = s.evaluate(2, new)
     assert scored["eval_partitions"] == [PARTITION]
     assert 0 < scored["eval_loss"] < 20
@@ -223,6 +196,24 @@ def test_a_base_model_without_a_readable_tokenizer_is_named_in_the_preflight(
     assert said.startswith(f"base model {base['model_name']}: no tokenizer.json with an EOS")
 
 
+@pytest.mark.parametrize("part", ["train", "holdout"])
+def test_rows_that_are_longer_than_the_model_takes_are_found_before_training(
+    site: Path, models_dir: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """GPT-2 has a place for so many tokens: of one more it says IndexError, at each site."""
+    made = find(models_dir, base["model_name"], 0)
+    monkeypatch.setattr(client_app, "_base_model", lambda _: replace(made, positions=300))
+    assert "error" not in asked(run_config(**base, seq_length=512))
+    path = next((site / "data").glob(f"{part}.*"), site / "data" / f"{part}.jsonl")
+    row = {"instruction": "", "input": "Long?", "output": "long " * 100}
+    path.write_text((path.read_text() if path.exists() else "") + json.dumps(row) + "\n")
+    assert asked(run_config(**base, seq_length=512))["error"] == (
+        f"data/{path.name}: 1 rows are longer than the 300 tokens that {made.name} takes; "
+        "lower train.seq-length = 512 to that"
+    )
+    assert "error" not in asked(run_config(**base, seq_length=300))
+
+
 def test_too_little_memory_is_an_error_of_the_site_that_says_what_to_lower(
     site: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,13 +257,6 @@ def test_only_fedprox_holds_the_site_to_what_it_received(
     _, line = s.train_round(1, initial_adapter(s.layout, config.seed))
     assert line["rejected"] == {}
     assert seen == [0.7 if name == "fedprox" else 0.0]
-
-
-@pytest.fixture
-def site_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    logging.getLogger("app").addHandler(caplog.handler)
-    yield caplog
-    logging.getLogger("app").removeHandler(caplog.handler)
 
 
 def test_an_adapter_of_another_layout_is_refused_by_the_site(

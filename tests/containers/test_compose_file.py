@@ -8,7 +8,8 @@ import pytest
 
 from tests.containers.conftest import CPU, NODES, REPOSITORY, compose
 
-ONE_SHOT = {"provision", "download", "prepare", "register", "submit", "fetch", "eval"}
+TOOLS = {"status", "backup", "restore"}  # commands of the operator's; `up` starts none
+ONE_SHOT = {"provision", "download", "prepare", "register", "submit", "fetch", "eval"} | TOOLS
 USERS = {"eval": "10002:10001", "serverapp": "10003:10001"}
 Mounts = dict[str, tuple[str, str, bool]]
 
@@ -36,7 +37,8 @@ def cpu() -> dict[str, Any]:
 
 
 def _config(*files: str, **env: str) -> dict[str, Any]:
-    done = compose("--profile", "eval", "config", "--format", "json", files=files or CPU[:1], **env)
+    profiles = ("--profile", "eval", "--profile", "tools")
+    done = compose(*profiles, "config", "--format", "json", files=files or CPU[:1], **env)
     assert done.returncode == 0, done.stderr
     services: dict[str, Any] = json.loads(done.stdout)["services"]
     return services
@@ -75,15 +77,17 @@ def test_a_supernode_mounts_its_own_site_and_nothing_else_of_the_federation(
         }
 
 
-def test_keys_are_seen_whole_by_provision_only_and_else_by_their_owner(
+def test_keys_are_seen_whole_by_provision_and_backups_only_and_else_by_their_owner(
     gpu: dict[str, Any],
 ) -> None:
     of = {
         name: {folder for source, folder, _ in _mounts(s).values() if source == "federation"}
         for name, s in gpu.items()
     }
-    assert of.pop("provision") == {""}
-    assert gpu["provision"]["network_mode"] == "none"
+    whole = ("provision", "backup", "restore")
+    for name in whole:
+        assert of.pop(name) == {""}
+        assert gpu[name]["network_mode"] == "none"
     rows = {f"site-{n:02d}/data" for n in range(20)}
     assert of.pop("prepare") == rows | {"prepared"}
     assert of == {
@@ -91,10 +95,15 @@ def test_keys_are_seen_whole_by_provision_only_and_else_by_their_owner(
         "serverapp": {"serverapp"},
         "register": {"public"},
         "submit": {"public"},
+        "status": {"public"},
         **{n: {f"site-{n[-2:]}", f"site-{n[-2:]}/state"} for n in NODES},
         **{n: set() for n in ("download", "fetch", "eval", "page")},
     }
-    assert {n for n, s in gpu.items() if "/federation/ca" in _mounts(s)} == {"provision"}
+    assert {n for n, s in gpu.items() if "/federation/ca" in _mounts(s)} == {*whole}
+    # A backup changes nothing; SQLite's readers write beside the database, an act into its record.
+    assert {t for t, (_, _, fixed) in _mounts(gpu["backup"]).items() if not fixed} == {
+        "/state", "/audit", "/backup",
+    }  # fmt: skip
 
 
 def test_what_has_the_internet_holds_nothing_and_what_holds_rows_has_no_network(
@@ -171,8 +180,19 @@ def test_register_alone_writes_who_is_who_and_only_the_serverapps_container_read
         for mount in service.get("volumes", ())
         if mount["source"] == "sites"
     }
-    assert mounts == {"register": ("/sites", False), "serverapp": ("/sites", True)}
+    assert mounts == {
+        "register": ("/sites", False), "serverapp": ("/sites", True), "backup": ("/sites", True),
+        "restore": ("/sites", False),
+    }  # fmt: skip
     assert all(gpu[name]["environment"]["SITES_DIR"] == "/sites" for name in mounts)
+
+
+def test_who_acts_writes_the_record_and_no_serverapp_sees_it(gpu: dict[str, Any]) -> None:
+    writers = {n: s for n, s in gpu.items() if "/audit" in _mounts(s)}
+    assert set(writers) == {"provision", "superlink", "backup", "restore"}
+    for service in writers.values():
+        assert service["environment"]["AUDIT_DIR"] == "/audit"
+        assert _mounts(service)["/audit"] == ("audit", "", False)
 
 
 def test_no_supernode_starts_before_its_key_is_registered_and_its_data_prepared(
@@ -209,15 +229,15 @@ def test_limits_have_defaults_that_the_environment_overrides() -> None:
     given = limits(PIDS="99", **{f"{n}_MEMORY": f"{i}m" for i, n in enumerate(names, start=10)})
     assert {given[n] for n in NODES} == {10}
     assert [given[n] for n in ("superlink", "serverapp", "prepare", "eval")] == [11, 11, 12, 13]
-    assert {given[n] for n in ("provision", "register", "submit", "fetch")} == {14}
+    assert {given[n] for n in ("provision", "register", "submit", "fetch", *TOOLS)} == {14}
 
 
 def test_the_control_api_is_on_a_network_without_supernodes() -> None:
-    done = compose("config", "--format", "json")
+    done = compose("--profile", "tools", "config", "--format", "json")
     made = json.loads(done.stdout)
     networks = {n: set(s.get("networks") or ()) for n, s in made["services"].items()}
     assert networks["superlink"] == {"federation", "control", "runtime"}
-    assert networks["submit"] == networks["register"] == {"control"}
+    assert networks["submit"] == networks["register"] == networks["status"] == {"control"}
     assert {frozenset(networks[n]) for n in NODES} == {frozenset({"federation"})}
     # An internal one leads nowhere, and published ports go to the other: to the Control API.
     for inner in ("federation", "runtime"):

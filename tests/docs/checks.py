@@ -6,12 +6,14 @@ Code (between backticks, in fenced blocks) is checked, prose is not, but for its
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
 import yaml
 
 from app.config import STRATEGIES, ConfigError, merged_config
+from app.site.policy import Policy
 from eval.benchmarks import BENCHMARKS
 from tests.docs.pages import Page
 from tests.docs.settings import (
@@ -32,7 +34,8 @@ EXAMPLES = {"rows.jsonl", "generation_medqa_fl.jsonl", "superlink.example"}
 OTHERS = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "HF_HUB_OFFLINE"}
 # Words with hyphens that are no run-config keys.
 HYPHENATED = {"fedllm-medical", "nelder-mead", "nf4-bf16", "flower-superlink"}
-OTHER_PROGRAMS = {"pytest", "ruff", "mypy"}  # of python -m
+HYPHENATED |= {f.metadata["key"] for f in fields(Policy) if f.metadata}
+OTHER_PROGRAMS = {"pytest", "ruff", "mypy", "venv"}  # of python -m
 IN_TABLE = re.compile(r"`([A-Z_]+)`").findall
 
 

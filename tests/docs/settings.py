@@ -68,7 +68,9 @@ What each program reads from its environment. Compose sets them; without compose
 """
 
 MEANT = {
-    "ALLOW_APP_UPDATES": "1: the SuperNodes run any app, not only that of their image",
+    "ALLOW_APP_UPDATES": "1: the SuperNodes run any app, not only their image's and those approved",
+    "BACKUP_DIR": "folder of this host where `backup` writes and `restore` reads, of uid 10001; "
+    "empty: a volume",
     "CA_FILE": "certificate bundle of a TLS-inspecting proxy, for builds, `download`, `fetch`",
     "CONTROL_PORT": "port of 127.0.0.1 where the Control API is published",
     "DATA_COLUMNS": "`QUESTION,ANSWER`: the source's columns, where they have names of their own",

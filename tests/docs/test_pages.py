@@ -37,6 +37,19 @@ RUN_BY = {
     r"(show|renew|rotate site-07|revoke site-07|reset)": (
         "tests/superlink/test_provision.py", '["superlink.provision", *options, *words]',
     ),
+    r"docker compose run --rm status": ("tests/containers/test_tools.py", '(*RUN, "status"'),
+    r"docker compose run --rm backup( --results)?": (
+        "tests/containers/test_tools.py", '(*RUN, "backup", "--results")',
+    ),
+    r"docker compose run --rm restore /backup/\S+\.tar": (
+        "tests/containers/test_tools.py", '"restore", f"/backup/{archive.name}"',
+    ),
+    r"docker compose run --rm provision cat /audit/audit\.jsonl": (
+        "tests/containers/test_tools.py", '"provision", "cat", "/audit/audit.jsonl"',
+    ),
+    r"sudo install -d -o 10001 backup && export BACKUP_DIR=\./backup": (
+        "tests/containers/test_tools.py", '"BACKUP_DIR": str(saved)',
+    ),
     r"docker volume rm fedllm-medical_state": (
         "tests/federation/test_reset.py", 'glob("superlink.db*")',
     ),
@@ -54,6 +67,10 @@ RUN_BY = {
     ),
     r"\.venv/bin/python -m supernode\.pinned hash \.": (
         "superlink/onehost/processes.py", '"supernode.pinned", "hash"',  # of each local federation
+    ),
+    r"SITE_DIR=\$PWD/site-07 \.venv/bin/python -m supernode\.site "
+    r"(pause|resume|apps|approve SHA256 --by NAME)": (
+        "tests/federation/test_policy.py", '"-m", "supernode.site"',
     ),
     r"\.venv/bin/python -m eval --data-dir DIR": ("tests/eval/test_cli.py", '"--data-dir"'),
     r"\.venv/bin/python -m eval score \S+": ("tests/eval/test_cli.py", 'main(["score"'),

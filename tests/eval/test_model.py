@@ -462,6 +462,26 @@ def test_weights_cut_short_are_named(base: Base, tmp_path: Path, kept: int) -> N
     assert "adapter_model.safetensors is damaged or cut short" in refused(adapter, base)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_an_adapter_of_another_precision_is_taken(base: Base, tmp_path: Path, dtype: str) -> None:
+    adapter = random_adapter(base, tmp_path / "a")
+    arrays = load_file(adapter.weights)
+    save_file({n: a.astype(dtype) for n, a in arrays.items()}, adapter.weights)
+    with attached(adapter, base) as model:
+        side = next(p for n, p in model.named_parameters() if ".q_proj.lora_B" in n)
+        wanted = next(a for n, a in arrays.items() if ".q_proj.lora_B" in n)
+        np.testing.assert_allclose(side.detach().float().numpy(), wanted, atol=1e-3)
+
+
+def test_what_holds_no_adapters_numbers_is_told_as_what_it_is(base: Base, tmp_path: Path) -> None:
+    adapter = random_adapter(base, tmp_path / "a")
+    arrays = load_file(adapter.weights)
+    save_file({n: (a * 100).astype(np.int8) for n, a in arrays.items()}, adapter.weights)
+    assert f"{len(arrays)} weights are whole numbers" in refused(adapter, base)
+    adapter.weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    assert "is a Git LFS pointer, not the file" in refused(adapter, base)
+
+
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
 def test_a_missing_file_is_named(base: Base, tmp_path: Path, file: str) -> None:
     adapter = random_adapter(base, tmp_path / "a")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import superlink.submit
-from app.server.preflight import UNLISTED
+from app.server.answer import UNLISTED
 from superlink.control import Control, public_keys
 from superlink.onehost.processes import REPOSITORY, LocalFederation
 from superlink.register import register

@@ -111,3 +111,23 @@ def test_an_address_that_flwr_could_not_use_is_refused(
     assert main() == 1
     assert "host:port is needed" in capsys.readouterr().err
     assert not (tmp_path / "home").exists()
+
+
+def test_a_flwr_of_another_version_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another distribution is found first, as in a laptop's own environment."""
+    (tmp_path / "ca.crt").touch()
+    found = tmp_path / "flwr-1.40.0.dist-info"
+    found.mkdir()
+    (found / "METADATA").write_text("Metadata-Version: 2.1\nName: flwr\nVersion: 1.40.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(sys, "argv", ["x", "localhost:9093", str(tmp_path / "ca.crt")])
+    assert main() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "connection: this Python has flwr 1.40.0, and the federation is of another: "
+        "pip install flwr==1.36.0"
+    )
+    assert not (tmp_path / "home").exists()

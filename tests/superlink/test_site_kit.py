@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
 import superlink.provision
 from superlink import certificates
 from superlink.certificates import Key, ca_certificate, new_key, server_certificate
 from superlink.provision import ProvisionError, provision
+from superlink.show import show
 from tests.superlink.test_provision import ADDRESS, handshake, snapshot
 
 
@@ -20,6 +22,9 @@ def authority(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[Key, x509.Cer
     with monkeypatch.context() as named:
         named.setattr(certificates, "OUR_CA", name)
         return key, ca_certificate(key)
+
+
+LACKS = ", is not for superlink.example, localhost, 127.0.0.1"
 
 
 def pem(*certs: x509.Certificate) -> bytes:
@@ -103,6 +108,38 @@ def test_it_is_said_which_name_such_a_certificate_lacks(
     assert "is not for fed.example.org, 127.0.0.1, and ends" in said
 
 
+def test_a_certificate_for_a_whole_domain_is_for_each_name_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provision(tmp_path, 1, ADDRESS, [])
+    root_key, root = authority(monkeypatch, "Hospital Root")
+    own = ["*.Example", "localhost", "127.0.0.1"]
+    server = server_certificate(new_key(), root_key, root, own)
+    (tmp_path / "superlink" / "server.crt").write_bytes(pem(server))
+    (said,) = provision(tmp_path, 1, ADDRESS, [])
+    assert "is not for" not in said
+    (said,) = provision(tmp_path, 1, ADDRESS, ["fed.north.example"])
+    assert "is not for fed.north.example, and ends" in said
+
+
+def test_a_certificate_with_a_common_name_only_is_kept_and_is_for_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provision(tmp_path, 1, ADDRESS, [])
+    root_key, root = authority(monkeypatch, "Hospital Root")
+    subject = x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, "superlink.example")])
+    server = certificates._certificate(subject, root.subject, new_key().public_key(), 365)
+    file = tmp_path / "superlink" / "server.crt"
+    file.write_bytes(pem(server.sign(root_key, hashes.SHA256())))
+    before = file.read_bytes()
+    (said,) = provision(tmp_path, 1, ADDRESS, [])
+    assert "kept: it is of another CA" in said
+    assert "is not for superlink.example, localhost, 127.0.0.1, and ends" in said
+    assert superlink.provision.renew(tmp_path) == [said.replace(LACKS, "")]
+    assert show(tmp_path)
+    assert file.read_bytes() == before
+
+
 def test_certificates_that_somebody_has_added_at_one_place_are_kept_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,3 +162,19 @@ def test_an_address_that_no_site_could_use_makes_nothing(tmp_path: Path, address
     with pytest.raises(ProvisionError, match=r"--address: .*host:port is needed"):
         provision(tmp_path, 1, address, [])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["https://a.example", "a.example:9092", "a b", "spitäl.example", "10.0.0.0/24", "*"]
+)
+def test_a_name_that_no_certificate_can_be_for_makes_nothing(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ProvisionError, match=r"--names: .* is no name for a certificate"):
+        provision(tmp_path, 1, ADDRESS, [name])
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_every_form_are_in_the_certificate(tmp_path: Path) -> None:
+    provision(tmp_path, 1, ADDRESS, ["*.fed.example", "10.0.0.1", "[2001:db8::1]", "host_1"])
+    server = certificates.load_certificate(tmp_path / "superlink" / "server.crt")
+    wanted = {"*.fed.example", "10.0.0.1", "2001:db8::1", "host_1"}
+    assert wanted < set(certificates.names_of(server))

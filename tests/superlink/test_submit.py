@@ -264,6 +264,9 @@ def test_who_waits_for_sites_is_told_where_to_look_long_before_the_time_is_up(
     soon = {f"site-{n:02d}": clock.now + 40.0 * n for n in range(3)}
     submit.wait_for_nodes(Sites(public, clock, soon), public, 3, 600)
     assert [text for _, text in told] == [f"{n} of 3 SuperNodes online" for n in (1, 2, 3)]
+    # Nor is one counted that the run does without.
+    with pytest.raises(ControlError, match="2 of 3 SuperNodes online"):
+        submit.wait_for_nodes(Sites(public, clock, soon), public, 3, 5, ["site-02"])
 
 
 class Untaken(Control):

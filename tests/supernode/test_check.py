@@ -77,6 +77,7 @@ def test_each_row_is_there_once_and_without_a_superlink_the_site_is_not_ready(
     assert {name for name, status in found.items() if status == "WARNING"} == {"clock"}
     assert list(found) == [
         *check_rows.ROWS,
+        "policy",
         "base model",
         "rows",
         "held-out rows",
@@ -218,6 +219,16 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_and_what_it_needs_is_not_guesse
     assert "hides every GPU" in told["device"]["what"]
 
 
+def test_the_sites_policy_is_in_force_or_wrong(env: dict[str, str], config: list[str]) -> None:
+    file = Path(env["SITE_DIR"]) / "policy.toml"
+    assert rows(env, *config)["policy"]["what"].startswith("no policy.toml")
+    file.write_text("min-rows = 5\n")
+    assert "is in force: min-rows = 5" in rows(env, *config)["policy"]["what"]
+    file.write_text("min-row = 5\n")
+    told = rows(env, *config)["policy"]
+    assert (told["status"], "line 1: unknown key min-row" in told["what"]) == ("error", True)
+
+
 def test_a_flipped_bit_in_the_base_model_is_an_error(
     env: dict[str, str], config: list[str], models_dir: Path, tmp_path: Path
 ) -> None:
@@ -239,7 +250,8 @@ def test_in_the_image_it_is_the_pinned_app_that_is_asked(
     shutil.copytree(REPOSITORY / "supernode", image / "supernode")
     shutil.copytree(REPOSITORY / "app", image / "pinned" / "app")
     (image / "app" / "site").mkdir(parents=True)
-    shutil.copy(REPOSITORY / "app/site/rows.py", image / "app" / "site")
+    for name in ("rows.py", "row_files.py", "audit.py"):
+        shutil.copy(REPOSITORY / "app/site" / name, image / "app" / "site")
     project = (REPOSITORY / "pyproject.toml").read_text()
     (image / "pinned" / "pyproject.toml").write_text(
         re.sub(r"(?m)^seq-length = \d+", "seq-length = 199", project)

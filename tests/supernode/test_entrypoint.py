@@ -131,7 +131,8 @@ def test_quotes_spaces_around_and_a_byte_order_mark_are_taken_off(
 @pytest.mark.parametrize(
     "line",
     ["export SUPERLINK=fed:9092", "SUPERLINK = fed:9092", "SUPERLINK= fed:9092", "SUPERLINK",
-     "SUPERLINK='fed:9092", 'SUPERLINK="', "=fed:9092", "SUPERLINK: fed:9092"],
+     "SUPERLINK='fed:9092", 'SUPERLINK="', "=fed:9092", "SUPERLINK: fed:9092",
+     "SUPERLINK=fed:9092 # ours", "DATA_COLUMNS=A,B\0"],
 )  # fmt: skip
 def test_another_line_in_the_settings_is_named_by_its_number(
     env: dict[str, str], line: str
@@ -144,8 +145,33 @@ def test_another_line_in_the_settings_is_named_by_its_number(
 
 @pytest.mark.parametrize("address", ["https://fed:9092", "fed", "fed:99999"])
 def test_an_address_that_cannot_work_is_named(env: dict[str, str], address: str) -> None:
-    with pytest.raises(SystemExit, match=r"SUPERLINK: .*host:port is needed.*see site.env"):
+    with pytest.raises(SystemExit, match=r"SUPERLINK: .*host:port is needed.*see .*site.env$"):
         read_site(env | {"SUPERLINK": address})
+    file = Path(env["SITE_DIR"]) / "site.env"
+    rest = [x for x in file.read_text().splitlines() if not x.startswith("SUPERLINK")]
+    file.write_text("\n".join([*rest, f"SUPERLINK={address}"]))
+    with pytest.raises(SystemExit, match=r"SUPERLINK: .*host:port is needed.*site.env, line 3$"):
+        read_site(env)
+
+
+def test_a_setting_twice_is_not_chosen_from(env: dict[str, str]) -> None:
+    file = Path(env["SITE_DIR"]) / "site.env"
+    file.write_text("SUPERLINK=other:9092\n" + file.read_text())
+    with pytest.raises(
+        SystemExit, match=r"site.env, lines 1 and 2 set SUPERLINK twice; keep one of them"
+    ):
+        read_site(env)
+
+
+def test_a_hash_in_quotes_is_a_part_of_a_value(env: dict[str, str]) -> None:
+    file = Path(env["SITE_DIR"]) / "site.env"
+    file.write_text(file.read_text() + "DATA_COLUMNS='Question #1,Answer'\n")
+    assert read_site(env)["DATA_COLUMNS"] == "Question #1,Answer"
+
+
+def test_a_partition_beyond_the_last_is_named(env: dict[str, str]) -> None:
+    with pytest.raises(SystemExit, match=r"PARTITION_ID=3 cannot work: NUM_PARTITIONS=3"):
+        read_site(env | {"PARTITION_ID": "3"})
 
 
 def test_comments_and_windows_line_ends_in_the_settings_do_no_harm(env: dict[str, str]) -> None:
@@ -174,11 +200,12 @@ def test_tls_and_the_sites_key_are_always_among_the_flags(
 
 @pytest.mark.parametrize("pin", ["", "0123", PIN.upper(), PIN + "0"])
 def test_without_a_pinned_app_a_site_starts_only_if_it_says_so(
-    env: dict[str, str], pin: str
+    env: dict[str, str], pin: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match=r"APP_SHA256=.* ALLOW_APP_UPDATES=1"):
         command(read_site(env | {"APP_SHA256": pin}))
     argv = command(read_site(env | {"APP_SHA256": pin, "ALLOW_APP_UPDATES": "1"}))
+    assert "WARNING: ALLOW_APP_UPDATES=1 is set: no app is checked" in capsys.readouterr().err
     unpinned = [sys.executable, "-m", "supernode.pinned", "run", "any", "site-02"]
     assert argv[: argv.index("--superlink")] == unpinned
     with pytest.raises(SystemExit, match="ALLOW_APP_UPDATES=yes"):
@@ -238,6 +265,14 @@ def test_a_node_with_gpus_says_which_is_its_own(
     env = {"PARTITION_ID": "7", "CUDA_VISIBLE_DEVICES": "2,GPU-abc"}
     set_gpu(env)
     assert env["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
+
+
+def test_a_driver_that_answers_with_other_bytes_keeps_no_node_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = r"printf 'GPU 0: \377 (UUID: GPU-1)\nGPU 1: \376 (UUID: GPU-2)\n'"
+    nvidia_smi(tmp_path, monkeypatch, listed)
+    assert visible_gpus() == ["0", "1"]
 
 
 def test_slices_of_a_gpu_are_what_its_sites_share(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -19,6 +20,7 @@ from app.site.rows import read
 from supernode import partitions
 from supernode.download import PrepareError
 from supernode.partitions import BUNDLED, Split, prepare_data
+from supernode.quantise import prepare_model
 from tests.killed import kills
 from tests.samples import ROWS, write_jsonl
 
@@ -102,6 +104,17 @@ def test_the_holdout_is_a_tenth_and_at_most_its_limit(source: str, federation: P
     prepare_data(federation, Split(source, 2, holdout_fraction=0.5, holdout_rows=8))
     assert [len(rows_of(federation, s, "holdout")) for s in (0, 1)] == [8, 8]
     assert [len(rows_of(federation, s, "train")) for s in (0, 1)] == [42, 42]
+
+
+def test_a_site_that_is_too_small_to_hold_a_row_out_is_told(
+    tmp_path: Path, federation: Path
+) -> None:
+    source = write_jsonl(tmp_path / "few.jsonl", ROWS[:12])
+    said = prepare_data(federation, Split(str(source), 2))
+    assert any("WARNING: 2 of 2 sites hold no row out" in line for line in said)
+    assert not any(
+        "hold no row out" in x for x in prepare_data(tmp_path / "f", Split(str(source), 1))
+    )
 
 
 @pytest.mark.parametrize("partitioner", ["iid", "dirichlet"])
@@ -448,6 +461,21 @@ def test_a_split_that_cannot_be_made_is_one_line_and_writes_nothing(
 def test_a_data_set_that_is_neither_here_nor_on_the_hub_is_named(federation: Path) -> None:
     with pytest.raises(PrepareError, match="nobody/no-such-data"):
         prepare_data(federation, Split("nobody/no-such-data", 2))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", "rows.jsonl", "data/rows.csv", "/no/such/rows", "../rows", "~/rows", "a/b/c",
+     "https://example.org/rows"],
+)  # fmt: skip
+def test_a_path_with_a_slip_is_not_looked_for_on_the_hub(
+    federation: Path, tmp_path: Path, name: str
+) -> None:
+    said = re.escape("here, and the hub has no such names, only ORG/NAME")
+    with pytest.raises(PrepareError, match=f"data set .*: no file or folder {said}"):
+        prepare_data(federation, Split(name, 2))
+    with pytest.raises(PrepareError, match=f"base model .*: no folder {said}"):
+        prepare_model(tmp_path / "models", tmp_path, name, "none", None)
 
 
 def test_the_bundled_flashcards_are_enough_small_and_all_different(federation: Path) -> None:

@@ -112,6 +112,52 @@ def no_config(folder: Path) -> str:
     return f"{folder / 'config.json'} is missing; give the model's whole folder"
 
 
+def in_two(folder: Path) -> tuple[dict[str, str], Path]:
+    """Its weights as two files: the file of each array by name, and the index."""
+    arrays = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {n: f"model-0000{1 + (n > UP)}-of-00002.safetensors" for n in arrays}
+    for file in sorted(set(files.values())):
+        part = {n: array for n, array in arrays.items() if files[n] == file}
+        save_file(part, folder / file, {"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return files, index
+
+
+def a_part_lost(folder: Path) -> str:
+    files, index = in_two(folder)
+    (folder / files[UP]).unlink()
+    return f"{index} names 1 files that are not there, the first is {files[UP]}; download"
+
+
+def an_array_that_only_the_index_has(folder: Path) -> str:
+    files, index = in_two(folder)
+    index.write_text(json.dumps({"weight_map": files | {"model.extra.weight": files[UP]}}))
+    return f"{index} names 1 arrays that its files lack, the first is model.extra.weight; download"
+
+
+def parts_without_an_index(folder: Path) -> str:
+    _, index = in_two(folder)
+    index.unlink()
+    return f"{index} is missing, which says what is in model-00001-of-00002.safetensors; give"
+
+
+def whole_numbers(folder: Path) -> str:
+    change_weights(folder, lambda w: w.update({UP: (w[UP] * 100).to(torch.int8)}))
+    return f"{folder / 'model.safetensors'}: 1 weights are whole numbers, as of quantised ones"
+
+
+def settings_cut(folder: Path) -> str:
+    (folder / "generation_config.json").write_text("{")
+    return f"{folder / 'generation_config.json'} is no JSON ("
+
+
+def no_tokenizer(folder: Path) -> str:
+    (folder / "tokenizer.json").unlink()
+    return f"{folder}: its tokenizer does not load ("
+
+
 def config_cut(folder: Path) -> str:
     (folder / "config.json").write_text("{")
     return f"{folder / 'config.json'} is no JSON ("
@@ -119,7 +165,7 @@ def config_cut(folder: Path) -> str:
 
 def tokenizer_cut(folder: Path) -> str:
     (folder / "tokenizer.json").write_text("{")
-    return f"{folder} does not load as a causal language model: "
+    return f"{folder / 'tokenizer.json'} is no JSON ("
 
 
 def no_eos(folder: Path) -> str:
@@ -142,7 +188,9 @@ def a_token_too_many(folder: Path) -> str:
     "damage",
     [
         lacks_two, of_another_class, one_layer_more, another_shape, a_pointer, a_page, cut, pickled,
-        an_adapter, no_config, config_cut, tokenizer_cut, no_eos, a_token_too_many,
+        an_adapter, no_config, config_cut, tokenizer_cut, no_eos, a_token_too_many, a_part_lost,
+        an_array_that_only_the_index_has, parts_without_an_index, whole_numbers, settings_cut,
+        no_tokenizer,
     ],
 )  # fmt: skip
 def test_a_source_that_cannot_be_used_is_named_in_one_line_and_leaves_nothing_behind(
@@ -155,6 +203,14 @@ def test_a_source_that_cannot_be_used_is_named_in_one_line_and_leaves_nothing_be
     assert str(source) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_weights_in_parts_are_those_of_one_file(source: Path, tmp_path: Path) -> None:
+    arrays = load_file(source / "model.safetensors")
+    in_two(source)
+    made = load_file(prepare(source, "none", tmp_path) / "model.safetensors")
+    assert made.keys() == arrays.keys()
+    assert all(torch.equal(made[n], arrays[n]) for n in arrays)
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4", "fp4", "int8"])
@@ -316,6 +372,7 @@ def test_what_is_prepared_of_another_family_learns(tmp_path: Path, family: str, 
     build_tiny_family(tmp_path / "source", family)
     prepare(tmp_path / "source", kind, tmp_path)
     base = find(tmp_path / "models", str(tmp_path / "source"), {"none": 0, "nf4": 4}[kind])
+    assert base.positions == {"gpt2": 1024, "gptj": 2048, "mpt": 2048}.get(family)
     config = run_config(
         target_modules="all-linear", lora_r=4, lora_dropout=0.0, batch_size=8, max_steps=6
     )

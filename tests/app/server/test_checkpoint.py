@@ -198,7 +198,7 @@ def test_the_group_may_write_to_the_eval_folder_and_nowhere_else(tmp_path: Path)
 
 def lacking(monkeypatch: pytest.MonkeyPatch, what: str, number: int) -> None:
     """From now on this call fails, as on FUSE, CIFS or FAT; others are the system's own."""
-    sync, replace = os.fsync, Path.replace
+    sync, replace, opened = os.fsync, Path.replace, Path.open
 
     def refuse(path: object) -> OSError:
         return OSError(number, os.strerror(number), str(path))
@@ -216,7 +216,28 @@ def lacking(monkeypatch: pytest.MonkeyPatch, what: str, number: int) -> None:
             raise refuse(self)
         return replace(self, target)
 
-    if what == "links":
+    def nothing_is_synced(handle: int) -> None:
+        raise refuse(handle)
+
+    def only_new_names(self: Path, target: Path) -> Path:
+        if target.exists() and not target.is_symlink():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        return replace(self, target)
+
+    def nothing_is_added(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if "a" in mode:
+            raise refuse(self)
+        return opened(self, mode, *args, **kwargs)
+
+    others = {
+        "sync": (os, "fsync", nothing_is_synced),
+        "modes": (Path, "chmod", no_link),
+        "rename to a name that is there": (Path, "replace", only_new_names),
+        "adding to a file": (Path, "open", nothing_is_added),
+    }
+    if what in others:
+        monkeypatch.setattr(*others[what])
+    elif what == "links":
         monkeypatch.setattr(Path, "symlink_to", no_link)
     elif what == "sync of folders":
         monkeypatch.setattr(os, "fsync", files_are_synced)
@@ -225,7 +246,11 @@ def lacking(monkeypatch: pytest.MonkeyPatch, what: str, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP])
-@pytest.mark.parametrize("what", ["links", "sync of folders", "rename of folders"])
+@pytest.mark.parametrize(
+    "what",
+    ["links", "sync of folders", "rename of folders", "sync", "modes",
+     "rename to a name that is there"],
+)  # fmt: skip
 def test_rounds_are_saved_whole_also_where_the_file_system_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, number: int
 ) -> None:
@@ -240,6 +265,10 @@ def test_rounds_are_saved_whole_also_where_the_file_system_lacks(
         assert sha256(path) == json.loads((path / "round.json").read_text())["sha256"]
         assert list(rounds(folder.path)) == [1, 2]
         assert newest(tmp_path) == folder.path
+        for status in ("running", "completed"):
+            folder.write_run({"status": status})
+        assert json.loads((folder.path / "run.json").read_text())["status"] == "completed"
+        (folder.path / "run.json").unlink()
         assert {p.name for p in folder.path.iterdir()} == {"peft_1", "peft_2", "eval"}
     assert {p.name for p in tmp_path.iterdir()} - {"latest"} == {"1", "2"}
     assert len(told) == (2 if what == "links" else 0)  # once a run
@@ -253,6 +282,33 @@ def test_a_disk_that_fails_is_no_file_system_that_lacks_something(
     lacking(monkeypatch, what, errno.EIO)
     with pytest.raises(ResultsError, match="Input/output error"):
         save(folder, 1)
+
+
+def test_what_no_round_could_do_without_is_noticed_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking(monkeypatch, "adding to a file", errno.EOPNOTSUPP)
+    with pytest.raises(
+        ResultsError, match=r"cannot write results to .*/1: Operation not supported"
+    ):
+        RunFolder(tmp_path, 1)
+    assert list((tmp_path / "1").iterdir()) == []
+
+
+def test_a_mount_that_does_not_know_how_large_it_is_takes_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: (0, 0, 0))
+    folder.reserve(3, 10**9)
+
+
+def test_a_file_that_is_called_latest_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("mine")
+    save(RunFolder(tmp_path, 1), 1)
+    assert (tmp_path / "latest").read_text() == "mine"
+    assert newest(tmp_path) == tmp_path / "1"
+    assert {p.name for p in tmp_path.iterdir()} == {"1", "latest"}
 
 
 def test_a_folder_that_is_called_latest_is_kept_and_is_no_run(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from app.config import RunConfig
 from app.server import preflight as module
-from app.server.preflight import UNLISTED, PreflightError, SilenceError, Sites, preflight
+from app.server.answer import UNLISTED
+from app.server.preflight import PreflightError, SilenceError, Sites, preflight
 from app.server.site_list import SiteListError
 from tests.samples import run_config, write_site_list
 from tests.stand_in_grid import Clock, Node, StandInGrid
@@ -34,6 +35,7 @@ def answer(partition_id: int, **changes: Any) -> dict[str, Any]:
         "fingerprint": "aaaa",
         "linear-layers": json.dumps(LINEAR),
         "rows": json.dumps(rows(100 + partition_id, 10 + partition_id)),
+        "policy": f"policy of {partition_id}",
         **changes,
     }
 
@@ -79,6 +81,7 @@ def test_sites_that_agree_may_start_and_are_known_by_their_partitions() -> None:
         devices=dict.fromkeys((0, 3, 7), "cpu"),
         turns={0: "host of 0", 3: "host of 0", 7: "host of 1"},
         rows={p: rows(100 + p, 10 + p) for p in (0, 3, 7)},
+        policies={p: f"policy of {p}" for p in (0, 3, 7)},
     )
     assert list(sites.linear_layers) == list(LINEAR)  # their order is the adapter's
 
@@ -290,6 +293,20 @@ def test_a_site_that_fails_or_keeps_silent_is_named_when_the_time_is_up(
     sites = preflight(grid, config(strict=False, node_timeout_s=0.5), sites_dir)
     assert set(sites.node_of) == {0, 1}
     assert list(sites.left_out) == ["site-02"]
+
+
+def test_excluded_sites_are_not_asked_and_count_nowhere(sites_dir: Path) -> None:
+    """Neither as one that is there, nor as one that is not ready."""
+    grid = StandInGrid({40: ready(answer(0)), 50: ready(answer(1)), 60: ready(answer(2))})
+    without = config(exclude_sites="site-02", node_timeout_s=5.0)
+    sites = preflight(grid, without, sites_dir)
+    assert set(sites.node_of) == {0, 1}
+    assert sites.left_out == {"site-02": "left out by strategy.exclude-sites"}
+    assert sorted(m.metadata.dst_node_id for m in grid.sent) == [40, 50]
+    with pytest.raises(SilenceError, match="2 of 3 SuperNodes online"):
+        preflight(grid, config(3, exclude_sites="site-02", node_timeout_s=0.5), sites_dir)
+    with pytest.raises(PreflightError, match="names site-77, and the operator's list"):
+        preflight(grid, config(exclude_sites="site-02,site-77"), sites_dir)
 
 
 def test_a_site_that_answers_something_else_is_named(sites_dir: Path) -> None:

@@ -125,9 +125,10 @@ def test_what_a_site_trains_on_is_not_scored_as_held_out(
     assert load(tmp_path, "holdout") == [Row(r["input"], r["output"]) for r in ROWS[8:10]]
     assert part_of(tmp_path, "holdout").known == 3
     assert len(load(tmp_path, "train")) == 8
-    assert {r.getMessage() for r in site_log.records} == {
+    warned = [r for r in site_log.records if r.levelno >= logging.WARNING]
+    assert {r.getMessage() for r in warned} == {
         f"data/holdout.jsonl: 3 of 5 rows ask what data/train{suffix} asks too; they are not "
-        "scored as held-out"
+        "scored as held-out",
     }
     write(tmp_path, spaced[:2], ".jsonl", "holdout")
     assert load(tmp_path, "holdout") == []
@@ -288,3 +289,17 @@ def test_a_file_that_may_not_be_read_is_named(suffix: str) -> None:
         write(Path(folder), [GOOD], suffix).chmod(0o000)
         with _without_privileges():
             assert f"train{suffix}" in error_of(Path(folder))
+
+
+def test_it_is_said_that_the_instruction_of_all_rows_is_left_out(
+    tmp_path: Path, site_log: pytest.LogCaptureFixture
+) -> None:
+    site_log.set_level(logging.INFO, logger="app")
+    write(tmp_path, ROWS[:3], ".jsonl")
+    load(tmp_path, "train")
+    (said,) = {r.getMessage() for r in site_log.records}
+    assert said == "data/train.jsonl: the instruction of all rows is no part of the questions"
+    site_log.clear()
+    write(tmp_path, [r | {"instruction": ""} for r in ROWS[:3]], ".jsonl")  # as prepare writes
+    load(tmp_path, "train")
+    assert not site_log.records

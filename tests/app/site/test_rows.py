@@ -87,6 +87,12 @@ ARRAY = json.dumps(PLAIN, indent=2, ensure_ascii=False)
         ("a.csv", as_csv(PLAIN).encode()),
         ("a.CSV", as_csv(PLAIN, ";").encode("utf-8-sig")),
         ("a.csv", as_csv(PLAIN, "\t").encode("utf-16")),
+        ("a.json", ARRAY.encode("utf-16-le")),
+        ("a.csv", as_csv(PLAIN).encode("utf-16-be")),
+        ("a.jsonl", lines(PLAIN).replace("\n", "\r").encode()),
+        ("a.jsonl", b"".join(line.encode("utf-8-sig") for line in lines(PLAIN).splitlines(True))),
+        ("a.csv", ("sep=;\n" + as_csv(PLAIN, ";")).encode("utf-8-sig")),
+        ("a.csv", as_csv(PLAIN).replace("\n", "\n \n").encode()),
     ],
 )
 def test_the_same_rows_come_out_of_whatever_a_program_writes(
@@ -104,8 +110,6 @@ def test_the_same_rows_come_out_of_whatever_a_program_writes(
             r"line 1, byte 34 \(0xfc\): not UTF-8; save the file as UTF-8",
         ),
         ("a.csv", as_csv(PLAIN).encode("cp1252"), r"line 2, byte 38 \(0xfc\): not UTF-8"),
-        ("a.json", ARRAY.encode("utf-16-le"), "a zero byte at its start, not UTF-8"),
-        ("a.csv", as_csv(PLAIN).encode("utf-16-be"), "a zero byte at its start, not UTF-8"),
         ("a.jsonl", b"\xff\xfea", r"byte 2 \(0x61\): not UTF-16"),
     ],
 )
@@ -116,6 +120,44 @@ def test_another_encoding_is_refused_with_the_byte_and_what_to_do(
         with pytest.raises(error, match=words) as caught:
             read(tmp_path, name, content)
         assert "Organ" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        ("a.json", b"\n<!DOCTYPE html><html>", "a web page"),
+        ("a.csv", b"PK\x03\x04\x14\0", "a zip archive or an Excel file"),
+        ("a.jsonl", b"\x1f\x8b\x08\0", "compressed with gzip"),
+    ],
+)
+def test_what_is_no_file_of_rows_is_told_as_what_it_is(
+    tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    for read, error in ((site_rows, SiteError), (prepared_rows, PrepareError)):
+        with pytest.raises(error, match=words):
+            read(tmp_path, name, content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"question": "A?", "answer": "B.", "answer": "C."}'),
+        ("a.json", '[{"question": "A?", "Answer": "B.", "answer ": "C."}]'),
+        ("a.csv", "question,answer,Answer\nA?,B.,C.\n"),
+    ],
+)
+def test_a_column_that_is_there_twice_is_not_chosen_from(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    with pytest.raises(SiteError, match="column 'answer' is there twice"):
+        site_rows(tmp_path, name, content.encode())
+
+
+def test_columns_twice_that_nobody_asks_for_do_no_harm(tmp_path: Path) -> None:
+    content = "question,answer,,\nA?,B.,,\n"  # as Excel leaves empty columns
+    assert site_rows(tmp_path, "a.csv", content.encode()) == [Row("A?", "B.")]
 
 
 def test_nothing_is_guessed_and_what_is_not_there_is_empty(tmp_path: Path) -> None:
@@ -236,7 +278,26 @@ def test_an_instruction_that_all_rows_share_is_no_part_of_the_question(tmp_path:
 
 
 @pytest.mark.parametrize(
-    "nothing", ["<noinput>", "N/A", "n/a", "None", "null", "NaN", " ", None, "<NoInput> "]
+    "nothing",
+    [
+        "<noinput>",
+        "N/A",
+        "n/a",
+        "None",
+        "null",
+        "NaN",
+        " ",
+        None,
+        "<NoInput> ",
+        "<no_input>",
+        "[No input]",
+        "no-input",
+        "#N/A",
+        "n.a.",
+        "-",
+        "--",
+        "None.",
+    ],
 )
 def test_a_placeholder_is_nothing(tmp_path: Path, nothing: str | None) -> None:
     rows = [{"instruction": f"What is {n}?", "input": nothing, "output": "A."} for n in range(9)]
@@ -247,11 +308,13 @@ def test_a_placeholder_is_nothing(tmp_path: Path, nothing: str | None) -> None:
 
 
 def test_none_is_an_answer_and_other_placeholders_are_none(tmp_path: Path) -> None:
-    answers = ["None", "N/A", "<nooutput>", "nan", "No"]
+    answers = ["None", "N/A", "<nooutput>", "nan", "No", "Na", "(none)"]
     rows = [{"question": f"Known allergy {a}?", "answer": a} for a in answers]
     rows += PLAIN
     found = both(tmp_path, "a.jsonl", lines(rows).encode())
-    assert [row.answer for row in found if row not in EXPECTED] == ["None", "No"]
+    assert [row.answer for row in found if row not in EXPECTED] == [
+        "None", "No", "Na", "(none)",
+    ]  # fmt: skip
 
 
 def turns(*said: tuple[str, str]) -> dict[str, Any]:
@@ -272,6 +335,17 @@ def test_a_chat_of_one_turn_each_is_a_question_and_its_answer(tmp_path: Path) ->
     assert partition.load(tmp_path, "train") == [Row("a?", "Y"), Row("b?", "Y")]
 
 
+def test_each_row_of_files_put_together_has_its_own_form(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "A?", "output": "1"}, {"question": "B?", "answer": "2"},
+        turns(("User", "C?"), ("Assistant", "3")), {"instruction": "D?", "output": "4"},
+        {"question": "", "answer": ""},
+    ]  # fmt: skip
+    found = site_rows(tmp_path, "a.jsonl", lines(rows).encode())
+    assert found == [Row("A?", "1"), Row("B?", "2"), Row("C?", "3"), Row("D?", "4")]
+    assert partition.part_of(tmp_path, "train").counts()["empty"] == 1
+
+
 @pytest.mark.parametrize(
     "chat",
     [
@@ -287,6 +361,19 @@ def test_any_other_chat_is_named_by_its_line(tmp_path: Path, chat: dict[str, Any
     good = turns(("user", "Q?"), ("assistant", "A."))
     with pytest.raises(SiteError, match=r"data/train\.jsonl, line 2: .*'messages'"):
         site_rows(tmp_path, "a.jsonl", lines([good, chat]).encode())
+
+
+def test_a_single_row_keeps_its_instruction(tmp_path: Path) -> None:
+    content = lines(alpaca(NOTES[:1])).encode()
+    assert site_rows(tmp_path, "a.jsonl", content) == ASKED[:1]
+
+
+def test_a_column_of_data_columns_that_is_not_there_is_named(tmp_path: Path) -> None:
+    content = lines([{"prompt": "A?", "output": "B.", "input": "C."}]).encode()
+    with pytest.raises(SiteError, match=r"no column 'reply' \(DATA_COLUMNS\)"):
+        site_rows(tmp_path, "a.jsonl", content, "prompt,reply")
+    with pytest.raises(SiteError, match="two names are needed"):
+        site_rows(tmp_path, "a.jsonl", content, "prompt,Prompt")
 
 
 def test_columns_of_other_names_are_given_by_two_names(tmp_path: Path) -> None:
@@ -336,16 +423,21 @@ def test_every_row_is_used_or_counted_and_none_is_made_up(rows: list[tuple[str, 
 def test_what_the_supernodes_image_has_of_the_app_hides_nothing_of_a_runs_own(
     tmp_path: Path,
 ) -> None:
-    """Its one file, as the Dockerfile copies it, first on the path; the app as a run brings it."""
-    (copied,) = [
+    """Its few files, as the Dockerfile copies it, first on the path; the app as a run brings it."""
+    ((*copied, folder),) = [
         line.split()[1:]
         for line in (REPOSITORY / "docker" / "Dockerfile").read_text().splitlines()
         if line.startswith("COPY app/site")
     ]
-    target = tmp_path / "image" / copied[1]
+    target = tmp_path / "image" / folder
     target.mkdir(parents=True)
-    (target / "rows.py").write_bytes((REPOSITORY / copied[0]).read_bytes())
-    code = "import sys; sys.path[:0] = sys.argv[1:]; import app.site.rows as r; print(r.__file__)"
+    assert {*copied} == {f"app/site/{name}.py" for name in ("rows", "row_files", "audit")}
+    for file in copied:
+        (target / Path(file).name).write_bytes((REPOSITORY / file).read_bytes())
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:]; from app.site import audit, row_files, rows; "
+        "print(rows.__file__, row_files.__file__, audit.__file__)"
+    )
     for paths, wanted in (
         ([tmp_path / "image"], tmp_path / "image"),
         ([tmp_path / "image", REPOSITORY], REPOSITORY),
@@ -355,4 +447,4 @@ def test_what_the_supernodes_image_has_of_the_app_hides_nothing_of_a_runs_own(
             [sys.executable, "-I", "-S", "-c", code, *map(str, paths)], text=True,
             capture_output=True, check=True,
         )  # fmt: skip
-        assert done.stdout.strip() == str(wanted / "app/site/rows.py")
+        assert done.stdout.split() == [str(wanted / file) for file in copied]
