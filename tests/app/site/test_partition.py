@@ -295,7 +295,7 @@ def test_it_is_said_that_the_instruction_of_all_rows_is_left_out(
     tmp_path: Path, site_log: pytest.LogCaptureFixture
 ) -> None:
     site_log.set_level(logging.INFO, logger="app")
-    write(tmp_path, ROWS[:3], ".jsonl")
+    write(tmp_path, list(ROWS[:3]), ".jsonl")
     load(tmp_path, "train")
     (said,) = {r.getMessage() for r in site_log.records}
     assert said == "data/train.jsonl: the instruction of all rows is no part of the questions"
