@@ -39,5 +39,5 @@ def test_line_ends_and_the_apps_hash_do_not_depend_on_the_settings_of_git(tmp_pa
     ]
     assert differing == []
     with_cr = [str(f) for f in tracked if b"\r\n" in (on_windows / f).read_bytes()]
-    assert with_cr == ["docs/report.png"]  # a picture: these bytes are no line end
+    assert {Path(f).suffix for f in with_cr} <= {".png"}  # pictures: these bytes are no line ends
     assert app_hash(on_windows) == app_hash(as_it_is)
