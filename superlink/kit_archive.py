@@ -60,6 +60,7 @@ def kit(federation: Path, site: str, address: str, key_at_site: bool) -> bytes:
         "compose.cpu.yaml": (_TEMPLATES / "compose.cpu.yaml").read_bytes(),
         "site/superlink-ca.crt": (folder / "superlink-ca.crt").read_bytes(),
         "site/site.env": _settings(folder / "site.env", address),
+        "site/policy.toml": (_TEMPLATES / "policy.toml").read_bytes(),
     }
     inside = not key_at_site and (folder / "supernode.key").exists()
     if inside:

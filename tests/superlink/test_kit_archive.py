@@ -4,6 +4,7 @@ import hashlib
 import io
 import itertools
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from app.site.policy import Policy
 from superlink import kit_archive, site_keys
 from superlink.certificates import CertificateError, load_key
 from superlink.control import public_keys
@@ -64,7 +66,7 @@ def test_the_same_files_make_the_same_archive_and_each_is_the_containers_users(
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         entries = {e.name.removeprefix("site-01/"): e for e in tar}
     files = {"README", "SHA256SUMS", "compose.yaml", "compose.cpu.yaml"}
-    files |= {"site/site.env", "site/superlink-ca.crt", "site/supernode.key"}
+    files |= {f"site/{n}" for n in ("site.env", "superlink-ca.crt", "supernode.key", "policy.toml")}
     assert set(entries) == files | {"site-01", "site", "site/data", "site/state"}
     assert {(e.uid, e.gid, e.mtime) for e in entries.values()} == {(10001, 10001, 0)}
     modes = {name: e.mode for name, e in entries.items() if e.isfile()}
@@ -86,6 +88,17 @@ def test_the_same_files_make_the_same_archive_and_each_is_the_containers_users(
     assert site_keys.fingerprint(federation / "public" / "site-01.pub") in readme
     assert max(map(len, readme.splitlines())) <= 102
     assert len(readme.splitlines()) < 60  # one page
+
+
+def test_the_policy_in_it_is_that_of_the_page_without_a_rule_in_force(
+    federation: Path, tmp_path: Path
+) -> None:
+    archive = kit_archive.kit(federation, "site-01", ADDRESS, key_at_site=False)
+    site = unpacked(archive, tmp_path) / "site"
+    assert str(Policy.read(site)).endswith("is in force: it has no rule")
+    page = (REPOSITORY / "docs" / "hospital.md").read_text(encoding="utf-8")
+    rules = (site / "policy.toml").read_text(encoding="utf-8").split("\n\n", 1)[1]
+    assert f"```toml\n{re.sub('(?m)^#(?=[a-z])', '', rules)}```" in page
 
 
 def test_settings_that_were_added_travel_and_one_without_an_address_is_refused(
