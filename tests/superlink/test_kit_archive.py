@@ -275,10 +275,12 @@ def test_an_admission_that_was_killed_anywhere_is_completed_or_has_not_begun(
 def test_keygen_never_replaces_a_key_and_says_what_is_wrong(tmp_path: Path) -> None:
     pub = public_part(tmp_path)
     key = pub.with_name("supernode.key")
-    content = key.read_bytes()
+    content, public = key.read_bytes(), pub.read_text()
     command = [sys.executable, "-m", "supernode.keygen"]
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "supernode.key").write_text("no key")
     for env, said in (
-        ({"SITE_DIR": str(pub.parent)}, "is there already, and stays"),
+        ({"SITE_DIR": str(tmp_path / "odd")}, "is there already, and is no private key of a site"),
         ({"SITE_DIR": str(tmp_path / "none")}, "No such file or directory"),
         ({"SITE_DIR": ""}, "SITE_DIR is not set"),
     ):
@@ -292,6 +294,14 @@ def test_keygen_never_replaces_a_key_and_says_what_is_wrong(tmp_path: Path) -> N
         )
         assert (done.returncode, done.stdout) == (1, "")
         assert said in done.stderr
+    env = os.environ | {"SITE_DIR": str(pub.parent)}
+    with pub.open("w") as file:  # as the shell does it, before anything is asked
+        again = subprocess.run(
+            command, cwd=REPOSITORY, env=env, check=True, stdout=file,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert "was there already, and stays" in again.stderr
+    assert (pub.read_text(), site_keys.fingerprint(pub) in again.stderr) == (public, True)
     assert key.read_bytes() == content
     assert [p.name for p in pub.parent.iterdir() if "key" in p.name] == ["supernode.key"]
 
