@@ -21,11 +21,12 @@ _TOP = '<nav><a href="/">All runs</a>{}</nav><p id="away" class="warn" hidden></
 
 
 def _page(title: str, head: str, top: str, main: str) -> str:
-    return (
+    page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width,initial-scale=1">{head}'
         f"<title>{escape(title)}</title></head><body>{top}<main>\n{main}</main></body></html>\n"
     )
+    return page.encode("utf-8", "replace").decode()  # JSON can say half a character
 
 
 def served(results: Path, run_id: str, other_id: str = "") -> str:
@@ -70,9 +71,14 @@ def listed(results: Path) -> str:
     ids = run_ids(results)
     minute = int(time() // 60)  # a run that says nothing any more is silent one day
     over = taken_over(results)
-    rows = "".join(
-        _row(results, r, version(results, r), minute, r in over) for r in ids[:MOST_RUNS]
-    )
+
+    def row(run_id: str) -> str:
+        try:
+            return _row(results, run_id, version(results, run_id), minute, run_id in over)
+        except Exception as err:  # its words may be the run's
+            return sections.row_of_none(run_id, type(err).__name__)
+
+    rows = "".join(map(row, ids[:MOST_RUNS]))
     head_row = "".join(f"<th>{n}</th>" for n in sections.OF_A_RUN)
     table = (
         f'<div class="scroll"><table class="wide stack"><thead><tr>{head_row}</tr></thead>'

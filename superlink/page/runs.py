@@ -7,16 +7,19 @@ import json
 import os
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from app.config import MIB
 
 Json = dict[str, Any]
+T = TypeVar("T")
 MOST_BYTES = 64 * MIB  # of a file; a run of 100 rounds at 200 sites has 2 MiB of lines
+MOST_SECONDS = 1e8  # three years
 _RUN_ID = re.compile(r"[0-9]{1,20}")  # as Flower numbers them
 _FILES = ("run.json", "metrics.jsonl", "events.jsonl", "eval/report.json")
 
@@ -170,18 +173,39 @@ def number(facts: Json, key: str) -> float | None:
     return float(value) if abs(value) <= 1e18 else None  # nor NaN, which is not below anything
 
 
+def whole(facts: Json, key: str) -> int | None:
+    """The value as a count, or a round: a whole number from 0."""
+    value = number(facts, key)
+    return int(value) if value is not None and value >= 0 and value.is_integer() else None
+
+
+def seconds(facts: Json, key: str) -> float | None:
+    """The value as a duration: from 0, and so short that a moment later has a date too."""
+    value = number(facts, key)
+    return min(value, MOST_SECONDS) if value is not None and value >= 0 else None
+
+
 def numbers(facts: Json, key: str) -> list[float]:
-    """The list's numbers, as far as they are some; empty where it is no such list."""
+    """The list's numbers; empty where one of them is none, or it is no list."""
+    return _each(facts, key, number)
+
+
+def wholes(facts: Json, key: str) -> list[int]:
+    """As ``numbers``, of counts."""
+    return _each(facts, key, whole)
+
+
+def _each(facts: Json, key: str, read: Callable[[Json, str], T | None]) -> list[T]:
     values = facts.get(key)
-    found = [number({"": v}, "") for v in values] if isinstance(values, list) else []
-    return [] if None in found else [v for v in found if v is not None]
+    found = [read({"": v}, "") for v in values] if isinstance(values, list) else []
+    good = [v for v in found if v is not None]
+    return good if len(good) == len(found) else []
 
 
 def text(facts: Json, key: str) -> str:
-    """The value if it is a text, of what can be shown: no half of a character, no end."""
+    """The value if it is a text, as much of it as can be shown."""
     value = facts.get(key)
-    kept = value[:4000] if isinstance(value, str) else ""
-    return kept.encode("utf-8", "replace").decode()
+    return value[:4000] if isinstance(value, str) else ""
 
 
 def texts(facts: Json, key: str) -> list[str]:
