@@ -1,12 +1,14 @@
 """Whole pages: one run, served or as a file of its own, and the list of all runs."""
 
+import os
+from contextlib import suppress
 from functools import lru_cache
 from html import escape
 from pathlib import Path
 from time import time
 
 from superlink.page import sections
-from superlink.page.runs import Run, folder_of, read_run, run_ids, taken_over, version
+from superlink.page.runs import Run, folder_of, opened, read_run, run_ids, taken_over, version
 from superlink.page.state import state_of
 
 ASSETS = Path(__file__).parent / "assets"
@@ -112,7 +114,13 @@ def write_standalone(results: Path, run_id: str) -> Path:
         UnknownRunError: there is no such run.
         OSError: the folder cannot be written.
     """
-    target = folder_of(results, run_id) / "report.html"
-    part = target.with_name(".report.html")
-    part.write_text(standalone(results, run_id), encoding="utf-8")
-    return part.replace(target)
+    folder, page = folder_of(results, run_id), standalone(results, run_id)
+    name, part = "report.html", ".report.html"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW  # over no link, whoever made it
+    with opened(folder) as at:
+        with suppress(FileNotFoundError):
+            os.unlink(part, dir_fd=at)
+        with os.fdopen(os.open(part, flags, 0o644, dir_fd=at), "w", encoding="utf-8") as file:
+            file.write(page)
+        os.rename(part, name, src_dir_fd=at, dst_dir_fd=at)
+    return folder / name

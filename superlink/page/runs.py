@@ -7,7 +7,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
@@ -79,7 +80,7 @@ def taken_over(results: Path) -> set[str]:
 
 
 def _facts(folder: Path) -> Json:
-    found = _parsed(_read(folder / "run.json") or b"")
+    found = _parsed(_read(folder, "run.json") or b"")
     return found if isinstance(found, dict) else {}
 
 
@@ -95,8 +96,10 @@ def version(results: Path, run_id: str) -> str:
     """Changes with the run's files. Raises UnknownRunError."""
     folder, seen = folder_of(results, run_id), []
     for name in _FILES:
+        *inner, last = name.split("/")
         try:
-            facts = (folder / name).lstat()
+            with opened(folder, *inner) as handle:
+                facts = os.lstat(last, dir_fd=handle)
             seen.append((facts.st_mtime_ns, facts.st_size))
         except OSError:
             seen.append((0, 0))
@@ -108,9 +111,9 @@ def read_run(results: Path, run_id: str) -> Run:
     folder, unread = folder_of(results, run_id), list[str]()
 
     def read(name: str) -> bytes:
-        data = _read(folder / name)
+        data = _read(folder, name)
         if data is None and os.path.lexists(folder / name):
-            unread.append(f"{name} is no file of {MOST_BYTES // MIB} MiB at most")
+            unread.append(f"{name} is behind a link, or no file of {MOST_BYTES // MIB} MiB at most")
         return data or b""
 
     def whole(name: str) -> Json:
@@ -135,16 +138,36 @@ def read_run(results: Path, run_id: str) -> Run:
 
 def read_evaluation(results: Path, run_id: str) -> bytes:
     """The evaluation's own page. Raises UnknownRunError: there is none."""
-    page = _read(folder_of(results, run_id) / "eval" / "report.html")
+    page = _read(folder_of(results, run_id), "eval/report.html")
     if page is None:
         raise UnknownRunError("this run has no eval/report.html yet; docker compose run --rm eval")
     return page
 
 
-def _read(path: Path) -> bytes | None:
-    """A file's bytes; None where there is none, or something else: a link, a pipe, too much."""
+@contextmanager
+def opened(folder: Path, *inner: str) -> Iterator[int]:
+    """A handle of a run's folder, or of one in it: what is there when it is used, not before.
+
+    Raises:
+        OSError: there is none, or it is behind a link.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY
+    handle = os.open(folder.parent, flags)  # the results themselves: the operator may link them
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        for name in (folder.name, *inner):
+            outer, handle = handle, os.open(name, flags | os.O_NOFOLLOW, dir_fd=handle)
+            os.close(outer)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _read(folder: Path, name: str) -> bytes | None:
+    """A file's bytes; None where there is none, or something else: a link, a pipe, too much."""
+    *inner, last = name.split("/")
+    try:
+        with opened(folder, *inner) as at:
+            handle = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=at)
     except OSError:
         return None
     with os.fdopen(handle, "rb") as file:

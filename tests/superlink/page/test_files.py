@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from superlink.page import sections
+from superlink.page import runs, sections
 from superlink.page.document import write_standalone
 from superlink.page.prometheus import metrics
-from superlink.page.runs import MOST_BYTES, Run, read_run
+from superlink.page.runs import MOST_BYTES, Run, read_run, version
 from superlink.page.state import State, state_of
 from tests.superlink.page.asking import Elements, Page
 from tests.superlink.page.made_runs import NEWEST, events, facts, line, two_runs, write
@@ -182,6 +182,46 @@ def test_a_link_or_a_pipe_in_the_results_leads_nowhere(results: Path, tmp_path: 
     assert page.get("/runs/9").status_code == 404
     assert "of somebody else" not in page.get("/runs/8").text
     assert "/runs/9" not in page.get("/").text
+
+
+def test_no_folder_of_a_run_is_a_link_either(results: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "report.html").write_text("of somebody else")
+    (elsewhere / "report.json").write_text("{}")
+    (results / NEWEST / "eval").symlink_to(elsewhere)
+    page = Page(results)
+    answer = page.get(f"/runs/{NEWEST}/evaluation")
+    assert (answer.status_code, "of somebody else" in answer.text) == (404, False)
+    shown = page.get(f"/runs/{NEWEST}")
+    assert "Not readable: eval/report.json is behind a link" in shown.text
+    before = version(results, NEWEST)
+    (elsewhere / "report.json").write_text("{ }")
+    assert version(results, NEWEST) == before  # not even its size is looked at
+
+
+def test_a_folder_that_becomes_a_link_meanwhile_is_not_followed(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (results / NEWEST).rename(tmp_path / "elsewhere")
+    (results / NEWEST).symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(runs, "_is_folder", lambda _: True)  # as it was when it was looked at
+    assert read_run(results, NEWEST).facts == {}
+    with pytest.raises(OSError, match=NEWEST):
+        write_standalone(results, NEWEST)
+    assert not (tmp_path / "elsewhere" / "report.html").exists()
+
+
+def test_a_file_is_written_over_no_link_in_the_run_s_folder(results: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name in (".report.html", "report.html"):
+        (results / NEWEST / name).symlink_to(victim)
+    file = write_standalone(results, NEWEST)
+    assert victim.read_text() == "precious"
+    assert not file.is_symlink()
+    assert file.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert not (results / NEWEST / ".report.html").is_symlink()
 
 
 @pytest.mark.parametrize("none", ["NaN", "-Infinity", "1e999", "9" * 400, "true", '"3.7"'])
