@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import sqlite3
 import stat
 import sys
@@ -36,6 +37,7 @@ from superlink.audit import AuditError, recorded
 FORM = 1  # of the archive: another number is another order of things in it
 ABOUT, SUMS = "backup.json", "SHA256SUMS"
 DATABASE = "superlink.db"
+UNFINISHED = "unfinished-restore"  # in FEDERATION_DIR, while superlink.restore is at work
 LOCKED_FOR_S = 120
 # The sites' own, and what follows from that; prepare makes it again from its source.
 _LEFT_OUT = ("site-*/data", "site-*/state", "prepared")
@@ -43,6 +45,32 @@ _LEFT_OUT = ("site-*/data", "site-*/state", "prepared")
 
 class BackupError(Exception):
     """There is no backup, or it cannot be put back; the message is one line for the user."""
+
+
+def unfinished(federation: Path) -> str:
+    """What to say of a restore that was cut off there; empty if there is none."""
+    if not (federation / UNFINISHED).exists():
+        return ""
+    return (
+        f"{federation / UNFINISHED} is there: a restore is at work, or was cut off; run "
+        "superlink.restore again with the same archive and folders, or empty them all"
+    )
+
+
+def unwind_on_sigterm(program: str) -> None:
+    """Let SIGTERM (docker stop) raise SystemExit, so that nothing half is left."""
+
+    def stop(*_: object) -> None:
+        raise SystemExit(f"{program}: stopped by SIGTERM")
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # some file systems cannot
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def folders(env: dict[str, str], state_is_there: bool) -> dict[str, Path]:
@@ -70,9 +98,11 @@ def backup(parts: dict[str, Path], target: Path) -> Path:
     """Write the archive of these parts into the folder ``target``; returns its path.
 
     Raises:
-        BackupError: a part is missing or damaged, or the archive is there already.
+        BackupError: a part is missing, damaged or half restored, or the archive is there already.
         OSError: something cannot be read, or written.
     """
+    if said := unfinished(parts["federation"]):
+        raise BackupError(said)
     if not (parts["federation"] / "ca" / "ca.key").is_file():
         raise BackupError(f"FEDERATION_DIR={parts['federation']}: no ca/ca.key there")
     if "results" in parts and not parts["results"].is_dir():
@@ -102,10 +132,7 @@ def backup(parts: dict[str, Path], target: Path) -> Path:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    with suppress(OSError):  # some file systems cannot sync a folder
-        handle = os.open(target, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    sync_folder(target)
     return path
 
 
@@ -246,6 +273,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="where the archive goes")
     parser.add_argument("--results", action="store_true", help="the runs' results as well")
     args = parser.parse_args()
+    unwind_on_sigterm("backup")
     try:
         parts = folders(dict(os.environ), state_is_there=True)
         if not args.results:
