@@ -4,7 +4,8 @@
 
 Writes FOLDER/fedllm-<UTC time>.tar (mode 0600: it holds all private keys) of
 
-    federation/  FEDERATION_DIR: CA, keys, certificates, secrets, kits; no site's data/ and state/
+    federation/  FEDERATION_DIR: CA, keys, certificates, secrets, kits; no site's data/, and of its
+                 state/ only that it has paused
     sites/       SITES_DIR: who is who
     audit/       AUDIT_DIR: the operator's record
     state/       of STATE_DIR the SuperLink's database, by SQLite's backup interface
@@ -15,16 +16,15 @@ results/latest) and hidden files (what is being written) are left out.
 """
 
 import argparse
+import fcntl
 import hashlib
 import io
 import json
 import os
-import signal
 import sqlite3
 import stat
 import sys
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from datetime import UTC, datetime
@@ -33,44 +33,19 @@ from pathlib import Path
 from typing import IO
 
 from superlink.audit import AuditError, recorded
+from superlink.half_done import sync_folder, unfinished, unwind_on_sigterm
 
 FORM = 1  # of the archive: another number is another order of things in it
 ABOUT, SUMS = "backup.json", "SHA256SUMS"
 DATABASE = "superlink.db"
-UNFINISHED = "unfinished-restore"  # in FEDERATION_DIR, while superlink.restore is at work
 LOCKED_FOR_S = 120
+PAUSED = "paused"  # supernode/site.py; a site that comes back without it would train again
 # The sites' own, and what follows from that; prepare makes it again from its source.
 _LEFT_OUT = ("site-*/data", "site-*/state", "prepared")
 
 
 class BackupError(Exception):
     """There is no backup, or it cannot be put back; the message is one line for the user."""
-
-
-def unfinished(federation: Path) -> str:
-    """What to say of a restore that was cut off there; empty if there is none."""
-    if not (federation / UNFINISHED).exists():
-        return ""
-    return (
-        f"{federation / UNFINISHED} is there: a restore is at work, or was cut off; run "
-        "superlink.restore again with the same archive and folders, or empty them all"
-    )
-
-
-def unwind_on_sigterm(program: str) -> None:
-    """Let SIGTERM (docker stop) raise SystemExit, so that nothing half is left."""
-
-    def stop(*_: object) -> None:
-        raise SystemExit(f"{program}: stopped by SIGTERM")
-
-    signal.signal(signal.SIGTERM, stop)
-
-
-def sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # some file systems cannot
-        handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
 
 
 def folders(env: dict[str, str], state_is_there: bool) -> dict[str, Path]:
@@ -121,19 +96,31 @@ def backup(parts: dict[str, Path], target: Path) -> Path:
         "flwr": version("flwr"),
         "parts": list(parts),
     }
+    for torn in target.glob(".fedllm-*.part"):
+        with suppress(OSError), torn.open("rb+") as file:  # locked: another one is at work
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(torn)
     part = path.with_name(f".{path.name}.part")
     handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(handle, "wb") as file:
+            with suppress(OSError):  # a file system without locks: nothing is removed there
+                fcntl.flock(file, fcntl.LOCK_EX)
             with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
-                _fill(_Archive(archive), parts, about, target)
+                _fill(_Archive(archive), parts, about, part.with_name(f"{part.name}.db"))
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        _remove(part)
     sync_folder(target)
     return path
+
+
+def _remove(part: Path) -> None:
+    """It last: what a call that is killed here leaves is found by the next one."""
+    for path in sorted(part.parent.glob(f"{part.name}*"), reverse=True):
+        path.unlink(missing_ok=True)
 
 
 class _Archive:
@@ -186,17 +173,16 @@ def _entry(name: str, mode: int, size: int) -> tarfile.TarInfo:
     return entry
 
 
-def _fill(archive: _Archive, parts: dict[str, Path], about: object, target: Path) -> None:
+def _fill(archive: _Archive, parts: dict[str, Path], about: object, copy: Path) -> None:
     archive.add_text(ABOUT, json.dumps(about) + "\n")
     others = {folder.resolve() for folder in parts.values()}
+    # Before the keys: of a key that is newer than the database, superlink.register tells it.
+    _copy_database(parts["state"] / DATABASE, copy)
+    with copy.open("rb") as file:
+        archive.add(f"state/{DATABASE}", 0o600, file, copy.stat().st_size)
+    copy.unlink()
     for part, folder in parts.items():
-        if part == "state":
-            with tempfile.TemporaryDirectory(prefix=".backup-", dir=target) as work:
-                copy = Path(work) / DATABASE
-                _copy_database(folder / DATABASE, copy)
-                with copy.open("rb") as file:
-                    archive.add(f"state/{DATABASE}", 0o600, file, copy.stat().st_size)
-        else:
+        if part != "state":
             _add_tree(archive, part, folder, others - {folder.resolve()})
     archive.add_text(SUMS, "".join(archive.sums))
 
@@ -228,7 +214,7 @@ def _add_tree(archive: _Archive, part: str, top: Path, others: set[Path]) -> Non
         folders[:] = [name for name in inside if _wanted(name)]
         if any(here.match(pattern) for pattern in _LEFT_OUT if part == "federation"):
             folders.clear()
-            continue
+            files = [PAUSED] if here.name == "state" and PAUSED in files else []
         if part == "results" and here == Path() and (name := latest(top)):
             archive.add_link("results/latest", name)
         for name in filter(_wanted, sorted(files)):

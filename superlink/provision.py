@@ -29,7 +29,6 @@ from pathlib import Path
 from superlink import audit, kit_archive, site_keys, site_kit
 from superlink.authority import ProvisionError as ProvisionError
 from superlink.authority import authority, names_in, server
-from superlink.backup import unfinished
 from superlink.certificates import (
     CertificateError,
     ca_certificate,
@@ -40,6 +39,7 @@ from superlink.certificates import (
     write_key,
 )
 from superlink.container_files import manifest_folder, runtime_secret
+from superlink.half_done import unfinished
 from superlink.show import show
 from supernode.reach import AddressError, certificate_name, parsed
 

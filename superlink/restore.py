@@ -23,16 +23,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from superlink.audit import AuditError, recorded
-from superlink.backup import (
-    ABOUT,
-    FORM,
-    SUMS,
-    UNFINISHED,
-    BackupError,
-    folders,
-    sync_folder,
-    unwind_on_sigterm,
-)
+from superlink.backup import ABOUT, FORM, SUMS, BackupError, folders
+from superlink.half_done import UNFINISHED, sync_folder, unwind_on_sigterm
 
 LATEST = "results/latest"  # the one link
 

@@ -47,8 +47,9 @@ def refusal(federation: Path) -> str:
 
 
 def test_killed_anywhere_a_restore_is_refused_by_provision_and_completed_by_another(
-    parts: Parts, tmp_path: Path
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # the kernel outlives them: no power cut
     archive = backup(parts, tmp_path / "saved")
     copies = (tmp_path / "here" / str(n) for n in itertools.count())
     moments = 0
@@ -156,6 +157,23 @@ def test_a_restore_that_is_stopped_takes_back_what_it_has_written(
 
 
 def test_a_backup_that_is_stopped_leaves_no_keys(parts: Parts, tmp_path: Path) -> None:
-    code = stopped(superlink.backup.main, parts, tmp_path / "saved", "superlink.db")
+    code = stopped(superlink.backup.main, parts, tmp_path / "saved", ".part.db")
     assert code == 1
     assert list((tmp_path / "saved").iterdir()) == []
+
+
+def test_what_a_killed_backup_has_left_the_next_one_removes(parts: Parts, tmp_path: Path) -> None:
+    """All private keys are in it. One that is at work keeps its own."""
+    copies = (tmp_path / str(n) for n in itertools.count())
+    left = 0
+    for target in kills(lambda target: backup(parts, target), copies):
+        target.mkdir(exist_ok=True)
+        if list(target.glob("*.tar")):
+            continue  # it had come to its end
+        left += bool(list(target.iterdir()))
+        at_work = target / ".fedllm-2026-01-01T000000Z.tar.part"
+        with at_work.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            path = backup(parts, target)
+        assert sorted(target.iterdir()) == [at_work, path]
+    assert left
