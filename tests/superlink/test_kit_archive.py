@@ -22,6 +22,7 @@ from superlink.certificates import CertificateError, load_key
 from superlink.control import public_keys
 from superlink.provision import main, provision, reset
 from supernode import keygen
+from tests.docs.pages import Page
 from tests.killed import kills
 from tests.samples import REPOSITORY
 
@@ -367,3 +368,27 @@ def test_without_a_gpu_a_kit_reserves_none() -> None:
         )
         for x in ours["check"]["entrypoint"]
     ]
+
+
+def test_the_pages_command_makes_a_file_of_nobody_else_and_overwrites_none(
+    federation: Path, tmp_path: Path
+) -> None:
+    """The shell makes the file there, with a private key in it. As it stands, but for compose."""
+    page = Page.read(REPOSITORY / "docs" / "operator.md")
+    (line,) = [command for command, _ in page.commands if "--output -" in command]
+    compose = "docker compose run --rm -T provision python3"
+    assert compose in line
+    line = line.replace(compose, sys.executable).replace("superlink.example:9092", ADDRESS)
+    line = line.replace("site-07", "site-01")
+    env = os.environ | {"FEDERATION_DIR": str(federation), "PYTHONPATH": str(REPOSITORY)}
+    kit = tmp_path / "site-01.tar.gz"
+
+    def call() -> int:
+        return subprocess.run(["sh", "-c", line], cwd=tmp_path, env=env, umask=0o022).returncode
+
+    assert call() == 0
+    assert stat.S_IMODE(kit.stat().st_mode) == 0o600
+    assert unpacked(kit.read_bytes(), tmp_path / "unpacked").is_dir()
+    kit.write_text("of before")
+    assert call() != 0
+    assert kit.read_text() == "of before"
