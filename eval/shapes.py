@@ -5,6 +5,7 @@ number from 0 or from 1, its text) is told by all rows together: by that which r
 them. Where that is nothing, or more than one thing, RowError says for which row.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ _NUMBERED = (
     "cop", "answer_idx", "answer_index", "answer_key", "answerkey", "correct_option",
 )  # fmt: skip
 _WORDED = "answer", "answer_text", "correct_answer"
+_LETTERED = re.compile(r"\s*(\()?([A-E])(?(1)\)|[.):])(.*)", re.IGNORECASE | re.DOTALL)
 _TEXT = -1  # beside 0 and 1, the numbers that a gold may count from
 _CHOICE = (
     'wanted: question, options (texts, or {"A": text, ...}; or opa to opd, or op1 to op4), and the '
@@ -92,14 +94,13 @@ def choices(rows: Sequence[Mapping[str, Any]], published: Sequence[int], held: b
 
     Raises:
         RowError: a column is missing or of another type, the gold is no option, two readings of
-            the golds fit, or, in somebody's own file, the question or an option is blank or null:
-            to word it "None", as the leaderboard does, would make up an option that real questions
-            have.
+            the golds fit, or, in somebody's own file, the question or an option is blank: "None",
+            the leaderboard's word for a null, would make up an option that real questions have.
     """
     asked: list[tuple[str, _Options, dict[str, Any]]] = []
     for index, row in enumerate(rows):
-        named = _named(row)
         try:
+            named = _named(row)
             asked.append((_question(named, "question", held), _options(named, held), named))
         except ValueError as err:
             raise RowError(index, f"{err}; {_CHOICE}") from None
@@ -113,14 +114,20 @@ def choices(rows: Sequence[Mapping[str, Any]], published: Sequence[int], held: b
 
 
 def _named(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row's columns under lower-case names; NaN, which stands for null, as None."""
+    """The row's columns under lower-case names; NaN, which stands for null, as None.
+
+    Raises:
+        ValueError: two columns with one such name say different things.
+    """
     inner = row.get("data")
-    if isinstance(inner, dict):
-        row = {**row, **inner}
-    return {
-        name.casefold().replace(" ", "_"): None if value != value else value
-        for name, value in row.items()
-    }
+    found: dict[str, Any] = {}
+    for name, value in ({**row, **inner} if isinstance(inner, dict) else row).items():
+        key = name.casefold().replace(" ", "_")
+        if _empty(found.get(key)):
+            found[key] = None if value != value else value
+        elif not _empty(value) and value != found[key]:
+            raise ValueError(f"more than one column '{key}', and they differ")
+    return found
 
 
 def short(value: Any) -> str:
@@ -157,10 +164,19 @@ def _options(named: dict[str, Any], held: bool) -> _Options:
         raise ValueError("an option is no text")
     if not 2 <= len(options) <= len(LETTERS):
         raise ValueError(f"{len(options)} options")
+    texts = [_own_text(option, index) for index, option in enumerate(options)]
+    if held and None not in texts:  # the prompt puts the letters before them
+        options = texts
     blank = next((n for n, o in zip(names, options, strict=False) if _empty(o)), None)
     if held and blank:
         raise ValueError(f"{blank} is empty")
     return options
+
+
+def _own_text(text: Any, index: int) -> str | None:
+    """Of "B. text", "B) text" and "(B) text" the text, where B is option ``index``; else None."""
+    found = _LETTERED.fullmatch(text) if isinstance(text, str) else None
+    return found[3].strip() if found and found[2].upper() == LETTERS[index] else None
 
 
 def _by_letter(pairs: list[tuple[Any, Any]]) -> _Options:
@@ -218,8 +234,11 @@ def _meant(value: Any, options: _Options, meaning: int) -> set[int]:
     """Indices of the options that a gold names, if it is a text or counts from ``meaning``."""
     if meaning == _TEXT:
         texts = ["" if o is None else str(o) for o in options]
-        same = {i for i, text in enumerate(texts) if text == str(value)}
-        return same or {i for i, text in enumerate(texts) if text.strip() == str(value).strip()}
+        said = str(value)
+        same = {i for i, text in enumerate(texts) if text == said}
+        return same or {
+            i for i, t in enumerate(texts) if t.strip() in (said.strip(), _own_text(said, i))
+        }
     index = _number(value)
     if index is not None:
         index -= meaning
@@ -252,7 +271,7 @@ def _why_not(
                     f"{said[column]} is no answer (a test split's golds are kept back; MedMCQA has "
                     "them in its validation split)"
                 )
-            since = f", counted from {meaning}" if number is not None else ""
+            since = f", counted from {meaning}" if number is not None and meaning != _TEXT else ""
             return f"{said[column]} is none of its {len(options)} options{since}"
     return f"{' and '.join(said.values())} are not the same option"
 

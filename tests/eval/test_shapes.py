@@ -78,8 +78,8 @@ def test_medqa_is_read_alike_in_every_shape_of_options_and_of_answer(
     rows, hub = [], []
     for number, (question, options, any_gold) in enumerate(content):
         gold = any_gold % len(options)
-        # What is a letter alone could be a letter's option: another test's matter.
-        options = [f"{option}." for option in options]
+        # A letter, alone or before a text, could be an option's: another test's matter.
+        options = [f"is {option}" for option in options]
         letters = "ABCDE"[: len(options)]
         pairs = [{"key": k, "value": v} for k, v in zip(letters, options, strict=True)]
         pairs = pairs[number:] + pairs[:number]
@@ -240,6 +240,69 @@ def test_all_options_blank_are_refused_and_the_hubs_worded_as_the_leaderboard_do
 def test_a_question_without_a_word_is_refused(tmp_path: Path, question: str) -> None:
     said = refused("medmcqa", tmp_path, [exam(0), exam(1) | {"question": question}], line=2)
     assert said.startswith("'question' is empty; wanted: question, options (texts, or ")
+
+
+@pytest.mark.parametrize("form", ["{}. {}", "{}) {}", "({}) {}", "{}: {}", " {}.{} "])
+@pytest.mark.parametrize("low", [False, True])
+def test_options_that_carry_their_own_letters_get_none_twice(
+    tmp_path: Path, form: str, low: bool
+) -> None:
+    texts = ["Ice", "Rest", "B. cereus", "(C) Heat"]
+    letters = "abcd" if low else "ABCD"
+    carried = [form.format(letter, text) for letter, text in zip(letters, texts, strict=True)]
+    wanted = [Question(*render("medqa", hub_row("Next?", texts, 1)))]
+    row = {"question": "Next?", "options": carried}
+    for gold in ({"answer_idx": "B"}, {"answer": carried[1]}, {"answer": "Rest"}):
+        assert asked("medqa", tmp_path, [row | gold]) == wanted
+    columns = {f"op{x}": text for x, text in zip("abcd", carried, strict=True)}
+    assert asked("medqa", tmp_path, [row | columns | {"options": None, "cop": "b"}]) == wanted
+    # The answer's letter must be the option's, and an option must be more than its letter.
+    wrong = {"answer": form.format("A", "Rest")}
+    assert " is none of its 4 options; " in refused("medqa", tmp_path, [row | wrong])
+    bare = row | {"options": [*carried[:3], form.format("D", "")], "answer_idx": "B"}
+    assert refused("medqa", tmp_path, [bare]).startswith("option D is empty; ")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["B. cereus", "C. difficile", "E. coli", "A. baumannii"],
+        ["A. fumigatus", "Aspirin", "C. albicans", "D. medinensis"],
+        ["A", "B", "C", "D"],
+        ["A-type", "B-type", "C-type", "D-type"],
+        ["(A. one", "(B. two", "(C. three", "(D. four"],
+    ],
+)
+def test_a_letter_that_is_not_certainly_the_options_own_stays(
+    tmp_path: Path, options: list[str]
+) -> None:
+    row = {"question": "Which?", "options": options, "answer_idx": "B"}
+    wanted = render("medqa", hub_row("Which?", options, 1))
+    assert asked("medqa", tmp_path, [row]) == [Question(*wanted)]
+
+
+def test_the_hubs_options_keep_their_letters() -> None:
+    prompt, _ = render("medqa", hub_row("Which?", ["A. one", "B. two"], 1))
+    assert "\nA. A. one\nB. B. two\n" in prompt
+
+
+def test_an_answer_in_words_is_not_said_to_be_counted(tmp_path: Path) -> None:
+    row = {"question": "How many?", "options": ["10", "20", "30", "40"], "answer": "50"}
+    assert refused("medqa", tmp_path, [row]).startswith(
+        "answer = '50' is none of its 4 options; wanted: "
+    )
+
+
+def test_two_columns_of_one_name_must_say_the_same(tmp_path: Path) -> None:
+    row = exam("b")
+    said = refused("medmcqa", tmp_path, [row, row | {"Question": "Another?"}], line=2)
+    assert said.startswith("more than one column 'question', and they differ; wanted: ")
+    assert golds("medmcqa", tmp_path, [row | {"Question": "Which?", "COP": None}]) == "B"
+    assert golds("medmcqa", tmp_path, [{"Question": float("nan"), "Cop": " "} | row]) == "B"
+    said = refused("medmcqa", tmp_path, [row | {"Cop": "c"}])
+    assert said.startswith("more than one column 'cop', and they differ; ")
+    said = refused("pubmedqa", tmp_path, [ABSTRACT | {"contexts": ["Another."]}])
+    assert said.startswith("more than one column 'contexts', and they differ; wanted: QUESTION")
 
 
 def test_four_and_five_options_of_one_parquet_file_are_what_they_were(tmp_path: Path) -> None:
