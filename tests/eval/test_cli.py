@@ -68,7 +68,7 @@ def with_letters_only(source: Path, tokenizer: Any, target: Path) -> Path:
     shutil.copytree(source, target)
     arrays = load_file(target / "model.safetensors")
     for token in range(len(arrays["lm_head.weight"])):
-        if tokenizer.decode([token]) not in list("ABCDEabcde"):
+        if tokenizer.decode([token]).upper() not in list("ABCDE"):
             arrays["lm_head.weight"][token] = 0
     save_file(arrays, target / "model.safetensors", {"format": "pt"})
     return target
