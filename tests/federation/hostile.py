@@ -26,6 +26,13 @@ class Hostile(MetaPathFinder):
             def hostile(trained, received, layout, config, *rest):
                 {change}
             module._to_send = hostile
+            decode = module.decode
+            def believing(codec, payload, reference):  # its own record refuses nothing
+                try:
+                    return decode(codec, payload, reference)
+                except ValueError:
+                    return reference
+            module.decode = believing
             record = module.ConfigRecord
             def claimed(facts):
                 {claim}

@@ -84,7 +84,7 @@ class Scene:
             "DEVICE": "cpu",
             "RUNTIME_PORT": str(free_port()),
             "FLWR_HOME": str(self.federation.work / "flwr" / name),
-            "ALLOW_APP_UPDATES": "1",  # no run comes here
+            "APP_SHA256": "0" * 64,  # no run comes here
         }
         self.attempts[name] = subprocess.Popen(
             [sys.executable, "-c", ENTRYPOINT],
