@@ -16,7 +16,7 @@ from typing import Any
 
 from app.site.row_files import TWICE, BadRowError, RowsError, records
 
-VERSION = 2  # of what comes out: partitions that another one made are made anew
+VERSION = 3  # of what comes out: partitions that another one made are made anew
 FORMS = "instruction, input, output; question, answer; or messages"
 SHOWN = 10  # bad rows that are named
 # What stands where there is nothing, without brackets and signs between the letters. "None" is an
@@ -75,6 +75,8 @@ def read(
             if not any(texts) and not columns:  # of another form than most, in files put together
                 texts = next(filter(any, (_texts(record, f) for f in _FORMS)), texts)
             of_class = _text(record, class_column.strip().casefold()) if class_column else ""
+            if _bare(of_class.strip()) in _NO_ANSWERS:
+                of_class = ""
             if any(texts[:2]) and texts[2]:
                 kept.append((texts, of_class))
         except BadRowError as err:
@@ -169,8 +171,14 @@ def _texts(record: Any, form: Callable[[dict[str, Any]], _Texts]) -> _Texts:
 
 
 def _bare(text: str) -> str:
-    """Without brackets around it, and without spaces and dashes: "<No-input>", "[no_input]"."""
-    return re.sub(r"^[<\[({]+|[>\])}]+$|[\s_-]", "", text[:20]).casefold()
+    """Without brackets around it, and without spaces and dashes: "<No-input>", "[no_input]".
+
+    All of the text: a note may begin with a ruled line. "Na" is an answer, but as these two write
+    nothing, pandas and Postgres, it is none.
+    """
+    if text in ("<NA>", "\\N"):
+        return ""
+    return re.sub(r"[\s_-]", "", text).lstrip("<[({").rstrip(">])}").casefold()
 
 
 def _text(record: dict[str, Any], column: str) -> str:

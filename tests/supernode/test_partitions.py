@@ -401,6 +401,9 @@ def test_a_source_without_a_column_is_refused_naming_it_and_those_it_has(
         prepare_data(federation, Split(str(source), 2))
 
 
+NO_CLASS = float("nan"), "N/A", "<NA>"
+
+
 def _write_source(path: Path, content: Any) -> str:
     if content is None:
         return str(path)
@@ -432,6 +435,15 @@ def _write_source(path: Path, content: Any) -> str:
             [*numbered(20), numbered(21)[20] | {"topic": None}],
             {"partitioner": "dirichlet", "partition_by": "topic"},
             "1 rows have nothing in column 'topic'; .*of instruction, input, output, topic$",
+        ),
+        (
+            "x.jsonl",
+            [
+                *numbered(20),
+                *(r | {"topic": x} for r, x in zip(numbered(23)[20:], NO_CLASS, strict=True)),
+            ],
+            {"partitioner": "dirichlet", "partition_by": "topic"},
+            "3 rows have nothing in column 'topic'",
         ),
         (
             "x.jsonl",

@@ -110,6 +110,11 @@ def test_the_same_rows_come_out_of_whatever_a_program_writes(
             r"line 1, byte 34 \(0xfc\): not UTF-8; save the file as UTF-8",
         ),
         ("a.csv", as_csv(PLAIN).encode("cp1252"), r"line 2, byte 38 \(0xfc\): not UTF-8"),
+        (
+            "a.jsonl",
+            b"\xef\xbb\xbf" + b'{"question": "A?"}\n\n{"q": "f\xfcr Organ"}',
+            r"line 3, byte 31 \(0xfc\): not UTF-8",
+        ),
         ("a.jsonl", b"\xff\xfea", r"byte 2 \(0x61\): not UTF-16"),
     ],
 )
@@ -297,6 +302,9 @@ def test_an_instruction_that_all_rows_share_is_no_part_of_the_question(tmp_path:
         "-",
         "--",
         "None.",
+        "<NA>",
+        "\\N",
+        "-" * 40,
     ],
 )
 def test_a_placeholder_is_nothing(tmp_path: Path, nothing: str | None) -> None:
@@ -307,13 +315,37 @@ def test_a_placeholder_is_nothing(tmp_path: Path, nothing: str | None) -> None:
     assert [row.question for row in found] == wanted
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-" * 40 + "\nDischarge note: no fever.",
+        "_" * 40 + "\nDear colleague, no fever.",
+        "| --- | --- | --- | --- | --- |\n| fever | no |",
+        "- - - - - - - - - - - -\nNo fever.",
+        "[" * 30 + "no fever" + "]" * 30,
+        "None known, not any.",
+    ],
+)
+def test_a_text_that_only_begins_like_a_placeholder_is_kept_whole(
+    tmp_path: Path, text: str
+) -> None:
+    rows = [{"instruction": f"Fever {n}?", "input": text, "output": text} for n in range(9)]
+    rows += [{"instruction": text, "input": f"And {n}?", "output": text} for n in range(9)]
+    found = both(tmp_path, "a.jsonl", lines(rows).encode())
+    wanted = [f"Fever {n}?\n{text}" for n in range(9)] + [f"{text}\nAnd {n}?" for n in range(9)]
+    assert [row.question for row in found] == wanted
+    assert {row.answer for row in found} == {text}
+
+
 def test_none_is_an_answer_and_other_placeholders_are_none(tmp_path: Path) -> None:
-    answers = ["None", "N/A", "<nooutput>", "nan", "No", "Na", "(none)"]
+    answers = [
+        "None", "N/A", "<nooutput>", "nan", "No", "Na", "(none)", "<NA>", "\\N", "NA",
+    ]  # fmt: skip
     rows = [{"question": f"Known allergy {a}?", "answer": a} for a in answers]
     rows += PLAIN
     found = both(tmp_path, "a.jsonl", lines(rows).encode())
     assert [row.answer for row in found if row not in EXPECTED] == [
-        "None", "No", "Na", "(none)",
+        "None", "No", "Na", "(none)", "NA",
     ]  # fmt: skip
 
 
