@@ -97,7 +97,7 @@ def prepare_data(
         shared = _shared(parts, notes)
     else:
         with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=manifest_file.parent) as scratch:
-            files = data_files(split.source, cache, token, scratch)
+            files = data_files(split.source, cache, token, scratch, notes)
         parts, shared = _partitions(split, files, notes), set()
     facts, written = _contents(federation, split, parts, shared)
     without = [name for name, f in facts.items() if "/holdout." in name and not f["rows"]]
