@@ -5,6 +5,7 @@ What stands there is read anew each time, and no library's copy of it is made.
 
 import hashlib
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from supernode.download import PrepareError, check_id, data_folder
 
 MUCH = 0.1  # of the rows, left out, is worth a warning
 SHOWN = 10  # files that are named
+MOST_COLUMNS = 12  # that are listed
+_NAME = r"[^\W\d][\w.-]{0,31}"  # one word
 _ABOUT = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}  # no rows
 
 
@@ -46,6 +49,15 @@ def seen(folder: Path) -> list[str]:
 def named(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{', '.join(names[:SHOWN])}{more}"
+
+
+def listed(columns: list[str]) -> str:
+    """Their names, if those are few and all look like names.
+
+    Without a line of column names the first row stands there, and it is no message's.
+    """
+    names = len(columns) <= MOST_COLUMNS and all(re.fullmatch(_NAME, c) for c in columns)
+    return ", ".join(columns) if names else f"{len(columns)} columns"
 
 
 def data_files(
@@ -110,7 +122,7 @@ def source_table(
     try:
         table = read(files, columns, class_column)
     except RowsError as err:
-        has = f"; it has {', '.join(err.columns)}" if err.columns else ""
+        has = f"; it has {listed(err.columns)}" if err.columns else ""
         raise PrepareError(f"data set {err}{has}") from None
     first = {r.question: i for i, r in reversed(list(enumerate(table.rows)))}
     once = sorted(first.values())
