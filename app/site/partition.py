@@ -103,7 +103,7 @@ def _name(path: Path | None) -> str:
 
 def _table(path: Path, columns: str, like: Table | None = None) -> Table:
     try:
-        table = read({_name(path): path}, columns, like=like)
+        table = read({_name(path): path}, columns, like=like, at_site=True)
     except RowsError as err:
         raise SiteError(str(err)) from None
     return table

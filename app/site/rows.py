@@ -23,6 +23,7 @@ SHOWN = 10  # bad rows that are named
 # answer, though, to some questions.
 _NO_ANSWERS = {"", "noinput", "nooutput", "n/a", "#n/a", "n.a.", "nan", "null"}
 _NO_QUESTIONS = _NO_ANSWERS | {"none", "none."}
+_PREPARED = ["instruction", "input", "output"]  # the columns that supernode.prepare writes
 _Texts = tuple[str, str, str]  # instruction, input, answer
 
 
@@ -48,7 +49,11 @@ class Table:
 
 
 def read(
-    files: Mapping[str, Path], columns: str = "", class_column: str = "", like: Table | None = None
+    files: Mapping[str, Path],
+    columns: str = "",
+    class_column: str = "",
+    like: Table | None = None,
+    at_site: bool = False,
 ) -> Table:
     """The rows of these files, as one.
 
@@ -60,13 +65,17 @@ def read(
         columns: "QUESTION,ANSWER", names of the two columns, where a file has those.
         class_column: a column whose texts are asked for as well.
         like: rows that these are held out from: whose shared instruction is left out here too.
+        at_site: a file that prepare wrote is read as it stands, whatever ``columns`` says.
 
     Raises:
         RowsError: a file cannot be read, or holds bad rows: all are counted, some named.
     """
     found = [(name, *r) for name, path in files.items() for r in records(name, path)]
     names = dict.fromkeys(k for *_, r in found if isinstance(r, dict) for k in r)
-    form = _form(list(names), columns, " and ".join(files)) if names else _alpaca
+    called = " and ".join(files)
+    if at_site and columns and _as_prepared([r for *_, r in found], columns, called):
+        columns = ""
+    form = _form(list(names), columns, called) if names else _alpaca
     kept: list[tuple[_Texts, str]] = []
     bad: list[tuple[str, str, str]] = []  # file, place, why
     for name, place, record in found:
@@ -108,10 +117,32 @@ def _named(bad: list[tuple[str, str, str]]) -> str:
     )
 
 
+def _as_prepared(records: list[Any], columns: str, called: str) -> bool:
+    """Whether supernode.prepare wrote these rows: its three columns, nothing in the first.
+
+    It took question and answer by DATA_COLUMNS then; to do that again could swap the two. The form
+    tells, not a checksum: a site may correct the file, and has no manifest. Raises RowsError: some
+    rows are of it, some not, so that it matters which of the two is right.
+    """
+    rows = [r for r in records if isinstance(r, dict)]
+    ours = sum(list(r) == _PREPARED and r["instruction"] == "" for r in rows)
+    pair = _pair(columns)
+    if 0 < ours < len(rows) and pair != _PREPARED[1:] and any(c in r for r in rows for c in pair):
+        raise RowsError(
+            f"{called}: {ours} rows as supernode.prepare wrote them, the question in 'input', and "
+            f"{len(rows) - ours} others; take DATA_COLUMNS out, or keep rows of one kind"
+        )
+    return 0 < ours == len(rows)
+
+
+def _pair(columns: str) -> list[str]:
+    return [c.strip().casefold() for c in columns.split(",")]
+
+
 def _form(names: list[str], columns: str, called: str) -> Callable[[dict[str, Any]], _Texts]:
     """How to read a record with these columns. Raises RowsError: it cannot be told."""
     if columns:
-        pair = [c.strip().casefold() for c in columns.split(",")]
+        pair = _pair(columns)
         if len(set(pair)) != 2 or not all(pair) or len(pair) != 2:
             raise RowsError(f"DATA_COLUMNS={columns}: two names are needed, QUESTION,ANSWER")
         if lacking := [f"'{c}'" for c in pair if c not in names]:

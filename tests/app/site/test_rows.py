@@ -419,6 +419,42 @@ def test_columns_of_other_names_are_given_by_two_names(tmp_path: Path) -> None:
     assert partition.load(site, "train", "prompt,chosen") == partition.load(site, "train")
 
 
+@pytest.mark.parametrize("columns", ["output,input", "instruction,output", "Input,Output"])
+def test_what_prepare_wrote_is_read_as_it_stands_whatever_data_columns_says(
+    tmp_path: Path, columns: str
+) -> None:
+    """Both have them from one environment, and prepare has taken the columns by them already."""
+    question, answer = columns.lower().split(",")
+    names = dict.fromkeys(("instruction", "input", "output"), "other")
+    rows = [names | {question: r["question"], answer: r["answer"]} for r in PLAIN]
+    found = prepared_rows(tmp_path, "a.jsonl", lines(rows).encode(), columns)
+    assert sorted(found, key=repr) == sorted(EXPECTED, key=repr)
+    site = tmp_path / "federation" / "site-00"
+    written = partition.load(site, "train")
+    assert written
+    assert partition.load(site, "train", columns) == written
+    # A file of the site's own, whose instruction says something, is read as it asks.
+    assert site_rows(tmp_path, "a.jsonl", lines(rows).encode(), columns) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        ("output,input", {"instruction": "In a word", "input": "A?", "output": "B."}),
+        ("prompt,reply", {"prompt": "A?", "reply": "B."}),
+    ],
+)
+def test_prepares_rows_and_others_in_one_file_are_not_guessed_apart(
+    tmp_path: Path, columns: str, row: dict[str, str]
+) -> None:
+    content = lines([*alpaca([("", "Q?", "A."), ("", "R?", "A.")]), row]).encode()
+    with pytest.raises(SiteError, match=r"data/train\.jsonl: 2 rows as supernode\.prepare wrote"):
+        site_rows(tmp_path, "a.jsonl", content, columns)
+    alike = [Row("Q?", "A."), Row("R?", "A."), Row("A?", "B.")]
+    if "input" in row:
+        assert site_rows(tmp_path, "a.jsonl", content, "input,output") == alike
+
+
 def test_a_held_out_question_is_known_by_the_form_that_is_trained_on(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "data" / "train.jsonl", alpaca(NOTES))
     same = [("Is sign 3 in the note?", "Note 0.", "Another answer.")]
