@@ -125,7 +125,7 @@ def _as_prepared(records: list[Any], columns: str, called: str) -> bool:
     rows are of it, some not, so that it matters which of the two is right.
     """
     rows = [r for r in records if isinstance(r, dict)]
-    ours = sum(list(r) == _PREPARED and r["instruction"] == "" for r in rows)
+    ours = len([r for r in rows if list(r) == _PREPARED and r["instruction"] == ""])
     pair = _pair(columns)
     if 0 < ours < len(rows) and pair != _PREPARED[1:] and any(c in r for r in rows for c in pair):
         raise RowsError(
