@@ -170,7 +170,7 @@ def test_a_file_whose_name_is_nearly_right_is_named_in_the_sites_log(
         ".json, .csv or .parquet, in small letters"
     )
     site_log.clear()
-    write(tmp_path, ROWS[:2], part=part)
+    write(tmp_path, [*ROWS[:2]], part=part)
     assert load(tmp_path, part)
     assert not any("not read" in r.getMessage() for r in site_log.records)
 
