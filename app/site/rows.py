@@ -81,8 +81,9 @@ def read(
     for name, place, record in found:
         try:
             texts = _texts(record, form)
-            if not any(texts) and not columns:  # of another form than most, in files put together
-                texts = next(filter(any, (_texts(record, f) for f in _FORMS)), texts)
+            if not texts[2] and not columns:  # of another form than most, in files put together
+                others = (_texts(record, f) for f in _FORMS)
+                texts = next((t for t in others if any(t[:2]) and t[2]), texts)
             of_class = _text(record, class_column.strip().casefold()) if class_column else ""
             if _bare(of_class.strip()) in _NO_ANSWERS:
                 of_class = ""

@@ -372,9 +372,12 @@ def test_each_row_of_files_put_together_has_its_own_form(tmp_path: Path) -> None
         {"instruction": "A?", "output": "1"}, {"question": "B?", "answer": "2"},
         turns(("User", "C?"), ("Assistant", "3")), {"instruction": "D?", "output": "4"},
         {"question": "", "answer": ""},
+        {"instruction": "In a word", "question": "E?", "answer": "5"},
     ]  # fmt: skip
     found = site_rows(tmp_path, "a.jsonl", lines(rows).encode())
-    assert found == [Row("A?", "1"), Row("B?", "2"), Row("C?", "3"), Row("D?", "4")]
+    assert found == [
+        Row("A?", "1"), Row("B?", "2"), Row("C?", "3"), Row("D?", "4"), Row("In a word\nE?", "5"),
+    ]  # fmt: skip
     assert partition.part_of(tmp_path, "train").counts()["empty"] == 1
 
 
