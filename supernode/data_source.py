@@ -5,15 +5,20 @@ What stands there is read anew each time, and no library's copy of it is made.
 
 import hashlib
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from app.site.row_files import SUFFIXES, RowsError
+from app.site.row_files import SUFFIXES, RowsError, suffix
 from app.site.rows import Table, read
 from supernode.download import PrepareError, check_id, data_folder
 
 MUCH = 0.1  # of the rows, left out, is worth a warning
+SHOWN = 10  # files that are named
+MOST_COLUMNS = 12  # that are listed
+_NAME = r"[^\W\d][\w.-]{0,31}"  # one word
+_ABOUT = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}  # no rows
 
 
 def sha256_of(path: Path) -> str:
@@ -34,8 +39,35 @@ def identity(source: str, cache: Path, token: str | None, old: dict[str, Any]) -
     return hashlib.sha256(whole.encode()).hexdigest()
 
 
-def data_files(source: str, cache: Path, token: str | None, scratch: str) -> dict[str, Path]:
-    """The data files by name: the file itself, or those of a folder's or hub set's train split."""
+def seen(folder: Path) -> list[str]:
+    """The data files in a folder and those below, without hidden ones and what tells of a set."""
+    files = (p for p in folder.rglob("*") if suffix(p) and p.name not in _ABOUT and p.is_file())
+    names = sorted(p.relative_to(folder).as_posix() for p in files)
+    return [name for name in names if not any(p.startswith(".") for p in name.split("/"))]
+
+
+def named(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
+
+
+def listed(columns: list[str]) -> str:
+    """Their names, if those are few and all look like names.
+
+    Without a line of column names the first row stands there, and it is no message's.
+    """
+    names = len(columns) <= MOST_COLUMNS and all(re.fullmatch(_NAME, c) for c in columns)
+    return ", ".join(columns) if names else f"{len(columns)} columns"
+
+
+def data_files(
+    source: str, cache: Path, token: str | None, scratch: str, notes: list[str]
+) -> dict[str, Path]:
+    """The data files by name: the file itself, or those of a folder's or hub set's train split.
+
+    Adds to ``notes`` the others that are there. Raises PrepareError: one of a local folder's is in
+    no split, so that nobody chose to leave it out.
+    """
     if Path(source).is_file():
         return {source: Path(source)}
     here = bool(source) and Path(source).is_dir()
@@ -66,6 +98,16 @@ def data_files(source: str, cache: Path, token: str | None, scratch: str) -> dic
             f"data set {source}: no split 'train', it has {', '.join(splits) or 'none'}; give the "
             f"file of one as --source, out of {folder}"
         )
+    split_of = {os.path.realpath(f): name for name, files in splits.items() for f in files}
+    there = {name: split_of.get(os.path.realpath(folder / name), "") for name in seen(folder)}
+    if here and (lost := [name for name, split in there.items() if not split]):
+        raise PrepareError(
+            f"data set {source}: {named(lost)} would not be read; give one file with all rows as "
+            "--source, or move away what is not wanted"
+        )
+    others = [f"{n} ({split or 'no split'})" for n, split in there.items() if split != "train"]
+    if others:
+        notes.append(f"{source}: not read: {named(others)}")
     # With its folder: shards in several folders may have one name.
     return {f"{source}: {os.path.relpath(file, folder)}": Path(file) for file in splits["train"]}
 
@@ -80,7 +122,7 @@ def source_table(
     try:
         table = read(files, columns, class_column)
     except RowsError as err:
-        has = f"; it has {', '.join(err.columns)}" if err.columns else ""
+        has = f"; it has {listed(err.columns)}" if err.columns else ""
         raise PrepareError(f"data set {err}{has}") from None
     first = {r.question: i for i, r in reversed(list(enumerate(table.rows)))}
     once = sorted(first.values())

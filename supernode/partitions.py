@@ -20,7 +20,7 @@ from typing import Any
 
 from app.site.row_files import SUFFIXES, suffix
 from app.site.rows import VERSION, Row
-from supernode.data_source import data_files, identity, sha256_of, source_table
+from supernode.data_source import data_files, identity, listed, named, seen, sha256_of, source_table
 from supernode.download import CACHE, PrepareError
 
 BUNDLED = Path(__file__).with_name("flashcards.jsonl")
@@ -97,7 +97,7 @@ def prepare_data(
         shared = _shared(parts, notes)
     else:
         with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=manifest_file.parent) as scratch:
-            files = data_files(split.source, cache, token, scratch)
+            files = data_files(split.source, cache, token, scratch, notes)
         parts, shared = _partitions(split, files, notes), set()
     facts, written = _contents(federation, split, parts, shared)
     without = [name for name, f in facts.items() if "/holdout." in name and not f["rows"]]
@@ -227,13 +227,13 @@ def _partitions(split: Split, files: dict[str, Path], notes: list[str]) -> list[
         if split.partition_by.strip().casefold() not in table.columns:
             raise PrepareError(
                 f"--partition-by {split.partition_by or '(not given)'}: dirichlet needs a column "
-                f"with the class; {split.source} has {', '.join(table.columns)}"
+                f"with the class; {split.source} has {listed(table.columns)}"
             )
         if without := sum(not name.strip() for name in table.classes):
             raise PrepareError(
                 f"data set {split.source}: {without} rows have nothing in column "
                 f"'{split.partition_by}'; fill it in, or give another as --partition-by, of "
-                f"{', '.join(table.columns)}"
+                f"{listed(table.columns)}"
             )
         partitioner = DirichletPartitioner(
             num_partitions=split.sites,
@@ -254,6 +254,12 @@ def _partitions(split: Split, files: dict[str, Path], notes: list[str]) -> list[
 def _own_files(split: Split, notes: list[str]) -> list[Rows]:
     """Exactly the files of a folder: site-00.jsonl goes to site 00, and so on."""
     folder, parts = Path(split.source), []
+    sites = {f"site-{number:02d}" for number in range(split.sites)}
+    if lost := [name for name in seen(folder) if name.rpartition(".")[0] not in sites]:
+        raise PrepareError(
+            f"{folder}: {named(lost)} {'are' if len(lost) > 1 else 'is'} beyond --sites "
+            f"{split.sites}, or not named site-NN: give more sites, rename or move away"
+        )
     for number in range(split.sites):
         name = f"site-{number:02d}"
         found = [p for p in folder.glob(f"{name}.*") if p.stem == name and suffix(p)]

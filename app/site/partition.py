@@ -41,11 +41,16 @@ def data_file(site_dir: Path, part: str) -> Path | None:
     Raises:
         SiteError: there are several.
     """
-    beside = (site_dir / "data").glob(f"{part}.*")
-    found = sorted(p for p in beside if p.stem == part and suffix(p) and p.is_file())
+    near = [p for p in (site_dir / "data").glob("*") if p.name.lower().startswith(f"{part}.")]
+    found = sorted(p for p in near if p.stem == part and suffix(p) and p.is_file())
     if len(found) > 1:
         names = " and ".join(p.name for p in found)
         raise SiteError(f"data/: {names} are both there; keep one")
+    if near and not found:  # to the site's own log: such a name may be somebody's
+        logger.warning(
+            "data/: %s not read; the name is %s.jsonl, .json, .csv or .parquet, in small letters",
+            " and ".join(sorted(p.name for p in near)), part,
+        )  # fmt: skip
     return found[0] if found else None
 
 
@@ -103,7 +108,7 @@ def _name(path: Path | None) -> str:
 
 def _table(path: Path, columns: str, like: Table | None = None) -> Table:
     try:
-        table = read({_name(path): path}, columns, like=like)
+        table = read({_name(path): path}, columns, like=like, at_site=True)
     except RowsError as err:
         raise SiteError(str(err)) from None
     return table

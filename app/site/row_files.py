@@ -106,13 +106,15 @@ def _parquet(name: str, path: Path) -> Iterator[tuple[str, Any]]:
 
 def _decoded(name: str, path: Path) -> str:
     raw = _raw(name, path)
-    coding = json.detect_encoding(raw)  # by its mark, or by where the first characters have zeros
+    # By its mark, or by where the first characters have zeros. Not utf-8-sig, which would count the
+    # bytes of a mistake from behind the mark.
+    coding = json.detect_encoding(raw).removesuffix("-sig")
     try:
         return raw.decode(coding).lstrip("\ufeff")
     except UnicodeDecodeError as err:
         raise RowsError(
             f"{name}, line {raw.count(10, 0, err.start) + 1}, byte {err.start} "
-            f"(0x{raw[err.start]:02x}): not {coding.removesuffix('-sig').upper()}; {_RESAVE}"
+            f"(0x{raw[err.start]:02x}): not {coding.upper()}; {_RESAVE}"
         ) from None
 
 

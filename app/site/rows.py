@@ -16,13 +16,14 @@ from typing import Any
 
 from app.site.row_files import TWICE, BadRowError, RowsError, records
 
-VERSION = 2  # of what comes out: partitions that another one made are made anew
+VERSION = 3  # of what comes out: partitions that another one made are made anew
 FORMS = "instruction, input, output; question, answer; or messages"
 SHOWN = 10  # bad rows that are named
 # What stands where there is nothing, without brackets and signs between the letters. "None" is an
 # answer, though, to some questions.
 _NO_ANSWERS = {"", "noinput", "nooutput", "n/a", "#n/a", "n.a.", "nan", "null"}
 _NO_QUESTIONS = _NO_ANSWERS | {"none", "none."}
+_PREPARED = ["instruction", "input", "output"]  # the columns that supernode.prepare writes
 _Texts = tuple[str, str, str]  # instruction, input, answer
 
 
@@ -48,7 +49,11 @@ class Table:
 
 
 def read(
-    files: Mapping[str, Path], columns: str = "", class_column: str = "", like: Table | None = None
+    files: Mapping[str, Path],
+    columns: str = "",
+    class_column: str = "",
+    like: Table | None = None,
+    at_site: bool = False,
 ) -> Table:
     """The rows of these files, as one.
 
@@ -60,21 +65,28 @@ def read(
         columns: "QUESTION,ANSWER", names of the two columns, where a file has those.
         class_column: a column whose texts are asked for as well.
         like: rows that these are held out from: whose shared instruction is left out here too.
+        at_site: a file that prepare wrote is read as it stands, whatever ``columns`` says.
 
     Raises:
         RowsError: a file cannot be read, or holds bad rows: all are counted, some named.
     """
     found = [(name, *r) for name, path in files.items() for r in records(name, path)]
     names = dict.fromkeys(k for *_, r in found if isinstance(r, dict) for k in r)
-    form = _form(list(names), columns, " and ".join(files)) if names else _alpaca
+    called = " and ".join(files)
+    if at_site and columns and _as_prepared([r for *_, r in found], columns, called):
+        columns = ""
+    form = _form(list(names), columns, called) if names else _alpaca
     kept: list[tuple[_Texts, str]] = []
     bad: list[tuple[str, str, str]] = []  # file, place, why
     for name, place, record in found:
         try:
             texts = _texts(record, form)
-            if not any(texts) and not columns:  # of another form than most, in files put together
-                texts = next(filter(any, (_texts(record, f) for f in _FORMS)), texts)
+            if not texts[2] and not columns:  # of another form than most, in files put together
+                others = (_texts(record, f) for f in _FORMS)
+                texts = next((t for t in others if any(t[:2]) and t[2]), texts)
             of_class = _text(record, class_column.strip().casefold()) if class_column else ""
+            if _bare(of_class.strip()) in _NO_ANSWERS:
+                of_class = ""
             if any(texts[:2]) and texts[2]:
                 kept.append((texts, of_class))
         except BadRowError as err:
@@ -106,10 +118,32 @@ def _named(bad: list[tuple[str, str, str]]) -> str:
     )
 
 
+def _as_prepared(records: list[Any], columns: str, called: str) -> bool:
+    """Whether supernode.prepare wrote these rows: its three columns, nothing in the first.
+
+    It took question and answer by DATA_COLUMNS then; to do that again could swap the two. The form
+    tells, not a checksum: a site may correct the file, and has no manifest. Raises RowsError: some
+    rows are of it, some not, so that it matters which of the two is right.
+    """
+    rows = [r for r in records if isinstance(r, dict)]
+    ours = len([r for r in rows if list(r) == _PREPARED and r["instruction"] == ""])
+    pair = _pair(columns)
+    if 0 < ours < len(rows) and pair != _PREPARED[1:] and any(c in r for r in rows for c in pair):
+        raise RowsError(
+            f"{called}: {ours} rows as supernode.prepare wrote them, the question in 'input', and "
+            f"{len(rows) - ours} others; take DATA_COLUMNS out, or keep rows of one kind"
+        )
+    return 0 < ours == len(rows)
+
+
+def _pair(columns: str) -> list[str]:
+    return [c.strip().casefold() for c in columns.split(",")]
+
+
 def _form(names: list[str], columns: str, called: str) -> Callable[[dict[str, Any]], _Texts]:
     """How to read a record with these columns. Raises RowsError: it cannot be told."""
     if columns:
-        pair = [c.strip().casefold() for c in columns.split(",")]
+        pair = _pair(columns)
         if len(set(pair)) != 2 or not all(pair) or len(pair) != 2:
             raise RowsError(f"DATA_COLUMNS={columns}: two names are needed, QUESTION,ANSWER")
         if lacking := [f"'{c}'" for c in pair if c not in names]:
@@ -169,8 +203,14 @@ def _texts(record: Any, form: Callable[[dict[str, Any]], _Texts]) -> _Texts:
 
 
 def _bare(text: str) -> str:
-    """Without brackets around it, and without spaces and dashes: "<No-input>", "[no_input]"."""
-    return re.sub(r"^[<\[({]+|[>\])}]+$|[\s_-]", "", text[:20]).casefold()
+    """Without brackets around it, and without spaces and dashes: "<No-input>", "[no_input]".
+
+    All of the text: a note may begin with a ruled line. "Na" is an answer, but as these two write
+    nothing, pandas and Postgres, it is none.
+    """
+    if text in ("<NA>", "\\N"):
+        return ""
+    return re.sub(r"[\s_-]", "", text).lstrip("<[({").rstrip(">])}").casefold()
 
 
 def _text(record: dict[str, Any], column: str) -> str:

@@ -52,7 +52,7 @@ def folder_of(path: Path, splits: dict[str, list[Any]], readme: str = "") -> Pat
 @pytest.mark.parametrize("partitioner", ["iid", "files"])
 def test_a_changed_file_of_a_source_folder_is_noticed(tmp_path: Path, partitioner: str) -> None:
     files = {"site-00": numbered(20), "site-01": numbered(20, "of another ")}
-    files |= {"train": numbered(30)} if partitioner == "iid" else {}
+    files = {"train": numbered(30)} if partitioner == "iid" else files
     source, federation = folder_of(tmp_path / "set", files), tmp_path / "f"
     split = Split(str(source), 2, partitioner)
     prepare_data(federation, split)
@@ -65,6 +65,47 @@ def test_a_changed_file_of_a_source_folder_is_noticed(tmp_path: Path, partitione
 
 def test_of_a_folder_with_splits_train_is_taken(tmp_path: Path) -> None:
     source = folder_of(tmp_path / "set", {"train": numbered(20), "test": numbered(20, "test ")})
+    write_jsonl(source / "more" / "fever-dev.jsonl", numbered(20, "dev "))
+    split = Split(str(source), 2)
+    lines = prepare_data(tmp_path / "f", split)
+    train, holdout = held(tmp_path / "f", 2)
+    assert sorted(train + holdout) == sorted(r["question"] for r in numbered(20))
+    said = f"{source}: not read: more/fever-dev.jsonl (validation), test.jsonl (test)"
+    assert said in lines
+    assert said in prepare_data(tmp_path / "f", split)
+
+
+@pytest.mark.parametrize(
+    ("names", "lost"),
+    [
+        (("train.jsonl", "extra.jsonl"), "extra.jsonl"),
+        (("a.jsonl", "b.jsonl", "c.csv"), "c.csv"),
+        (("more.jsonl", "rows.JSONL"), "rows.JSONL"),
+        (("train/a.jsonl", "b.jsonl", "c/d.json", "test/e.jsonl"), "b.jsonl, c/d.json"),
+        (
+            ("train.jsonl", *(f"{n:02d}.jsonl" for n in range(12))),
+            ", ".join(f"{n:02d}.jsonl" for n in range(10)) + " and 2 more",
+        ),
+    ],
+)
+def test_a_folder_with_a_file_that_would_not_be_read_is_refused_naming_it(
+    tmp_path: Path, names: tuple[str, ...], lost: str
+) -> None:
+    source = folder_of(tmp_path / "set", {})
+    for name in names:
+        write_jsonl(source / name, numbered(20, name))
+    with pytest.raises(PrepareError) as caught:
+        prepare_data(tmp_path / "f", Split(str(source), 2))
+    assert f"data set {source}: {lost} would not be read" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "f").rglob("*.jsonl"))
+
+
+def test_what_is_no_data_file_of_a_folder_is_no_matter(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "set", {"train": numbered(20), ".old/train": numbered(20, "o")})
+    write_jsonl(source / ".train.jsonl", numbered(20, "hidden"))
+    (source / "dataset_infos.json").write_text("{}")
+    (source / "notes.txt").write_text("Not a row.")
     prepare_data(tmp_path / "f", Split(str(source), 2))
     train, holdout = held(tmp_path / "f", 2)
     assert sorted(train + holdout) == sorted(r["question"] for r in numbered(20))
@@ -190,7 +231,7 @@ def test_no_held_out_question_is_trained_on_anywhere(tmp_path: Path, partitioner
 
 def test_the_demos_partitions_are_what_they_have_been(tmp_path: Path) -> None:
     """Its losses, and those of the reference recipe, hang on these rows in this order."""
-    assert VERSION == 2
+    assert VERSION == 3
     prepare_data(tmp_path, Split(str(BUNDLED), 4))
     rows = [
         [r.question, r.answer]

@@ -390,6 +390,26 @@ def test_own_files_must_be_exactly_one_a_site(
 
 
 @pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["site-03.jsonl", "site-04.CSV"], "site-03.jsonl, site-04.CSV are beyond --sites 3"),
+        (["more/site-100.json"], "more/site-100.json is beyond --sites 3"),
+        (["Site-01.jsonl", "site-1.jsonl"], "Site-01.jsonl, site-1.jsonl are beyond --sites 3, or"),
+    ],
+)
+def test_own_files_that_no_site_would_get_are_refused(
+    tmp_path: Path, federation: Path, names: list[str], words: str
+) -> None:
+    folder = tmp_path / "own"
+    for name in ["site-00.jsonl", "site-01.jsonl", "site-02.jsonl", *names]:
+        write_jsonl(folder / name, numbered(10))
+    (folder / "notes.txt").touch()
+    with pytest.raises(PrepareError, match=re.escape(f"{folder}: {words}")):
+        prepare_data(federation, Split(str(folder), 3, "files"))
+    assert not list(federation.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize(
     ("left", "missing"), [(("input", "topic"), "output"), (("output", "topic"), "instruction")]
 )
 def test_a_source_without_a_column_is_refused_naming_it_and_those_it_has(
@@ -399,6 +419,33 @@ def test_a_source_without_a_column_is_refused_naming_it_and_those_it_has(
     source = write_jsonl(tmp_path / "source.jsonl", rows)
     with pytest.raises(PrepareError, match=f"no column '{missing}'.*; it has {', '.join(left)}$"):
         prepare_data(federation, Split(str(source), 2))
+
+
+@pytest.mark.parametrize(
+    ("row", "has"),
+    [
+        ({"Warum ist Frau Meier gelb?": "x", "topic": "y"}, "2 columns"),
+        ({"topic": "x", "72": "y"}, "2 columns"),
+        ({"topic": "x", "p" * 33: "y"}, "2 columns"),
+        ({f"c{n}": "x" for n in range(13)}, "13 columns"),
+        ({f"c{n}": "x" for n in range(12)}, ", ".join(f"c{n}" for n in range(12))),
+        ({"Höhe_cm": "x", "icd-10.code": "y"}, "höhe_cm, icd-10.code"),
+    ],
+)
+def test_columns_are_listed_only_where_none_looks_like_a_rows_text(
+    tmp_path: Path, federation: Path, row: dict[str, str], has: str
+) -> None:
+    """A file without a line of column names has a row there, an object of questions has those."""
+    source = str(write_jsonl(tmp_path / "s.jsonl", [row] * 20))
+    with pytest.raises(PrepareError, match=f"; it has {re.escape(has)}$"):
+        prepare_data(federation, Split(source, 2))
+    given = Split(source, 2, "dirichlet", "specialty", columns=",".join([*row][:2]))
+    write_jsonl(tmp_path / "s.jsonl", [{k: str(n) for k in row} for n in range(20)])
+    with pytest.raises(PrepareError, match=f" has {re.escape(has)}$"):
+        prepare_data(federation, given)
+
+
+NO_CLASS = float("nan"), "N/A", "<NA>"
 
 
 def _write_source(path: Path, content: Any) -> str:
@@ -432,6 +479,15 @@ def _write_source(path: Path, content: Any) -> str:
             [*numbered(20), numbered(21)[20] | {"topic": None}],
             {"partitioner": "dirichlet", "partition_by": "topic"},
             "1 rows have nothing in column 'topic'; .*of instruction, input, output, topic$",
+        ),
+        (
+            "x.jsonl",
+            [
+                *numbered(20),
+                *(r | {"topic": x} for r, x in zip(numbered(23)[20:], NO_CLASS, strict=True)),
+            ],
+            {"partitioner": "dirichlet", "partition_by": "topic"},
+            "3 rows have nothing in column 'topic'",
         ),
         (
             "x.jsonl",

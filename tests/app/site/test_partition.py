@@ -153,6 +153,29 @@ def test_without_a_file_training_fails_and_evaluation_is_left_out(tmp_path: Path
 
 
 @pytest.mark.parametrize("part", ["train", "holdout"])
+def test_a_file_whose_name_is_nearly_right_is_named_in_the_sites_log(
+    tmp_path: Path, part: str, site_log: pytest.LogCaptureFixture
+) -> None:
+    if part == "holdout":
+        write(tmp_path, [GOOD])
+    write(tmp_path, [GOOD], part=part).rename(tmp_path / "data" / f"{part}.jsonl.txt")
+    (tmp_path / "data" / f"{part.title()}.xlsx").touch()
+    (tmp_path / "data" / f"{part}ing.csv").touch()
+    if part == "train":
+        assert f"{part}.jsonl.txt" not in error_of(tmp_path)  # it goes to the server
+    else:
+        assert load(tmp_path, part) == []
+    assert site_log.records[-1].getMessage() == (
+        f"data/: {part.title()}.xlsx and {part}.jsonl.txt not read; the name is {part}.jsonl, "
+        ".json, .csv or .parquet, in small letters"
+    )
+    site_log.clear()
+    write(tmp_path, [*ROWS[:2]], part=part)
+    assert load(tmp_path, part)
+    assert not any("not read" in r.getMessage() for r in site_log.records)
+
+
+@pytest.mark.parametrize("part", ["train", "holdout"])
 def test_two_files_for_one_part_are_both_named(tmp_path: Path, part: str) -> None:
     write(tmp_path, [GOOD], ".json", part)
     write(tmp_path, [GOOD], ".parquet", part)

@@ -110,6 +110,11 @@ def test_the_same_rows_come_out_of_whatever_a_program_writes(
             r"line 1, byte 34 \(0xfc\): not UTF-8; save the file as UTF-8",
         ),
         ("a.csv", as_csv(PLAIN).encode("cp1252"), r"line 2, byte 38 \(0xfc\): not UTF-8"),
+        (
+            "a.jsonl",
+            b"\xef\xbb\xbf" + b'{"question": "A?"}\n\n{"q": "f\xfcr Organ"}',
+            r"line 3, byte 31 \(0xfc\): not UTF-8",
+        ),
         ("a.jsonl", b"\xff\xfea", r"byte 2 \(0x61\): not UTF-16"),
     ],
 )
@@ -297,6 +302,9 @@ def test_an_instruction_that_all_rows_share_is_no_part_of_the_question(tmp_path:
         "-",
         "--",
         "None.",
+        "<NA>",
+        "\\N",
+        "-" * 40,
     ],
 )
 def test_a_placeholder_is_nothing(tmp_path: Path, nothing: str | None) -> None:
@@ -307,13 +315,37 @@ def test_a_placeholder_is_nothing(tmp_path: Path, nothing: str | None) -> None:
     assert [row.question for row in found] == wanted
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-" * 40 + "\nDischarge note: no fever.",
+        "_" * 40 + "\nDear colleague, no fever.",
+        "| --- | --- | --- | --- | --- |\n| fever | no |",
+        "- - - - - - - - - - - -\nNo fever.",
+        "[" * 30 + "no fever" + "]" * 30,
+        "None known, not any.",
+    ],
+)
+def test_a_text_that_only_begins_like_a_placeholder_is_kept_whole(
+    tmp_path: Path, text: str
+) -> None:
+    rows = [{"instruction": f"Fever {n}?", "input": text, "output": text} for n in range(9)]
+    rows += [{"instruction": text, "input": f"And {n}?", "output": text} for n in range(9)]
+    found = both(tmp_path, "a.jsonl", lines(rows).encode())
+    wanted = [f"Fever {n}?\n{text}" for n in range(9)] + [f"{text}\nAnd {n}?" for n in range(9)]
+    assert [row.question for row in found] == wanted
+    assert {row.answer for row in found} == {text}
+
+
 def test_none_is_an_answer_and_other_placeholders_are_none(tmp_path: Path) -> None:
-    answers = ["None", "N/A", "<nooutput>", "nan", "No", "Na", "(none)"]
+    answers = [
+        "None", "N/A", "<nooutput>", "nan", "No", "Na", "(none)", "<NA>", "\\N", "NA",
+    ]  # fmt: skip
     rows = [{"question": f"Known allergy {a}?", "answer": a} for a in answers]
     rows += PLAIN
     found = both(tmp_path, "a.jsonl", lines(rows).encode())
     assert [row.answer for row in found if row not in EXPECTED] == [
-        "None", "No", "Na", "(none)",
+        "None", "No", "Na", "(none)", "NA",
     ]  # fmt: skip
 
 
@@ -340,9 +372,12 @@ def test_each_row_of_files_put_together_has_its_own_form(tmp_path: Path) -> None
         {"instruction": "A?", "output": "1"}, {"question": "B?", "answer": "2"},
         turns(("User", "C?"), ("Assistant", "3")), {"instruction": "D?", "output": "4"},
         {"question": "", "answer": ""},
+        {"instruction": "In a word", "question": "E?", "answer": "5"},
     ]  # fmt: skip
     found = site_rows(tmp_path, "a.jsonl", lines(rows).encode())
-    assert found == [Row("A?", "1"), Row("B?", "2"), Row("C?", "3"), Row("D?", "4")]
+    assert found == [
+        Row("A?", "1"), Row("B?", "2"), Row("C?", "3"), Row("D?", "4"), Row("In a word\nE?", "5"),
+    ]  # fmt: skip
     assert partition.part_of(tmp_path, "train").counts()["empty"] == 1
 
 
@@ -385,6 +420,42 @@ def test_columns_of_other_names_are_given_by_two_names(tmp_path: Path) -> None:
     # What prepare has made of such a file is read all the same.
     site = tmp_path / "federation" / "site-00"
     assert partition.load(site, "train", "prompt,chosen") == partition.load(site, "train")
+
+
+@pytest.mark.parametrize("columns", ["output,input", "instruction,output", "Input,Output"])
+def test_what_prepare_wrote_is_read_as_it_stands_whatever_data_columns_says(
+    tmp_path: Path, columns: str
+) -> None:
+    """Both have them from one environment, and prepare has taken the columns by them already."""
+    question, answer = columns.lower().split(",")
+    names = dict.fromkeys(("instruction", "input", "output"), "other")
+    rows = [names | {question: r["question"], answer: r["answer"]} for r in PLAIN]
+    found = prepared_rows(tmp_path, "a.jsonl", lines(rows).encode(), columns)
+    assert sorted(found, key=repr) == sorted(EXPECTED, key=repr)
+    site = tmp_path / "federation" / "site-00"
+    written = partition.load(site, "train")
+    assert written
+    assert partition.load(site, "train", columns) == written
+    # A file of the site's own, whose instruction says something, is read as it asks.
+    assert site_rows(tmp_path, "a.jsonl", lines(rows).encode(), columns) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        ("output,input", {"instruction": "In a word", "input": "A?", "output": "B."}),
+        ("prompt,reply", {"prompt": "A?", "reply": "B."}),
+    ],
+)
+def test_prepares_rows_and_others_in_one_file_are_not_guessed_apart(
+    tmp_path: Path, columns: str, row: dict[str, str]
+) -> None:
+    content = lines([*alpaca([("", "Q?", "A."), ("", "R?", "A.")]), row]).encode()
+    with pytest.raises(SiteError, match=r"data/train\.jsonl: 2 rows as supernode\.prepare wrote"):
+        site_rows(tmp_path, "a.jsonl", content, columns)
+    alike = [Row("Q?", "A."), Row("R?", "A."), Row("A?", "B.")]
+    if "input" in row:
+        assert site_rows(tmp_path, "a.jsonl", content, "input,output") == alike
 
 
 def test_a_held_out_question_is_known_by_the_form_that_is_trained_on(tmp_path: Path) -> None:
