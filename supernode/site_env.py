@@ -1,4 +1,4 @@
-"""A site's settings: its own site.env, and what its environment says over that."""
+"""A site's settings: its own site.env, and what its environment says over that, if anything."""
 
 import os
 import re
@@ -28,16 +28,18 @@ def read_site(env: dict[str, str]) -> dict[str, str]:
 def completed(env: dict[str, str]) -> dict[str, str]:
     """The environment completed by SITE_DIR/site.env.
 
+    An empty variable is as good as none: compose sets all that it passes on, empty or not.
+
     Raises:
         SystemExit: that cannot be read, or a setting cannot work; one line says which.
     """
     file = Path(env["SITE_DIR"]) / "site.env"
     check_readable(file)
     lines = _lines(file)
-    complete = {name: value for name, (value, _) in lines.items()} | env
+    complete = env | {name: value for name, (value, _) in lines.items() if not env.get(name)}
 
     def see(name: str) -> str:
-        there = name in lines and name not in env
+        there = name in lines and not env.get(name)
         return f"see {file}{f', line {lines[name][1]}' if there else ''}"
 
     for name in ("PARTITION_ID", "NUM_PARTITIONS"):

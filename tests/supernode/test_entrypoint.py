@@ -74,6 +74,34 @@ def test_settings_from_the_environment_win(env: dict[str, str]) -> None:
     )
 
 
+def test_an_empty_variable_leaves_the_sites_own_choice(env: dict[str, str]) -> None:
+    """Both compose files set these whether somebody chose something or not."""
+    chosen = {
+        "SUPERNODE_GPU": "1", "ALLOW_APP_UPDATES": "1", "WARM_S": "0", "DATA_COLUMNS": "Q,A",
+        "RUNTIME_PORT": "9999",
+    }  # fmt: skip
+    file = Path(env["SITE_DIR"]) / "site.env"
+    file.write_text(file.read_text() + "".join(f"{n}={v}\n" for n, v in chosen.items()))
+    empty = dict.fromkeys([*chosen, "SUPERLINK", "PARTITION_ID", "NUM_PARTITIONS"], "")
+    site = read_site(env | empty)
+    assert chosen.items() <= site.items()
+    assert (site["SUPERLINK"], site["PARTITION_ID"]) == ("superlink:9092", "2")
+    assert choose_gpu(site, 4) == 1
+    assert command(site)[4] == "any"
+
+
+def test_a_variable_that_is_empty_everywhere_gives_the_default(env: dict[str, str]) -> None:
+    site = read_site(env | {"RUNTIME_PORT": "", "HEALTH_PORT": ""})
+    assert flag(command(site), "--port") == "9094"
+
+
+def test_a_wrong_setting_is_shown_in_its_line_whatever_is_empty(env: dict[str, str]) -> None:
+    file = Path(env["SITE_DIR"]) / "site.env"
+    file.write_text(file.read_text().replace("PARTITION_ID=2", "PARTITION_ID=two"))
+    with pytest.raises(SystemExit, match=r"PARTITION_ID='two' cannot work; see .*env, line 2$"):
+        read_site(env | {"PARTITION_ID": ""})
+
+
 @pytest.mark.parametrize("name", ["SITE_DIR", "MODELS_DIR", "LOCK_DIR"])
 @pytest.mark.parametrize("how", ["absent", "empty"])
 def test_a_missing_variable_is_named(env: dict[str, str], name: str, how: str) -> None:
