@@ -40,7 +40,7 @@ from superlink.certificates import (
 )
 from superlink.container_files import manifest_folder, runtime_secret
 from superlink.show import show
-from supernode.reach import AddressError, certificate_name, parsed
+from supernode.reach import AddressError, certificate_name, reached
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def provision(federation: Path, sites: int, address: str, names: list[str]) -> l
             should be, or one cannot be written.
     """
     try:
-        host, _ = parsed(address)
+        host, _ = reached(address)
     except AddressError as err:
         raise ProvisionError(f"--address: {err}") from None
     try:

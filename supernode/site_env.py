@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from supernode.reach import AddressError, parsed
+from supernode.reach import AddressError, reached
 
 FILES = ("supernode.key", "superlink-ca.crt", "site.env")
 _SETTING = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)")
@@ -52,7 +52,7 @@ def completed(env: dict[str, str]) -> dict[str, str]:
             f"{complete['NUM_PARTITIONS']}, and the first is 0; {see('PARTITION_ID')}"
         )
     try:
-        parsed(complete.get("SUPERLINK", ""))
+        reached(complete.get("SUPERLINK", ""))
     except AddressError as err:
         raise SystemExit(f"supernode: SUPERLINK: {err}; {see('SUPERLINK')}") from None
     return complete

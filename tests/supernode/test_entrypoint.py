@@ -182,6 +182,12 @@ def test_an_address_that_cannot_work_is_named(env: dict[str, str], address: str)
         read_site(env)
 
 
+def test_an_address_that_only_a_server_listens_on_is_named(env: dict[str, str]) -> None:
+    said = r"SUPERLINK: 0\.0\.0\.0 is what a server listens on, not where .*; see .*site.env$"
+    with pytest.raises(SystemExit, match=said):
+        read_site(env | {"SUPERLINK": "0.0.0.0:9092"})
+
+
 def test_a_setting_twice_is_not_chosen_from(env: dict[str, str]) -> None:
     file = Path(env["SITE_DIR"]) / "site.env"
     file.write_text("SUPERLINK=other:9092\n" + file.read_text())
