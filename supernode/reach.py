@@ -36,7 +36,7 @@ def parsed(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if "://" in text or "/" in text:
         why = "without a scheme and a path"
-    elif not colon or not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
+    elif not colon or not (re.fullmatch(r"[0-9]{1,5}", port) and 1 <= int(port) <= 65535):
         why = "with a port from 1 to 65535"
     elif _in_brackets(host) or _is_host(host):
         return host.strip("[]"), int(port)

@@ -44,7 +44,7 @@ def completed(env: dict[str, str]) -> dict[str, str]:
 
     for name in ("PARTITION_ID", "NUM_PARTITIONS"):
         value = complete.get(name, "")
-        if not (value.isascii() and value.isdigit()):
+        if not re.fullmatch(r"[0-9]{1,6}", value):
             raise SystemExit(f"supernode: {name}={value!r} cannot work; {see(name)}")
     if int(complete["PARTITION_ID"]) >= int(complete["NUM_PARTITIONS"]):
         raise SystemExit(

@@ -131,9 +131,10 @@ def test_a_setting_that_nobody_gives_is_named_in_one_line(
         command(read_site(env))
 
 
-def test_a_setting_that_is_no_number_is_named_in_one_line(env: dict[str, str]) -> None:
+@pytest.mark.parametrize("value", ["site-02", "²", "0" * 5000])
+def test_a_setting_that_is_no_number_is_named_in_one_line(env: dict[str, str], value: str) -> None:
     with pytest.raises(SystemExit, match="PARTITION_ID"):
-        command(read_site(env | {"PARTITION_ID": "site-02"}))
+        command(read_site(env | {"PARTITION_ID": value}))
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def test_a_chosen_gpu_is_taken_and_an_empty_choice_is_none(empty: dict[str, str]
     assert choose_gpu({"PARTITION_ID": "5", **empty}, 4) == 1
 
 
-@pytest.mark.parametrize("gpu", ["4", "-1", "cuda:0", "1.0", "all"])
+@pytest.mark.parametrize("gpu", ["4", "-1", "cuda:0", "1.0", "all", "²", "9" * 5000])
 def test_a_gpu_that_is_not_there_is_named(gpu: str) -> None:
     with pytest.raises(NoGpuError, match="SUPERNODE_GPU"):
         choose_gpu({"PARTITION_ID": "0", "SUPERNODE_GPU": gpu}, 4)
