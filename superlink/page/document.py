@@ -1,12 +1,14 @@
 """Whole pages: one run, served or as a file of its own, and the list of all runs."""
 
+import os
+from contextlib import suppress
 from functools import lru_cache
 from html import escape
 from pathlib import Path
 from time import time
 
 from superlink.page import sections
-from superlink.page.runs import Run, folder_of, read_run, run_ids, taken_over, version
+from superlink.page.runs import Run, folder_of, opened, read_run, run_ids, taken_over, version
 from superlink.page.state import state_of
 
 ASSETS = Path(__file__).parent / "assets"
@@ -21,11 +23,12 @@ _TOP = '<nav><a href="/">All runs</a>{}</nav><p id="away" class="warn" hidden></
 
 
 def _page(title: str, head: str, top: str, main: str) -> str:
-    return (
+    page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width,initial-scale=1">{head}'
         f"<title>{escape(title)}</title></head><body>{top}<main>\n{main}</main></body></html>\n"
     )
+    return page.encode("utf-8", "replace").decode()  # JSON can say half a character
 
 
 def served(results: Path, run_id: str, other_id: str = "") -> str:
@@ -70,9 +73,14 @@ def listed(results: Path) -> str:
     ids = run_ids(results)
     minute = int(time() // 60)  # a run that says nothing any more is silent one day
     over = taken_over(results)
-    rows = "".join(
-        _row(results, r, version(results, r), minute, r in over) for r in ids[:MOST_RUNS]
-    )
+
+    def row(run_id: str) -> str:
+        try:
+            return _row(results, run_id, version(results, run_id), minute, run_id in over)
+        except Exception as err:  # its words may be the run's
+            return sections.row_of_none(run_id, type(err).__name__)
+
+    rows = "".join(map(row, ids[:MOST_RUNS]))
     head_row = "".join(f"<th>{n}</th>" for n in sections.OF_A_RUN)
     table = (
         f'<div class="scroll"><table class="wide stack"><thead><tr>{head_row}</tr></thead>'
@@ -106,7 +114,13 @@ def write_standalone(results: Path, run_id: str) -> Path:
         UnknownRunError: there is no such run.
         OSError: the folder cannot be written.
     """
-    target = folder_of(results, run_id) / "report.html"
-    part = target.with_name(".report.html")
-    part.write_text(standalone(results, run_id), encoding="utf-8")
-    return part.replace(target)
+    folder, page = folder_of(results, run_id), standalone(results, run_id)
+    name, part = "report.html", ".report.html"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW  # over no link, whoever made it
+    with opened(folder) as at:
+        with suppress(FileNotFoundError):
+            os.unlink(part, dir_fd=at)
+        with os.fdopen(os.open(part, flags, 0o644, dir_fd=at), "w", encoding="utf-8") as file:
+            file.write(page)
+        os.rename(part, name, src_dir_fd=at, dst_dir_fd=at)
+    return folder / name

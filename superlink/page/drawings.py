@@ -4,7 +4,7 @@ from html import escape
 
 from app.config import MIB
 from eval.charts import chart, figure, label, legend, stroke, ticks
-from superlink.page.runs import Json, Run, number, numbers, table
+from superlink.page.runs import Json, Run, number, numbers, table, whole, wholes
 
 Points = list[tuple[float, float]]
 MOST_SITES, MOST_ROUNDS = 60, 60  # that a grid of cells can show
@@ -13,9 +13,9 @@ TEXT_UP_TO = 10  # rounds: in narrower cells no number fits
 
 def column(run: Run, *keys: str) -> Points:
     """By round, the first of these figures that a round's line has."""
-    found = []
+    found: Points = []
     for line in run.rounds:
-        at = number(line, "round")
+        at = whole(line, "round")
         value = next((v for k in keys if (v := number(line, k)) is not None), None)
         if at is not None and value is not None:
             found.append((at, value))
@@ -56,10 +56,10 @@ def traffic(run: Run, total: int) -> str:
     """Adapter bytes of each round, down and up; evaluations count as down."""
     bars = []
     for line in run.rounds:
-        at, up = number(line, "round"), number(line, "bytes_up")
-        down = (number(line, "bytes_down") or 0) + (number(line, "eval_bytes_down") or 0)
-        if at is not None and up is not None and 0 < at <= max(total, 1):
-            bars.append((at, down / MIB, up / MIB))
+        of, back = whole(line, "round"), whole(line, "bytes_up")
+        out = (whole(line, "bytes_down") or 0) + (whole(line, "eval_bytes_down") or 0)
+        if of is not None and back is not None and 0 < of <= max(total, 1):
+            bars.append((of, out / MIB, back / MIB))
     if not bars:
         return ""
     ys = ticks(0, max(down + up for _, down, up in bars))
@@ -76,14 +76,14 @@ def traffic(run: Run, total: int) -> str:
     for at, down, up in bars:
         x = 46 + wide * (at - 1)
         box = f'x="{x + wide * 0.15:.1f}" width="{wide * 0.7:.1f}"'
-        tip = f"<title>round {at:.0f}: {down:.2f} MiB down, {up:.2f} MiB up</title>"
+        tip = f"<title>round {at}: {down:.2f} MiB down, {up:.2f} MiB up</title>"
         low, high = height(down), height(up)
         svg += f'<rect {box} y="{168 - low:.1f}" height="{low:.1f}" class="adapter">{tip}</rect>'
         svg += (
             f'<rect {box} y="{168 - low - high:.1f}" height="{high:.1f}" class="mark">{tip}</rect>'
         )
         if at == 1 or at % every == 0:
-            svg += label(x + wide / 2, 182, f"{at:.0f}", "tick mid")
+            svg += label(x + wide / 2, 182, f"{at}", "tick mid")
     box = '<rect y="1" width="22" height="12" class="{}"/>'
     keys = legend(box.format("adapter"), "to the sites") + legend(box.format("mark"), "from them")
     return figure("MiB by round", "adapters, both ways", 200, svg, "MiB by round", keys)
@@ -94,11 +94,11 @@ def parts(run: Run, total: int) -> str:
     cells: dict[str, dict[int, tuple[float, float | None]]] = {}
     first = max(len(run.rounds) - MOST_ROUNDS, 0)
     for line in run.rounds[first:]:
-        shares, alphas, at = numbers(line, "shares"), numbers(line, "alphas"), number(line, "round")
-        for place, partition in enumerate(numbers(line, "partitions")):
+        shares, alphas, at = numbers(line, "shares"), numbers(line, "alphas"), whole(line, "round")
+        for place, partition in enumerate(wholes(line, "partitions")):
             if at is not None and first < at <= first + MOST_ROUNDS and place < len(shares):
                 alpha = alphas[place] if place < len(alphas) else None
-                cells.setdefault(f"site-{int(partition):02d}", {})[int(at)] = shares[place], alpha
+                cells.setdefault(f"site-{partition:02d}", {})[at] = shares[place], alpha
     if not cells:
         return ""
     shown = sorted(cells)[:MOST_SITES]
@@ -139,7 +139,7 @@ def budget(run: Run) -> tuple[float, float] | None:
     """MiB sent so far and allowed; None where the run has not said both."""
     allowed, counted = (
         number(run.config, "communication.budget-mb"),
-        number(run.facts, "bytes_sent"),
+        whole(run.facts, "bytes_sent"),
     )
     return None if allowed is None or counted is None else (counted / MIB, allowed)
 

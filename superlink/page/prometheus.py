@@ -4,7 +4,7 @@ from pathlib import Path
 
 from app.config import MIB
 from superlink.page import drawings
-from superlink.page.runs import number, read_run, run_ids
+from superlink.page.runs import number, read_run, run_ids, whole
 from superlink.page.state import state_of
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -30,7 +30,7 @@ def metrics(results: Path) -> str:
         "rounds_done": ("rounds that are complete", float(state.done)),
         "sites": ("sites that take part", float(here)),
         "sites_left_out": ("sites that do not", float(len(state.sites) - here)),
-        "sent_bytes": ("adapter bytes so far, both ways", number(run.facts, "bytes_sent")),
+        "sent_bytes": ("adapter bytes so far, both ways", whole(run.facts, "bytes_sent")),
         "budget_bytes": ("that may be sent", allowed and allowed * MIB),
         "last_event_time_seconds": ("Unix time", state.heard.timestamp() if state.heard else None),
     }

@@ -7,16 +7,20 @@ import json
 import os
 import re
 import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from app.config import MIB
 
 Json = dict[str, Any]
+T = TypeVar("T")
 MOST_BYTES = 64 * MIB  # of a file; a run of 100 rounds at 200 sites has 2 MiB of lines
+MOST_SECONDS = 1e8  # three years
 _RUN_ID = re.compile(r"[0-9]{1,20}")  # as Flower numbers them
 _FILES = ("run.json", "metrics.jsonl", "events.jsonl", "eval/report.json")
 
@@ -76,7 +80,7 @@ def taken_over(results: Path) -> set[str]:
 
 
 def _facts(folder: Path) -> Json:
-    found = _parsed(_read(folder / "run.json") or b"")
+    found = _parsed(_read(folder, "run.json") or b"")
     return found if isinstance(found, dict) else {}
 
 
@@ -92,8 +96,10 @@ def version(results: Path, run_id: str) -> str:
     """Changes with the run's files. Raises UnknownRunError."""
     folder, seen = folder_of(results, run_id), []
     for name in _FILES:
+        *inner, last = name.split("/")
         try:
-            facts = (folder / name).lstat()
+            with opened(folder, *inner) as handle:
+                facts = os.lstat(last, dir_fd=handle)
             seen.append((facts.st_mtime_ns, facts.st_size))
         except OSError:
             seen.append((0, 0))
@@ -105,9 +111,9 @@ def read_run(results: Path, run_id: str) -> Run:
     folder, unread = folder_of(results, run_id), list[str]()
 
     def read(name: str) -> bytes:
-        data = _read(folder / name)
+        data = _read(folder, name)
         if data is None and os.path.lexists(folder / name):
-            unread.append(f"{name} is no file of {MOST_BYTES // MIB} MiB at most")
+            unread.append(f"{name} is behind a link, or no file of {MOST_BYTES // MIB} MiB at most")
         return data or b""
 
     def whole(name: str) -> Json:
@@ -132,16 +138,36 @@ def read_run(results: Path, run_id: str) -> Run:
 
 def read_evaluation(results: Path, run_id: str) -> bytes:
     """The evaluation's own page. Raises UnknownRunError: there is none."""
-    page = _read(folder_of(results, run_id) / "eval" / "report.html")
+    page = _read(folder_of(results, run_id), "eval/report.html")
     if page is None:
         raise UnknownRunError("this run has no eval/report.html yet; docker compose run --rm eval")
     return page
 
 
-def _read(path: Path) -> bytes | None:
-    """A file's bytes; None where there is none, or something else: a link, a pipe, too much."""
+@contextmanager
+def opened(folder: Path, *inner: str) -> Iterator[int]:
+    """A handle of a run's folder, or of one in it: what is there when it is used, not before.
+
+    Raises:
+        OSError: there is none, or it is behind a link.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY
+    handle = os.open(folder.parent, flags)  # the results themselves: the operator may link them
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        for name in (folder.name, *inner):
+            outer, handle = handle, os.open(name, flags | os.O_NOFOLLOW, dir_fd=handle)
+            os.close(outer)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _read(folder: Path, name: str) -> bytes | None:
+    """A file's bytes; None where there is none, or something else: a link, a pipe, too much."""
+    *inner, last = name.split("/")
+    try:
+        with opened(folder, *inner) as at:
+            handle = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=at)
     except OSError:
         return None
     with os.fdopen(handle, "rb") as file:
@@ -170,18 +196,39 @@ def number(facts: Json, key: str) -> float | None:
     return float(value) if abs(value) <= 1e18 else None  # nor NaN, which is not below anything
 
 
+def whole(facts: Json, key: str) -> int | None:
+    """The value as a count, or a round: a whole number from 0."""
+    value = number(facts, key)
+    return int(value) if value is not None and value >= 0 and value.is_integer() else None
+
+
+def seconds(facts: Json, key: str) -> float | None:
+    """The value as a duration: from 0, and so short that a moment later has a date too."""
+    value = number(facts, key)
+    return min(value, MOST_SECONDS) if value is not None and value >= 0 else None
+
+
 def numbers(facts: Json, key: str) -> list[float]:
-    """The list's numbers, as far as they are some; empty where it is no such list."""
+    """The list's numbers; empty where one of them is none, or it is no list."""
+    return _each(facts, key, number)
+
+
+def wholes(facts: Json, key: str) -> list[int]:
+    """As ``numbers``, of counts."""
+    return _each(facts, key, whole)
+
+
+def _each(facts: Json, key: str, read: Callable[[Json, str], T | None]) -> list[T]:
     values = facts.get(key)
-    found = [number({"": v}, "") for v in values] if isinstance(values, list) else []
-    return [] if None in found else [v for v in found if v is not None]
+    found = [read({"": v}, "") for v in values] if isinstance(values, list) else []
+    good = [v for v in found if v is not None]
+    return good if len(good) == len(found) else []
 
 
 def text(facts: Json, key: str) -> str:
-    """The value if it is a text, of what can be shown: no half of a character, no end."""
+    """The value if it is a text, as much of it as can be shown."""
     value = facts.get(key)
-    kept = value[:4000] if isinstance(value, str) else ""
-    return kept.encode("utf-8", "replace").decode()
+    return value[:4000] if isinstance(value, str) else ""
 
 
 def texts(facts: Json, key: str) -> list[str]:

@@ -7,7 +7,7 @@ from html import escape
 from app.config import MIB
 from eval.summary import caveat, decimals, sentence, table_rows
 from superlink.page import drawings
-from superlink.page.runs import Run, moment, number, table, tables, text
+from superlink.page.runs import Run, moment, table, tables, text, whole
 from superlink.page.state import Site, State
 
 MOST_EVENTS = 200
@@ -128,8 +128,8 @@ def named(columns: Sequence[str], cells: Sequence[str]) -> str:
 
 
 def _site(site: Site) -> str:
-    def count(value: float | None) -> str:
-        return "—" if value is None else f"{value:,.0f}"
+    def count(value: int | None) -> str:
+        return "—" if value is None else f"{value:,}"
 
     cells = (
         chip(site.state),
@@ -158,7 +158,7 @@ def evaluation(run: Run, link: str) -> str:
             rows += f'<tr class="{escape(row.kind)}"><th>{escape(str(cells[0]))}</th>'
             rows += "".join(f"<td>{escape(c)}</td>" for c in cells[1:]) + "</tr>"
         head_row = "".join(f"<th>{escape(str(t))}</th>" for t in ("", *titles, "Average"))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         broken = "eval/report.json is not what the evaluation writes; run it again."
         return section("evaluation", "Evaluation", f'<p class="warn">{broken}</p>')
     warn = f'<p class="warn">{escape(note)}</p>' if note else ""
@@ -193,7 +193,7 @@ def settings(run: Run) -> str:
     )
     facts = {
         "base model, fingerprint": text(run.facts, "base_model_fingerprint"),
-        "adapter, parameters": _shown(number(run.facts, "adapter_parameters")),
+        "adapter, parameters": _shown(whole(run.facts, "adapter_parameters")),
         **{f"version of {k}": _shown(v) for k, v in table(run.facts, "versions").items()},
     }
     rows = "".join(
@@ -241,7 +241,7 @@ def beside(run: Run, state: State, other: Run, state_of_other: State) -> str:
 
 def row_of(run: Run, state: State) -> str:
     """A run's line in the list of all."""
-    losses, sent = drawings.held_out(run), number(run.facts, "bytes_sent")
+    losses, sent = drawings.held_out(run), whole(run.facts, "bytes_sent")
     cells = (
         f'<a href="/runs/{run.run_id}">{run.run_id}</a>',
         chip(state.status),
@@ -252,4 +252,11 @@ def row_of(run: Run, state: State) -> str:
         f"{losses[-1][1]:.3f}" if losses else "—",
         "—" if sent is None else f"{sent / MIB:,.1f}",
     )
+    return f"<tr>{named(OF_A_RUN, cells)}</tr>"
+
+
+def row_of_none(run_id: str, why: str) -> str:
+    """The line of a run that has no other."""
+    link = f'<a href="/runs/{run_id}">{run_id}</a>'
+    cells = (link, f"cannot be shown ({escape(why)})", *["—"] * (len(OF_A_RUN) - 2))
     return f"<tr>{named(OF_A_RUN, cells)}</tr>"

@@ -1,9 +1,20 @@
 """Where a run stands: its events, one after the other, and what run.json says of it."""
 
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
-from superlink.page.runs import Json, Run, moment, number, numbers, table, text, texts
+from superlink.page.runs import (
+    Json,
+    Run,
+    moment,
+    numbers,
+    seconds,
+    table,
+    text,
+    texts,
+    whole,
+    wholes,
+)
 
 SILENT_AFTER_S = 900  # beyond the longest time that a run waits for anything
 LATE = "no reply within"  # so the ServerApp begins what it says of a site that is late
@@ -15,8 +26,8 @@ class Site:
 
     name: str
     state: str = "ready"
-    rows: float | None = None
-    holdout: float | None = None
+    rows: int | None = None
+    holdout: int | None = None
     device: str = ""
     rounds: int = 0  # that it took part in
     share: float | None = None  # of the last of them
@@ -52,8 +63,8 @@ class State:
 
 def state_of(run: Run, now: datetime | None = None, *, taken_over: bool = False) -> State:
     """``now``: for the tests. ``taken_over``: another run goes on from this one."""
-    total = int(number(run.config, "num-server-rounds") or 0)
-    done = max((int(number(line, "round") or 0) for line in run.rounds), default=0)
+    total = whole(run.config, "num-server-rounds") or 0
+    done = max((whole(line, "round") or 0 for line in run.rounds), default=0)
     said = text(run.facts, "status")
     over = said in ("completed", "failed")
     state = State(said if over else "cut off" if taken_over else "running", total, done)
@@ -76,7 +87,7 @@ def _known(state: State, facts: Json) -> None:
 
 
 def _describe(site: Site, about: Json) -> None:
-    site.rows, site.holdout = number(about, "num_examples"), number(about, "num_holdout")
+    site.rows, site.holdout = whole(about, "num_examples"), whole(about, "num_holdout")
     site.device = text(about, "device")
 
 
@@ -88,12 +99,12 @@ def _leave_out(state: State, left_out: Json) -> None:
 
 def _take(state: State, event: Json) -> None:
     """Fold one event in."""
-    kind, number_of = text(event, "event"), int(number(event, "round") or 0)
+    kind, number_of = text(event, "event"), whole(event, "round") or 0
     state.heard = moment(event, "time") or state.heard
     if kind in ("waiting", "ready") and not state.over:
         state.status = "waiting" if kind == "waiting" else "running"
     if kind == "waiting":
-        online, needed = (int(number(event, k) or 0) for k in ("online", "needed"))
+        online, needed = (whole(event, k) or 0 for k in ("online", "needed"))
         state.phase = f"{online} of {needed} sites are online"
     elif kind == "ready":
         _known(state, event)
@@ -107,9 +118,9 @@ def _take(state: State, event: Json) -> None:
         _answer(state.site(text(event, "site")), event)
     elif kind == "round":
         _ask(state, "", [])
-        left_s, told = number(event, "left_s"), moment(event, "time")
+        left_s, told = seconds(event, "left_s"), moment(event, "time")
         if left_s is not None and told:
-            state.ready_in = datetime.fromtimestamp(told.timestamp() + min(left_s, 1e8), UTC)
+            state.ready_in = told + timedelta(seconds=left_s)
         state.phase = f"round {number_of} of {state.total} is complete"
 
 
@@ -131,7 +142,7 @@ def _answer(site: Site, event: Json) -> None:
 
 
 def _count(state: State, line: Json) -> None:
-    names = [f"site-{int(p):02d}" for p in numbers(line, "partitions")]
+    names = [f"site-{p:02d}" for p in wholes(line, "partitions")]
     shares, alphas = numbers(line, "shares"), numbers(line, "alphas")
     for at, name in enumerate(names):
         site = state.site(name)
@@ -154,7 +165,7 @@ def _end(state: State, run: Run, now: datetime) -> None:
                 site.state = "took part" if site.rounds else "not asked"
         return
     keys = ("strategy.node-timeout-s", "strategy.round-timeout-s")
-    patience_s = max(number(run.config, key) or 0 for key in keys) + SILENT_AFTER_S
+    patience_s = max(seconds(run.config, key) or 0 for key in keys) + SILENT_AFTER_S
     heard = state.heard or state.started
     if heard and (now - heard).total_seconds() > patience_s:
         state.status, state.phase = "silent", f"{state.phase}, and nothing since"

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from superlink.page.runs import MOST_BYTES
+from superlink.page import runs, sections
+from superlink.page.document import write_standalone
+from superlink.page.prometheus import metrics
+from superlink.page.runs import MOST_BYTES, Run, read_run, version
+from superlink.page.state import State, state_of
 from tests.superlink.page.asking import Elements, Page
 from tests.superlink.page.made_runs import NEWEST, events, facts, line, two_runs, write
 
@@ -59,8 +63,14 @@ def test_whatever_a_file_says_is_only_text(tmp_path: Path, text: str) -> None:
     assert text in Elements(page.get("/runs/5").text).text
 
 
+# What json.loads makes of a file, the ends of what is read as a number among it.
 ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text(max_size=9),
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**400), 10**400)
+    | st.floats()
+    | st.sampled_from([-1e18, -1, 0, 0.5, 5e-324, 10**18])
+    | st.text(st.characters(), max_size=9),  # halves of characters too
     lambda inner: (
         st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
     ),
@@ -81,8 +91,10 @@ def spoilt(draw: st.DrawFn, whole: dict[str, Any]) -> dict[str, Any]:
     told=st.lists(st.sampled_from(events()).flatmap(spoilt) | ANYTHING, max_size=5),
     config=spoilt(facts("5")["config"]),
 )
+@example(run={}, rounds=[{"round": 0.5, "partitions": [1], "shares": [0.5]}], told=[], config={})
+@example(run={}, rounds=[], told=[events()[4] | {"left_s": -1e18}], config={})
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_no_file_whatever_it_holds_is_an_error_of_the_page(
     tmp_path: Path, run: Any, rounds: list[Any], told: list[Any], config: dict[str, Any]
@@ -92,7 +104,53 @@ def test_no_file_whatever_it_holds_is_an_error_of_the_page(
     write(tmp_path / "5", json.dumps(run), rounds, told)
     page = Page(tmp_path)
     for path in ("/", "/runs/5", "/runs/5?beside=5", "/metrics"):
-        assert page.get(path).status_code == 200
+        answer = page.get(path)
+        assert answer.status_code == 200
+        assert "cannot be shown" not in answer.text
+
+
+@pytest.mark.parametrize("average", [10**400, 0.5], ids=["too large", "half a character"])
+def test_no_evaluation_whatever_it_holds_is_an_error_of_the_page(
+    results: Path, average: Any
+) -> None:
+    base = {"name": "base", "round": 0, "adapter": None, "average": average, "scores": {}}
+    report = {
+        "datasets": {"d": {"title": "\ud800", "questions": 1}}, "rounds": [], "published": [],
+        "subjects": [base | {"scores": {"d": {"accuracy": 1}}}], "best": "base",
+        "settings": {}, "model": {"quantization": "4"},
+    }  # fmt: skip
+    (results / NEWEST / "eval").mkdir()
+    (results / NEWEST / "eval" / "report.json").write_text(json.dumps(report))
+    assert Page(results).get(f"/runs/{NEWEST}").status_code == 200
+    assert write_standalone(results, NEWEST).exists()
+
+
+def test_one_run_that_cannot_be_shown_is_a_row_that_says_so(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = sections.row_of
+
+    def broken(run: Run, state: State) -> str:
+        if run.run_id == NEWEST:
+            raise OSError("with a text of the run's")
+        return whole(run, state)
+
+    monkeypatch.setattr(sections, "row_of", broken)
+    text = Elements(Page(results).get("/").text).text
+    assert f"{NEWEST}cannot be shown (OSError)" in text
+    assert "with a text" not in text
+    assert "completed" in text  # the other run's row
+
+
+def test_a_figure_that_cannot_be_is_left_out(tmp_path: Path) -> None:
+    told = [events()[2], events()[4] | {"round": 2.5, "left_s": -1.0}]
+    rounds = [line(1) | {"partitions": [0.5, 1]}, line(2) | {"round": 2.5}]
+    write(tmp_path / "5", facts("5", bytes_sent=-1), rounds, told)
+    state = state_of(read_run(tmp_path, "5"))
+    assert (state.done, state.ready_in) == (1, None)
+    assert "site-00" in state.sites
+    assert state.sites["site-00"].rounds == 0  # whose partition is no 0.5
+    assert "sent_bytes" not in metrics(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +182,46 @@ def test_a_link_or_a_pipe_in_the_results_leads_nowhere(results: Path, tmp_path: 
     assert page.get("/runs/9").status_code == 404
     assert "of somebody else" not in page.get("/runs/8").text
     assert "/runs/9" not in page.get("/").text
+
+
+def test_no_folder_of_a_run_is_a_link_either(results: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "report.html").write_text("of somebody else")
+    (elsewhere / "report.json").write_text("{}")
+    (results / NEWEST / "eval").symlink_to(elsewhere)
+    page = Page(results)
+    answer = page.get(f"/runs/{NEWEST}/evaluation")
+    assert (answer.status_code, "of somebody else" in answer.text) == (404, False)
+    shown = page.get(f"/runs/{NEWEST}")
+    assert "Not readable: eval/report.json is behind a link" in shown.text
+    before = version(results, NEWEST)
+    (elsewhere / "report.json").write_text("{ }")
+    assert version(results, NEWEST) == before  # not even its size is looked at
+
+
+def test_a_folder_that_becomes_a_link_meanwhile_is_not_followed(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (results / NEWEST).rename(tmp_path / "elsewhere")
+    (results / NEWEST).symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(runs, "_is_folder", lambda _: True)  # as it was when it was looked at
+    assert read_run(results, NEWEST).facts == {}
+    with pytest.raises(OSError, match=NEWEST):
+        write_standalone(results, NEWEST)
+    assert not (tmp_path / "elsewhere" / "report.html").exists()
+
+
+def test_a_file_is_written_over_no_link_in_the_run_s_folder(results: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name in (".report.html", "report.html"):
+        (results / NEWEST / name).symlink_to(victim)
+    file = write_standalone(results, NEWEST)
+    assert victim.read_text() == "precious"
+    assert not file.is_symlink()
+    assert file.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert not (results / NEWEST / ".report.html").is_symlink()
 
 
 @pytest.mark.parametrize("none", ["NaN", "-Infinity", "1e999", "9" * 400, "true", '"3.7"'])
