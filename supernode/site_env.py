@@ -2,11 +2,18 @@
 
 import os
 import re
+import sys
+from difflib import get_close_matches
 from pathlib import Path
 
 from supernode.reach import AddressError, reached
 
 FILES = ("supernode.key", "superlink-ca.crt", "site.env")
+SETTINGS = (
+    "SITE_DIR", "MODELS_DIR", "DEVICE", "SUPERNODE_GPU", "DATA_COLUMNS", "LOCK_DIR", "SUPERLINK",
+    "PARTITION_ID", "NUM_PARTITIONS", "RUNTIME_PORT", "HEALTH_PORT", "APP_SHA256",
+    "ALLOW_APP_UPDATES", "PYTHONWARNINGS", "WARM_S",
+)  # fmt: skip
 _SETTING = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)")
 _QUOTES = ("'", '"')
 
@@ -36,6 +43,12 @@ def completed(env: dict[str, str]) -> dict[str, str]:
     file = Path(env["SITE_DIR"]) / "site.env"
     check_readable(file)
     lines = _lines(file)
+    for name, (_, number) in lines.items():
+        # Variables of libraries are as welcome (https_proxy, HF_HOME): only what looks like a slip.
+        near = get_close_matches(name.upper(), SETTINGS, n=1, cutoff=0.85)
+        if near and name not in SETTINGS:
+            told = f"{file}, line {number}: {name} is no setting of a site; {near[0]} is"
+            print(f"supernode: WARNING: {told}", file=sys.stderr, flush=True)
     complete = env | {name: value for name, (value, _) in lines.items() if not env.get(name)}
 
     def see(name: str) -> str:

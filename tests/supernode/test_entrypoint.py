@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from superlink.onehost.processes import free_port
 from superlink.provision import provision
-from supernode import gpus
+from supernode import entrypoint, gpus
 from supernode.entrypoint import (
     EX_TEMPFAIL,
     HOPELESS,
@@ -32,7 +32,7 @@ from supernode.entrypoint import (
     watch,
 )
 from supernode.gpus import NoGpuError, choose_gpu, set_gpu, visible_gpus
-from supernode.site_env import read_site, settings
+from supernode.site_env import SETTINGS, read_site, settings
 from tests.samples import REPOSITORY
 
 PIN = "0123456789abcdef" * 4
@@ -196,6 +196,27 @@ def test_a_setting_twice_is_not_chosen_from(env: dict[str, str]) -> None:
         SystemExit, match=r"site.env, lines 1 and 2 set SUPERLINK twice; keep one of them"
     ):
         read_site(env)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("DATA_COLUMN", "DATA_COLUMNS"), ("supernode_gpu", "SUPERNODE_GPU"), ("WARMS", "WARM_S")],
+)
+def test_a_name_that_is_nearly_a_settings_is_told_by_its_line(
+    env: dict[str, str], capsys: pytest.CaptureFixture[str], name: str, near: str
+) -> None:
+    file = Path(env["SITE_DIR"]) / "site.env"
+    others = ("https_proxy", "HF_HOME", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "TMPDIR", near)
+    file.write_text(file.read_text() + "".join(f"{n}=1\n" for n in others) + f"{name}=1\n")
+    read_site(env)
+    assert capsys.readouterr().err == (
+        f"supernode: WARNING: {file}, line 10: {name} is no setting of a site; {near} is\n"
+    )
+
+
+def test_every_setting_of_the_table_is_one_of_a_site() -> None:
+    table = [x.split("|")[1] for x in (entrypoint.__doc__ or "").splitlines() if x.startswith("|")]
+    assert {n.strip() for cell in table[2:] for n in cell.split(",")} == set(SETTINGS)
 
 
 def test_a_hash_in_quotes_is_a_part_of_a_value(env: dict[str, str]) -> None:
