@@ -18,14 +18,13 @@ from typing import Any, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
 
 from app.config import RunConfig
 from app.site import libraries, memory, partition
 from app.site.base_model import BaseModel, find
 from app.site.device import device, look, take_turn, turn
 from app.site.feedback import Feedback
-from app.site.gate import Visit, guarded
+from app.site.gate import GuardedApp, Visit, guarded
 from app.site.partition import SiteError
 from app.site.privacy import privatise
 from app.site.rows_used import rows_used
@@ -33,7 +32,7 @@ from app.site.verified import check_verified
 from app.wire.adapter import Layout, Vector, initial_adapter
 from app.wire.codec import decode, encode
 
-app = ClientApp()
+app = GuardedApp()
 logger = logging.getLogger("app")
 logger.addHandler(logging.StreamHandler(sys.stderr))
 logger.setLevel(logging.INFO)

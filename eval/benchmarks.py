@@ -13,7 +13,7 @@ from typing import NamedTuple
 from eval import EvalError
 from eval.fetch import fetch
 from eval.files import TRUTH, Row, authors_test_set, find, read_rows
-from eval.shapes import Asked, RowError, abstracts, choices
+from eval.shapes import Asked, RowError, abstracts, choices, short
 
 BUNDLED = Path(__file__).parent / "questions"
 _KNOWLEDGE = (
@@ -104,10 +104,12 @@ def benchmark(dataset: str) -> Benchmark:
 
 def labels_of(dataset: str, questions: Sequence[Question]) -> tuple[str, ...]:
     """What the set's answers are; with E where people hold it with five options."""
-    own = benchmark(dataset).labels
-    return (
-        own if "yes" in own or all(q.gold not in ("E", "e") for q in questions) else (*_FOUR, "E")
-    )
+    chosen = benchmark(dataset)
+    return _all_labels(chosen) if any(q.gold == "E" for q in questions) else chosen.labels
+
+
+def _all_labels(chosen: Benchmark) -> tuple[str, ...]:
+    return chosen.labels if "yes" in chosen.labels else (*_FOUR, "E")
 
 
 def render(dataset: str, row: Row) -> tuple[str, str]:
@@ -125,9 +127,9 @@ def _asked(dataset: str, rows: Sequence[Row], held: bool) -> list[Question]:
     """Rows in words; ``held``: they are somebody's own file. Raises RowError, EvalError."""
     chosen = benchmark(dataset)
     if held and any({"prompt", "gold"} <= row.keys() for row in rows):
-        return _pairs(rows)
+        return _pairs(rows, _all_labels(chosen))
     if "yes" in chosen.labels:
-        return [_worded(chosen, _abstract(a), a) for a in abstracts(rows)]
+        return [_worded(chosen, _abstract(a), a) for a in abstracts(rows, held)]
     return [_worded(chosen, _choice(a), a) for a in choices(rows, chosen.counts_from, held)]
 
 
@@ -146,14 +148,20 @@ def _choice(asked: Asked) -> str:
     return f"Question: {asked.question}{mark}\n\nOptions:\n{options}"
 
 
-def _pairs(rows: Sequence[Row]) -> list[Question]:
-    """Rows that are worded already."""
+def _pairs(rows: Sequence[Row], labels: Sequence[str]) -> list[Question]:
+    """Rows that are worded already; their golds in the labels' own spelling."""
+    label_of = {label.casefold(): label for label in labels}
     found = []
     for index, row in enumerate(rows):
         prompt, gold = row.get("prompt"), row.get("gold")
-        if not (isinstance(prompt, str) and isinstance(gold, str) and gold):
+        if not (isinstance(prompt, str) and isinstance(gold, str)):
             raise RowError(index, "prompt or gold is not a text")
-        found.append(Question(prompt, gold))
+        if not prompt.strip():
+            raise RowError(index, "prompt is empty")
+        label = label_of.get(gold.strip().casefold())
+        if label is None:  # no answer could match it
+            raise RowError(index, f"gold = {short(gold)} is none of {', '.join(labels)}")
+        found.append(Question(prompt, label))
     return found
 
 

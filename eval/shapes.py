@@ -5,6 +5,7 @@ number from 0 or from 1, its text) is told by all rows together: by that which r
 them. Where that is nothing, or more than one thing, RowError says for which row.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ _NUMBERED = (
     "cop", "answer_idx", "answer_index", "answer_key", "answerkey", "correct_option",
 )  # fmt: skip
 _WORDED = "answer", "answer_text", "correct_answer"
+_LETTERED = re.compile(r"\s*(\()?([A-E])(?(1)\)|[.):])(.*)", re.IGNORECASE | re.DOTALL)
 _TEXT = -1  # beside 0 and 1, the numbers that a gold may count from
 _CHOICE = (
     'wanted: question, options (texts, or {"A": text, ...}; or opa to opd, or op1 to op4), and the '
@@ -40,30 +42,46 @@ class Asked(NamedTuple):
     gold: str
 
 
-def abstracts(rows: Sequence[Mapping[str, Any]]) -> list[Asked]:
-    """Rows of PubMedQA: its authors', bigbio's, or the hub's own columns. Raises RowError."""
+def abstracts(rows: Sequence[Mapping[str, Any]], held: bool) -> list[Asked]:
+    """Rows of PubMedQA: its authors', bigbio's, or the hub's own columns.
+
+    Raises:
+        RowError: a column is missing or of another type, or the decision is none; in somebody's
+            own file (``held``) also a question or an abstract without a word.
+    """
     found = []
     for index, row in enumerate(rows):
-        named = _named(row)
-        context = named.get("contexts", named.get("context"))
-        context = context.get("contexts") if isinstance(context, dict) else context
-        column = next(
-            (c for c in ("final_decision", "correct_answer", "answer") if c in named),
-            "final_decision",
-        )
-        said = named.get(column)
-        gold = said.strip().casefold() if isinstance(said, str) else None
-        why = ""
-        if not isinstance(named.get("question"), str):
-            why = "no text in 'QUESTION'"
-        elif not _texts(context):
-            why = "no list of texts in 'CONTEXTS'"
-        elif gold not in ("yes", "no", "maybe"):
-            why = f"{column} = {_short(said)} is none of yes, no, maybe"
-        if why:
-            raise RowError(index, f"{why}; {_ABSTRACT}")
-        found.append(Asked(named["question"], context or [], str(gold)))
+        try:
+            found.append(_abstract(_named(row), held))
+        except ValueError as err:
+            raise RowError(index, f"{err}; {_ABSTRACT}") from None
     return found
+
+
+def _abstract(named: dict[str, Any], held: bool) -> Asked:
+    context = named.get("contexts", named.get("context"))
+    context = context.get("contexts") if isinstance(context, dict) else context
+    question = _question(named, "QUESTION", held)
+    if not isinstance(context, list) or not all(isinstance(text, str) for text in context):
+        raise ValueError("no list of texts in 'CONTEXTS'")
+    if held and all(map(_empty, context)):
+        raise ValueError("'CONTEXTS' is empty")
+    columns = ("final_decision", "correct_answer", "answer")
+    column = next((c for c in columns if c in named), columns[0])
+    said = named.get(column)
+    gold = said.strip().casefold() if isinstance(said, str) else None
+    if gold not in ("yes", "no", "maybe"):
+        raise ValueError(f"{column} = {short(said)} is none of yes, no, maybe")
+    return Asked(question, context, gold)
+
+
+def _question(named: dict[str, Any], column: str, held: bool) -> str:
+    question = named.get("question")
+    if not isinstance(question, str):
+        raise ValueError(f"no text in '{column}'")
+    if held and _empty(question):
+        raise ValueError(f"'{column}' is empty")
+    return question
 
 
 def choices(rows: Sequence[Mapping[str, Any]], published: Sequence[int], held: bool) -> list[Asked]:
@@ -76,16 +94,14 @@ def choices(rows: Sequence[Mapping[str, Any]], published: Sequence[int], held: b
 
     Raises:
         RowError: a column is missing or of another type, the gold is no option, two readings of
-            the golds fit, or, in somebody's own file, an option is null: to word it "None", as the
-            leaderboard does, would make up an option that real questions have.
+            the golds fit, or, in somebody's own file, the question or an option is blank: "None",
+            the leaderboard's word for a null, would make up an option that real questions have.
     """
     asked: list[tuple[str, _Options, dict[str, Any]]] = []
     for index, row in enumerate(rows):
-        named = _named(row)
         try:
-            if not isinstance(named.get("question"), str):
-                raise ValueError("no text in 'question'")
-            asked.append((named["question"], _options(named, held), named))
+            named = _named(row)
+            asked.append((_question(named, "question", held), _options(named, held), named))
         except ValueError as err:
             raise RowError(index, f"{err}; {_CHOICE}") from None
     answers = [(options, named) for _, options, named in asked]
@@ -98,21 +114,24 @@ def choices(rows: Sequence[Mapping[str, Any]], published: Sequence[int], held: b
 
 
 def _named(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row's columns under lower-case names; NaN, which stands for null, as None."""
+    """The row's columns under lower-case names; NaN, which stands for null, as None.
+
+    Raises:
+        ValueError: two columns with one such name say different things.
+    """
     inner = row.get("data")
-    if isinstance(inner, dict):
-        row = {**row, **inner}
-    return {
-        name.casefold().replace(" ", "_"): None if value != value else value
-        for name, value in row.items()
-    }
+    found: dict[str, Any] = {}
+    for name, value in ({**row, **inner} if isinstance(inner, dict) else row).items():
+        key = name.casefold().replace(" ", "_")
+        if _empty(found.get(key)):
+            found[key] = None if value != value else value
+        elif not _empty(value) and value != found[key]:
+            raise ValueError(f"more than one column '{key}', and they differ")
+    return found
 
 
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, str) for v in value)
-
-
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as a message shows it, in at most 40 characters."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
@@ -125,13 +144,12 @@ def _options(named: dict[str, Any], held: bool) -> _Options:
         group = next((g for g in _GROUPS if g[0] in named), None)
         if not group:
             raise ValueError("no column 'options'")
-        columns = [c for c in group if c in group[:4] or named.get(c) is not None]
+        columns = [c for c in group if c in group[:4] or c in named]
         if lacking := [c for c in columns if c not in named]:
             raise ValueError(f"no column '{lacking[0]}'")
         names, options = columns, [named[c] for c in columns]
     elif isinstance(given, dict):
-        # A parquet file has null where other rows have one option more.
-        options = _by_letter([(key, v) for key, v in given.items() if v is not None])
+        options = _by_letter([*given.items()])
     elif isinstance(given, list) and given and all(isinstance(o, dict) for o in given):
         if any(not {"key", "value"} <= o.keys() for o in given):
             raise ValueError("no 'key' and 'value' in each of 'options'")
@@ -140,14 +158,25 @@ def _options(named: dict[str, Any], held: bool) -> _Options:
         options = given
     else:
         raise ValueError("'options' is no list or object")
+    # A table has null, or pandas "", where other rows have one option more.
+    options = options[:4] if len(options) == 5 and _empty(options[4]) else options
     if any(isinstance(o, list | dict | bytes) for o in options):
         raise ValueError("an option is no text")
     if not 2 <= len(options) <= len(LETTERS):
         raise ValueError(f"{len(options)} options")
-    null = next((n for n, o in zip(names, options, strict=False) if o is None or o != o), None)
-    if held and null:
-        raise ValueError(f"{null} is null")
+    texts = [_own_text(option, index) for index, option in enumerate(options)]
+    if held and None not in texts:  # the prompt puts the letters before them
+        options = texts
+    blank = next((n for n, o in zip(names, options, strict=False) if _empty(o)), None)
+    if held and blank:
+        raise ValueError(f"{blank} is empty")
     return options
+
+
+def _own_text(text: Any, index: int) -> str | None:
+    """Of "B. text", "B) text" and "(B) text" the text, where B is option ``index``; else None."""
+    found = _LETTERED.fullmatch(text) if isinstance(text, str) else None
+    return found[3].strip() if found and found[2].upper() == LETTERS[index] else None
 
 
 def _by_letter(pairs: list[tuple[Any, Any]]) -> _Options:
@@ -186,7 +215,7 @@ def _golds(
 
 
 def _empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def _gold(
@@ -205,8 +234,11 @@ def _meant(value: Any, options: _Options, meaning: int) -> set[int]:
     """Indices of the options that a gold names, if it is a text or counts from ``meaning``."""
     if meaning == _TEXT:
         texts = ["" if o is None else str(o) for o in options]
-        same = {i for i, text in enumerate(texts) if text == str(value)}
-        return same or {i for i, text in enumerate(texts) if text.strip() == str(value).strip()}
+        said = str(value)
+        same = {i for i, text in enumerate(texts) if text == said}
+        return same or {
+            i for i, t in enumerate(texts) if t.strip() in (said.strip(), _own_text(said, i))
+        }
     index = _number(value)
     if index is not None:
         index -= meaning
@@ -230,7 +262,7 @@ def _why_not(
     given = {c: m for c, m in zip(columns, way, strict=True) if not _empty(named.get(c))}
     if not given:
         return f"no answer in {' or '.join(map(repr, columns or ['answer_idx']))}"
-    said = {c: f"{c} = {_short(named[c])}" for c in given}
+    said = {c: f"{c} = {short(named[c])}" for c in given}
     for column, meaning in given.items():
         if not _meant(named[column], options, meaning):
             number = _number(named[column])
@@ -239,7 +271,7 @@ def _why_not(
                     f"{said[column]} is no answer (a test split's golds are kept back; MedMCQA has "
                     "them in its validation split)"
                 )
-            since = f", counted from {meaning}" if number is not None else ""
+            since = f", counted from {meaning}" if number is not None and meaning != _TEXT else ""
             return f"{said[column]} is none of its {len(options)} options{since}"
     return f"{' and '.join(said.values())} are not the same option"
 
@@ -257,12 +289,12 @@ def _untold(
             numbers = [n for _, named in asked if (n := _number(named.get(column))) is not None]
             return RowError(
                 index,
-                f"{column} = {_short(value)} is {letters}: with {min(numbers)} to {max(numbers)} "
+                f"{column} = {short(value)} is {letters}: with {min(numbers)} to {max(numbers)} "
                 f"in the file it may count from 0 or from 1; write letters, A to D, in '{column}'",
             )
     value = asked[index][1].get(columns[-1])
     return RowError(
         index,
-        f"{columns[-1]} = {_short(value)} is {letters}: an option's letter and another one's text; "
+        f"{columns[-1]} = {short(value)} is {letters}: an option's letter and another one's text; "
         "write the letter in 'answer_idx' beside it",
     )

@@ -4,7 +4,8 @@
 
 Writes FOLDER/fedllm-<UTC time>.tar (mode 0600: it holds all private keys) of
 
-    federation/  FEDERATION_DIR: CA, keys, certificates, secrets, kits; no site's data/ and state/
+    federation/  FEDERATION_DIR: CA, keys, certificates, secrets, kits; no site's data/, and of its
+                 state/ only that it has paused
     sites/       SITES_DIR: who is who
     audit/       AUDIT_DIR: the operator's record
     state/       of STATE_DIR the SuperLink's database, by SQLite's backup interface
@@ -15,6 +16,7 @@ results/latest) and hidden files (what is being written) are left out.
 """
 
 import argparse
+import fcntl
 import hashlib
 import io
 import json
@@ -23,7 +25,6 @@ import sqlite3
 import stat
 import sys
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from datetime import UTC, datetime
@@ -32,11 +33,13 @@ from pathlib import Path
 from typing import IO
 
 from superlink.audit import AuditError, recorded
+from superlink.half_done import sync_folder, unfinished, unwind_on_sigterm
 
 FORM = 1  # of the archive: another number is another order of things in it
 ABOUT, SUMS = "backup.json", "SHA256SUMS"
 DATABASE = "superlink.db"
 LOCKED_FOR_S = 120
+PAUSED = "paused"  # supernode/site.py; a site that comes back without it would train again
 # The sites' own, and what follows from that; prepare makes it again from its source.
 _LEFT_OUT = ("site-*/data", "site-*/state", "prepared")
 
@@ -70,9 +73,11 @@ def backup(parts: dict[str, Path], target: Path) -> Path:
     """Write the archive of these parts into the folder ``target``; returns its path.
 
     Raises:
-        BackupError: a part is missing or damaged, or the archive is there already.
+        BackupError: a part is missing, damaged or half restored, or the archive is there already.
         OSError: something cannot be read, or written.
     """
+    if said := unfinished(parts["federation"]):
+        raise BackupError(said)
     if not (parts["federation"] / "ca" / "ca.key").is_file():
         raise BackupError(f"FEDERATION_DIR={parts['federation']}: no ca/ca.key there")
     if "results" in parts and not parts["results"].is_dir():
@@ -91,22 +96,31 @@ def backup(parts: dict[str, Path], target: Path) -> Path:
         "flwr": version("flwr"),
         "parts": list(parts),
     }
+    for torn in target.glob(".fedllm-*.part"):
+        with suppress(OSError), torn.open("rb+") as file:  # locked: another one is at work
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(torn)
     part = path.with_name(f".{path.name}.part")
     handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(handle, "wb") as file:
+            with suppress(OSError):  # a file system without locks: nothing is removed there
+                fcntl.flock(file, fcntl.LOCK_EX)
             with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
-                _fill(_Archive(archive), parts, about, target)
+                _fill(_Archive(archive), parts, about, part.with_name(f"{part.name}.db"))
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
-    with suppress(OSError):  # some file systems cannot sync a folder
-        handle = os.open(target, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        _remove(part)
+    sync_folder(target)
     return path
+
+
+def _remove(part: Path) -> None:
+    """It last: what a call that is killed here leaves is found by the next one."""
+    for path in sorted(part.parent.glob(f"{part.name}*"), reverse=True):
+        path.unlink(missing_ok=True)
 
 
 class _Archive:
@@ -159,17 +173,16 @@ def _entry(name: str, mode: int, size: int) -> tarfile.TarInfo:
     return entry
 
 
-def _fill(archive: _Archive, parts: dict[str, Path], about: object, target: Path) -> None:
+def _fill(archive: _Archive, parts: dict[str, Path], about: object, copy: Path) -> None:
     archive.add_text(ABOUT, json.dumps(about) + "\n")
     others = {folder.resolve() for folder in parts.values()}
+    # Before the keys: of a key that is newer than the database, superlink.register tells it.
+    _copy_database(parts["state"] / DATABASE, copy)
+    with copy.open("rb") as file:
+        archive.add(f"state/{DATABASE}", 0o600, file, copy.stat().st_size)
+    copy.unlink()
     for part, folder in parts.items():
-        if part == "state":
-            with tempfile.TemporaryDirectory(prefix=".backup-", dir=target) as work:
-                copy = Path(work) / DATABASE
-                _copy_database(folder / DATABASE, copy)
-                with copy.open("rb") as file:
-                    archive.add(f"state/{DATABASE}", 0o600, file, copy.stat().st_size)
-        else:
+        if part != "state":
             _add_tree(archive, part, folder, others - {folder.resolve()})
     archive.add_text(SUMS, "".join(archive.sums))
 
@@ -201,7 +214,7 @@ def _add_tree(archive: _Archive, part: str, top: Path, others: set[Path]) -> Non
         folders[:] = [name for name in inside if _wanted(name)]
         if any(here.match(pattern) for pattern in _LEFT_OUT if part == "federation"):
             folders.clear()
-            continue
+            files = [PAUSED] if here.name == "state" and PAUSED in files else []
         if part == "results" and here == Path() and (name := latest(top)):
             archive.add_link("results/latest", name)
         for name in filter(_wanted, sorted(files)):
@@ -246,6 +259,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="where the archive goes")
     parser.add_argument("--results", action="store_true", help="the runs' results as well")
     args = parser.parse_args()
+    unwind_on_sigterm("backup")
     try:
         parts = folders(dict(os.environ), state_is_there=True)
         if not args.results:

@@ -39,6 +39,7 @@ from superlink.certificates import (
     write_key,
 )
 from superlink.container_files import manifest_folder, runtime_secret
+from superlink.half_done import unfinished
 from superlink.show import show
 from supernode.reach import AddressError, certificate_name, reached
 
@@ -53,6 +54,12 @@ def _one_line() -> Iterator[None]:
         raise ProvisionError(f"{err.filename}: {err.strerror}") from None
 
 
+def _refuse_half(federation: Path) -> None:
+    """Raises ProvisionError: keys may still be missing there that would be taken for lost."""
+    if said := unfinished(federation):
+        raise ProvisionError(said)
+
+
 @_one_line()
 def provision(federation: Path, sites: int, address: str, names: list[str]) -> list[str]:
     """Complete the folder ``federation`` and say what was made; revoked sites stay revoked.
@@ -64,8 +71,9 @@ def provision(federation: Path, sites: int, address: str, names: list[str]) -> l
 
     Raises:
         ProvisionError: the CA's key or certificate alone is missing, a file there is not what it
-            should be, or one cannot be written.
+            should be, or one cannot be written; or a restore was cut off there.
     """
+    _refuse_half(federation)
     try:
         host, _ = reached(address)
     except AddressError as err:
@@ -123,6 +131,8 @@ def reset(federation: Path) -> list[str]:
 def main() -> int:
     args = _arguments()
     try:
+        if args.command != "show":
+            _refuse_half(args.federation)  # before it is recorded: the record may not be back
         subject = getattr(args, "site", f"{args.sites} sites")
         with audit.command(args.federation, args.command or "provision", subject):
             told = _do(args)

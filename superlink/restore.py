@@ -3,18 +3,20 @@
     python -m superlink.restore ARCHIVE
 
 ARCHIVE is superlink.backup's; the folders are FEDERATION_DIR, SITES_DIR, AUDIT_DIR, STATE_DIR and
-RESULTS_DIR, which must be empty.
+RESULTS_DIR, which must be empty. A restore that was cut off is repeated with the same ones.
 All checksums are compared before anything is written. Without RESULTS_DIR the results stay in the
 archive (tar -xf ARCHIVE results). Then: superlink.provision, the SuperLink, superlink.register.
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
 import tarfile
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -22,6 +24,7 @@ from typing import Any
 
 from superlink.audit import AuditError, recorded
 from superlink.backup import ABOUT, FORM, SUMS, BackupError, folders
+from superlink.half_done import UNFINISHED, sync_folder, unwind_on_sigterm
 
 LATEST = "results/latest"  # the one link
 
@@ -29,7 +32,8 @@ LATEST = "results/latest"  # the one link
 def restore(archive: Path, parts: dict[str, Path]) -> tuple[list[str], list[str]]:
     """Write what the archive has of these parts; returns their names, and those of its others.
 
-    What was written is removed again if that fails.
+    What was written is removed again if that fails. Until all is on the disk, federation/ holds the
+    file UNFINISHED: who is killed leaves it, and may call again with the same folders.
 
     Raises:
         BackupError: it is no backup, damaged, of another Flower, or a folder is not empty.
@@ -39,12 +43,9 @@ def restore(archive: Path, parts: dict[str, Path]) -> tuple[list[str], list[str]
         with tarfile.open(archive, "r:") as tar:
             held = _checked(tar, archive)
             mine = {part: folder for part, folder in parts.items() if part in held}
-            for part, folder in mine.items():
-                if there := next((p for p in folder.rglob("*") if not p.is_dir()), None):
-                    raise BackupError(
-                        f"{there} is there: {part} is put back into an empty folder only"
-                    )
-            _write(tar, mine)
+            marker = parts["federation"] / UNFINISHED
+            _clear(tar, mine, marker)
+            _write(tar, mine, marker)
     except tarfile.TarError as err:
         raise BackupError(f"{archive} is damaged, or no backup: {err}") from None
     return list(mine), [part for part in held if part not in mine]
@@ -98,29 +99,76 @@ def _about(text: bytes, archive: Path) -> dict[str, Any]:
     return about
 
 
-def _write(tar: tarfile.TarFile, parts: dict[str, Path]) -> None:
+def _placed(tar: tarfile.TarFile, parts: dict[str, Path]) -> Iterator[tuple[tarfile.TarInfo, Path]]:
+    """Each entry of these parts, and where it goes."""
+    for entry in tar.getmembers():
+        part, *rest = PurePosixPath(entry.name).parts
+        if part in parts:
+            yield entry, parts[part].joinpath(*rest)
+
+
+def _clear(tar: tarfile.TarFile, parts: dict[str, Path], marker: Path) -> None:
+    """Remove what a restore that was cut off has left of this archive.
+
+    Raises:
+        BackupError: there is something else, or it wrote into other folders too.
+    """
+    resolved = {str(folder.resolve()): part for part, folder in parts.items()}
+    begun = _begun(marker)
+    if others := [folder for folder in begun if folder not in resolved]:
+        raise BackupError(
+            f"{marker} is there: the restore that was cut off wrote into {others[0]} too; call it "
+            "with the same folders, or empty them all"
+        )
+    left = [
+        path for _, path in _placed(tar, {p: parts[p] for f, p in resolved.items() if f in begun})
+    ]
+    known = {marker, *left}
+    for part, folder in parts.items():
+        files = (p for p in folder.rglob("*") if not p.is_dir() and p not in known)
+        if there := next(files, None):
+            raise BackupError(f"{there} is there: {part} is put back into an empty folder only")
+    for path in reversed(left):  # folders too: one may not have its mode yet
+        if path.is_dir() and not path.is_symlink():
+            with suppress(OSError):  # a mount
+                path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _begun(marker: Path) -> list[str]:
+    """The folders of a restore that was cut off; none if it had not got further than the file.
+
+    Raises:
+        BackupError: it is still at work.
+    """
+    try:
+        with marker.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return [str(folder) for folder in json.load(file)]
+    except BlockingIOError:
+        raise BackupError(f"{marker} is there: another restore is at work") from None
+    except (FileNotFoundError, ValueError):
+        return []
+
+
+def _write(tar: tarfile.TarFile, parts: dict[str, Path], marker: Path) -> None:
+    top = marker.parent
     made: list[Path] = []
     try:
-        for entry in tar.getmembers():
-            part, *rest = PurePosixPath(entry.name).parts
-            if part not in parts:
-                continue
-            path = parts[part].joinpath(*rest)
-            if entry.isdir():
-                _make_folder(path, entry.mode, made)
-            elif entry.issym():
-                with suppress(OSError):  # where the file system has links; readers do without
-                    path.symlink_to(entry.linkname)
-                    made.append(path)
-            elif file := tar.extractfile(entry):
-                _make_folder(path.parent, 0o755, made)
-                made.append(path)
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-                with os.fdopen(os.open(path, flags, entry.mode & 0o700), "wb") as copy:
-                    shutil.copyfileobj(file, copy)
-                    os.fchmod(copy.fileno(), entry.mode)  # whatever the umask
-                    copy.flush()
-                    os.fsync(copy.fileno())
+        _make_folder(top, next((e.mode for e, p in _placed(tar, parts) if p == top), 0o755), made)
+        made.append(marker)
+        with marker.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.write(json.dumps([str(folder.resolve()) for folder in parts.values()]))
+            lock.flush()
+            os.fsync(lock.fileno())
+            sync_folder(top)
+            sync_folder(top.parent)
+            for entry, path in _placed(tar, parts):
+                _put(tar, entry, path, made)
+            for folder in {path.parent for path in made}:
+                sync_folder(folder)
     except BaseException:
         for path in reversed(made):
             if path.is_dir() and not path.is_symlink():
@@ -128,6 +176,26 @@ def _write(tar: tarfile.TarFile, parts: dict[str, Path]) -> None:
             else:
                 path.unlink(missing_ok=True)
         raise
+    marker.unlink()
+    sync_folder(top)
+
+
+def _put(tar: tarfile.TarFile, entry: tarfile.TarInfo, path: Path, made: list[Path]) -> None:
+    if entry.isdir():
+        _make_folder(path, entry.mode, made)
+    elif entry.issym():
+        with suppress(OSError):  # where the file system has links; readers do without
+            path.symlink_to(entry.linkname)
+            made.append(path)
+    elif file := tar.extractfile(entry):
+        _make_folder(path.parent, 0o755, made)
+        made.append(path)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        with os.fdopen(os.open(path, flags, entry.mode & 0o700), "wb") as copy:
+            shutil.copyfileobj(file, copy)
+            os.fchmod(copy.fileno(), entry.mode)  # whatever the umask
+            copy.flush()
+            os.fsync(copy.fileno())
 
 
 def _make_folder(path: Path, mode: int, made: list[Path]) -> None:
@@ -144,6 +212,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="superlink.restore", description=__doc__.split("\n")[0])
     parser.add_argument("archive", type=Path, help="what superlink.backup has written")
     args = parser.parse_args()
+    unwind_on_sigterm("restore")
     try:
         parts = folders(dict(os.environ), state_is_there=False)
         if not os.environ.get("RESULTS_DIR"):

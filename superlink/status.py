@@ -41,7 +41,7 @@ class Site:
     last_seen: str = ""
     rows: int | None = None
     device: str = ""
-    app: str = ""  # of the newest run that it was ready for, as its own pin was
+    app: str = ""  # of the newest run that it was ready for: version, and SHA-256 of the FAB
     policy: str = ""  # SHA-256 of its policy.toml
     versions: dict[str, str] = field(default_factory=dict)
     last_round: dict[str, Any] | None = None  # run, round

@@ -47,6 +47,8 @@ def asked(site: Site) -> list[Row]:
             status, what = "error", str(err).removeprefix("supernode: ")
         except OSError as err:
             status, what = "error", f"{err.filename or name}: {err.strerror or type(err).__name__}"
+        except Exception as err:  # its words may hold anything: of a key, a proxy's password
+            status, what = "error", f"the check itself failed here: {type(err).__name__}"
         found.append(Row(name, status, what))
     return found
 

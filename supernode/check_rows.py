@@ -14,12 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from supernode.entrypoint import pinned_app
-from supernode.keygen import fingerprint
+from supernode.keygen import fingerprint, loaded
 from supernode.reach import direct, parsed, proxy_for, reached
 from supernode.site_env import check_readable, completed
 from supernode.superlink_check import LinkError, ask, certificate_end
@@ -89,20 +87,16 @@ def key(site: Site) -> str:
             "(docker compose run --rm keygen)"
         )
     check_readable(path)
-    try:
-        loaded = serialization.load_ssh_private_key(path.read_bytes(), password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        loaded = None
-    if not isinstance(loaded, ec.EllipticCurvePrivateKey):
+    site.key = loaded(path)
+    if not site.key:
         raise BadError(f"{path} is no private key of a site; take it from the kit again")
-    site.key = loaded
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         raise BadError(
             f"{path} has mode {mode:04o}, so others can read it: chmod 0600 (a file system without "
             "modes is no place for it)"
         )
-    return f"{fingerprint(loaded.public_key())}, mode {mode:04o}"
+    return f"{fingerprint(site.key.public_key())}, mode {mode:04o}"
 
 
 def ca_certificate(site: Site) -> str:

@@ -3,7 +3,8 @@
     python -m supernode.keygen > site-07.pub        (SITE_DIR)
 
 Writes SITE_DIR/supernode.key (mode 0600), never over another one, and prints the public key alone
-on the standard output. The operator's part is ``superlink.provision admit site-07 site-07.pub``.
+on the standard output; where a key is there already, that one's. The operator's part is
+``superlink.provision admit site-07 site-07.pub``.
 """
 
 import base64
@@ -12,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -41,6 +43,15 @@ def make_key(path: Path) -> ec.EllipticCurvePublicKey:
     return key.public_key()
 
 
+def loaded(path: Path) -> ec.EllipticCurvePrivateKey | None:
+    """The private key in this file; None: it is no site's. Raises OSError."""
+    try:
+        key = serialization.load_ssh_private_key(path.read_bytes(), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return None
+    return key if isinstance(key, ec.EllipticCurvePrivateKey) else None
+
+
 def fingerprint(public: ec.EllipticCurvePublicKey) -> str:
     """As ssh-keygen -l and superlink.provision show it."""
     form = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
@@ -54,23 +65,28 @@ def main() -> int:
         print("keygen: ERROR: SITE_DIR is not set", file=sys.stderr)
         return 1
     path = Path(site) / "supernode.key"
+    done = "is made and stays here"
     try:
-        public = make_key(path)
-    except FileExistsError:
-        print(
-            f"keygen: ERROR: {path} is there already, and stays; move it away to have another, "
-            "which the operator must admit anew",
-            file=sys.stderr,
-        )
-        return 1
+        try:
+            public = make_key(path)
+        except FileExistsError:  # the shell has emptied the file that the public part is for
+            if not (there := loaded(path)):
+                print(
+                    f"keygen: ERROR: {path} is there already, and is no private key of a site; "
+                    "move it away",
+                    file=sys.stderr,
+                )
+                return 1
+            public = there.public_key()
+            done = "was there already, and stays: move it away to have another"
     except OSError as err:
         print(f"keygen: ERROR: {path}: {err.strerror}", file=sys.stderr)
         return 1
     form = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     print(public.public_bytes(*form).decode())
     print(
-        f"keygen: {path} is made and stays here; the line above goes to the operator, and this by "
-        f"another way: {fingerprint(public)}",
+        f"keygen: {path} {done}; the line above goes to the operator, and this by another way: "
+        f"{fingerprint(public)}",
         file=sys.stderr,
     )
     return 0

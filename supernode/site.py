@@ -5,8 +5,9 @@
     python -m supernode.site apps          the apps that run here, and the one that was refused last
     python -m supernode.site approve SHA256 --by NAME      the one that was refused last
 
-SITE_DIR is the site's folder; in a container: docker compose exec supernode-07 python3 -m
-supernode.site pause. What is decided stands in state/, and holds until it is decided otherwise.
+SITE_DIR is the site's folder; in a kit's container: docker compose exec supernode python3 -m
+supernode.site pause (supernode-07 where one compose file runs all sites). What is decided stands in
+state/, and holds until it is decided otherwise.
 """
 
 import argparse

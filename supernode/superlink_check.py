@@ -8,10 +8,11 @@ import json
 import ssl
 from base64 import b64encode
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import grpc
 from cryptography import x509
@@ -39,8 +40,9 @@ def certificate_end(address: str, ca_file: Path, env: Mapping[str, str]) -> date
     """
     host, port = parsed(address)
     proxy = proxy_for(env, host)
+    at = _proxy(env, proxy) if proxy else None
     try:
-        link = _tunnel(env[proxy], host, port, ca_file) if proxy else _direct(host, port, ca_file)
+        link = _tunnel(at, host, port, ca_file) if at else _direct(host, port, ca_file)
         link.connect()
         shown = link.sock.getpeercert(binary_form=True)
         link.close()
@@ -67,9 +69,20 @@ def _direct(host: str, port: int, ca_file: Path) -> http.client.HTTPSConnection:
     return http.client.HTTPSConnection(host, port, timeout=PROBE_TIMEOUT_S, context=context)
 
 
-def _tunnel(proxy: str, host: str, port: int, ca_file: Path) -> http.client.HTTPSConnection:
+def _proxy(env: Mapping[str, str], name: str) -> SplitResult:
+    """Raises LinkError: it is no URL. Nothing of it is told: a password may be anywhere in it."""
+    with suppress(ValueError):
+        at = urlsplit(env[name])
+        if at.hostname and at.port != 0 and "@" not in at.path + at.query + at.fragment:
+            return at
+    raise LinkError(
+        f"the proxy in {name} is no URL, as http://proxy.example.org:3128; percent-encode / # ? @ "
+        "in its password"
+    )
+
+
+def _tunnel(at: SplitResult, host: str, port: int, ca_file: Path) -> http.client.HTTPSConnection:
     """As gRPC asks a proxy: CONNECT, with the user's name and password where the URL has them."""
-    at = urlsplit(proxy)
     link = _direct(at.hostname or "", at.port or 443, ca_file)
     user = f"{unquote(at.username or '')}:{unquote(at.password or '')}"
     said = {"Proxy-Authorization": f"Basic {b64encode(user.encode()).decode()}"}

@@ -12,6 +12,7 @@ run whose app is refused. So it imports nothing of ours.
 import errno
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ SCHEMA = 1  # another number: a field has another meaning, or is gone
 MOST_BYTES = 4 << 20
 TEXT = 500  # characters of a reason that are kept
 SENT, REFUSED, FAILED = "sent", "refused", "failed"
+KINDS, OTHER = ("query", "train", "evaluate"), "other"
 
 
 class AuditError(Exception):
@@ -37,7 +39,7 @@ def entry(run: int, app: str, kind: str) -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "run": str(run),
         "app": app,
-        "kind": kind,
+        "kind": kind if kind in KINDS else OTHER,  # a run may call its messages anything
         "round": None,
         "rows": 0,
         "steps": 0,
@@ -61,7 +63,8 @@ def append(folder: Path, line: dict[str, Any]) -> None:
     if line["reason"]:
         told = "".join(c if c.isprintable() else " " for c in line["reason"])
         line = line | {"reason": " ".join(told.split())[:TEXT]}
-    written = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+    line = {k: None if v in (math.inf, -math.inf) or v != v else v for k, v in line.items()}
+    written = json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n"
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         path = folder / FILE
@@ -79,20 +82,23 @@ def append(folder: Path, line: dict[str, Any]) -> None:
 
 
 def since(folder: Path, start: datetime) -> list[dict[str, Any]]:
-    """The lines from ``start`` on, newest first.
+    """The lines from ``start`` on, those that were written last first.
+
+    A clock that was set back leaves earlier times behind later ones: none of them ends the search.
 
     Raises:
         AuditError: one of them is none; OSError: the files cannot be read.
     """
     found: list[dict[str, Any]] = []
     for path in (folder / FILE, *reversed(_older(folder))):
+        if path.name < f"audit-{start.astimezone(UTC):%Y%m%dT%H%M%S.%fZ}.jsonl":
+            break  # it was full before; FILE's own name comes behind all of these
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         for number, text in reversed(list(enumerate(lines, 1))):
             try:
                 line = json.loads(text)
-                time = datetime.fromisoformat(line["time"])
-                if time < start:
-                    return found
+                if datetime.fromisoformat(line["time"]) < start:
+                    continue
             except (ValueError, KeyError, TypeError):
                 raise AuditError(
                     f"{folder.name}/{path.name}, line {number} is no record; move that file away"

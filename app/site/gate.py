@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
 
 from app.config import ConfigError
 from app.site import audit
@@ -34,16 +35,17 @@ class Visit:
         self.state, self.policy = site / "state", Policy()
         kind = message.metadata.message_type
         self.line = audit.entry(context.run_id, _app(context.run_id), kind)
-        self.line["bytes_received"] = _size(message.content)
-        if job := message.content.config_records.get("job"):
-            self.line["round"] = job.get("round")
 
     def note(self, **facts: Any) -> None:
         """Of the fields of ``audit.entry``."""
         self.line |= facts
 
-    def enter(self, site: Path) -> None:
+    def enter(self, message: Message, site: Path) -> None:
         """Read the policy. Raises SiteError: it cannot be used, or the time is none for this."""
+        self.note(bytes_received=_size(message.content))
+        if job := message.content.config_records.get("job"):
+            stated = job.get("round")
+            self.note(round=stated if type(stated) is int else None)  # a run may state anything
         self.policy = Policy.read(site)
         self.note(policy=self.policy.sha256)
         paused = self.state / "paused"  # supernode/site.py
@@ -105,7 +107,7 @@ def guarded(failed: Failed = lambda *_: None) -> Callable[[Work], Callable[..., 
             visit, error, told = Visit(message, context, site), None, ""
             content: RecordDict | None
             try:
-                visit.enter(site)
+                visit.enter(message, site)
                 content = work(message, context, visit)
             except Exception as err:
                 error, told = err, visit.told(err)
@@ -122,6 +124,22 @@ def guarded(failed: Failed = lambda *_: None) -> Callable[[Work], Callable[..., 
         return handler
 
     return decorate
+
+
+class GuardedApp(ClientApp):
+    """A ClientApp whose gate is met by messages of any type, also those that it has no handler for.
+
+    Flower's own would send an error of its own for them, and take ``train.default`` for ``train``.
+    """
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        known = message.metadata.message_type in audit.KINDS
+        return super().__call__(message, context) if known else _not_answered(message, context)
+
+
+@guarded()
+def _not_answered(message: Message, context: Context, visit: Visit) -> RecordDict:
+    raise RefusedError(f"the site answers messages of the types {', '.join(audit.KINDS)} only")
 
 
 def _size(content: RecordDict | None) -> int:

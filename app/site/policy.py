@@ -110,10 +110,15 @@ class Policy:
         Raises:
             PolicyFileError: the file cannot be read, or a key or a value cannot be meant.
         """
+        path = site_dir / FILE
         try:
-            content = (site_dir / FILE).read_bytes()
+            content = path.read_bytes()
             given = tomllib.loads(content.decode())
         except FileNotFoundError:
+            if path.is_symlink():  # to what a container, for one, does not see
+                raise PolicyFileError(
+                    f"{FILE} is a link that leads nowhere here; put the file itself there"
+                ) from None
             return cls()
         except OSError as err:
             raise PolicyFileError(f"{FILE} cannot be read: {err.strerror}") from None

@@ -300,8 +300,9 @@ def test_the_wrapper_is_plain_text_and_ends_with_a_newline() -> None:
         ("medqa.json", "\n " + json.dumps(PAIRS, indent=2)),
         ("medqa.json", "\n\n".join(json.dumps(p) for p in PAIRS)),
         ("medqa.jsonl", "\r\n".join(json.dumps(p) for p in PAIRS)),
+        ("medqa.jsonl", "\r".join(json.dumps(p) for p in PAIRS)),
     ],
-    ids=["JSONL", "an array in a .jsonl", "an array", "JSONL in a .json", "CR LF"],
+    ids=["JSONL", "an array in a .jsonl", "an array", "JSONL in a .json", "CR LF", "CR"],
 )
 def test_pairs_are_read_from_every_kind_of_text(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8", newline="")
@@ -422,11 +423,40 @@ def test_a_parquet_file_without_a_row_is_refused(tmp_path: Path) -> None:
     assert refused(tmp_path) == f"{tmp_path / 'medqa.parquet'} holds no question"
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-def test_a_file_in_another_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig", "utf-32"])
+def test_pairs_are_read_from_every_unicode(tmp_path: Path, encoding: str) -> None:
     text = '{"prompt": "Ménière?", "gold": "A"}\n'
     (tmp_path / "medqa.jsonl").write_bytes(text.encode(encoding))
-    assert refused(tmp_path) == f"{tmp_path / 'medqa.jsonl'} is not UTF-8"
+    assert load("medqa", tmp_path, tmp_path)[0] == [Question("Ménière?", "A")]
+
+
+def test_a_file_in_another_encoding_is_refused_with_the_line_and_a_way_out(tmp_path: Path) -> None:
+    text = '{"prompt": "p", "gold": "A"}\n{"prompt": "Ménière?", "gold": "A"}\n'
+    path = tmp_path / "medqa.jsonl"
+    path.write_bytes(text.encode("latin-1"))
+    assert refused(tmp_path) == (
+        f"{path}, line 2, byte 42 (0xe9): not UTF-8; save the file as UTF-8 "
+        "(iconv -f LATIN1 -t UTF-8)"
+    )
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer, not "),
+        (b"\n<!DOCTYPE html><html>", "a web page, not the file; "),
+        (b"\xef\xbb\xbf<html lang='en'>", "a web page, not the file; "),
+        (b"PK\x03\x04\x14\x00", "a zip archive or an Excel file; "),
+        (b"\x1f\x8b\x08\x00", "compressed with gzip; unpack it"),
+    ],
+)
+def test_what_is_no_file_of_rows_is_named_as_what_it_is(
+    tmp_path: Path, start: bytes, said: str, suffix: str
+) -> None:
+    path = tmp_path / f"medqa.{suffix}"
+    path.write_bytes(start)
+    assert refused(tmp_path).startswith(f"{path}: {said}")
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "head", "footer", "page"])
@@ -446,6 +476,12 @@ def test_a_damaged_parquet_file_is_named_as_such(tmp_path: Path, damage: str) ->
     message = refused(tmp_path)
     assert str(path) in message
     assert "None" not in message
+
+
+def test_a_parquet_file_of_another_encoding_is_named(tmp_path: Path) -> None:
+    texts = pyarrow.array(["Ménière".encode("latin-1")]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": texts}), tmp_path / "medqa.parquet")
+    assert refused(tmp_path) == f"{tmp_path / 'medqa.parquet'} is no parquet file of UTF-8 texts"
 
 
 def test_an_unreadable_path_is_named_with_the_reason(tmp_path: Path) -> None:

@@ -63,13 +63,12 @@ def texts(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
     return found
 
 
-def printable(source: Path, tokenizer: Any, target: Path) -> Path:
-    """The same model, but it says only single printable characters."""
+def with_letters_only(source: Path, tokenizer: Any, target: Path) -> Path:
+    """The same model, but it says only letters of options."""
     shutil.copytree(source, target)
     arrays = load_file(target / "model.safetensors")
     for token in range(len(arrays["lm_head.weight"])):
-        text = tokenizer.decode([token])
-        if not (len(text) == 1 and text.isascii() and text.isprintable()):
+        if tokenizer.decode([token]).upper() not in list("ABCDE"):
             arrays["lm_head.weight"][token] = 0
     save_file(arrays, target / "model.safetensors", {"format": "pt"})
     return target
@@ -83,7 +82,7 @@ def site(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
 
     folder = tmp_path_factory.mktemp("site")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    hub = printable(tiny_model, tokenizer, folder / "hub")
+    hub = with_letters_only(tiny_model, tokenizer, folder / "hub")
     model = AutoModelForCausalLM.from_pretrained(hub, dtype="float32").eval()
     layers = {
         n: [m.out_features, m.in_features]
@@ -107,12 +106,12 @@ def site(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
     base = texts(model, tokenizer, prompts)
     peft = PeftModel.from_pretrained(model, str(run.path / "peft_2")).eval()
     second = texts(peft, tokenizer, prompts)
-    differ = [n for n in range(len(prompts)) if base[n] != second[n]]
+    differ = [n for n in range(len(prompts)) if base[n].upper() != second[n].upper()]
     chosen = differ[:N_FOUR]
     assert len(chosen) == N_FOUR
     # Every third gold is what the base says, the others what the second round says.
     pairs = [
-        {"prompt": prompts[i], "gold": base[i] if n % 3 == 0 else second[i]}
+        {"prompt": prompts[i], "gold": (base[i] if n % 3 == 0 else second[i]).upper()}
         for n, i in enumerate(chosen)
     ]
     write_jsonl(folder / "data" / "demo-four.jsonl", pairs)
@@ -546,9 +545,13 @@ def with_a_token_that_breaks(source: Path, target: Path, token: int) -> Path:
     return target
 
 
-@pytest.mark.parametrize("gold", ["A", "yes"], ids=["one token", "several tokens"])
+@pytest.mark.parametrize(
+    ("dataset", "gold"),
+    [("demo-four", "A"), ("demo-yesno", "yes")],
+    ids=["one token", "several tokens"],
+)
 def test_a_question_without_finite_logits_is_an_error_that_names_it(
-    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], gold: str
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: str, gold: str
 ) -> None:
     from transformers import AutoTokenizer
 
@@ -556,13 +559,13 @@ def test_a_question_without_finite_logits_is_an_error_that_names_it(
     model = with_a_token_that_breaks(site.model, tmp_path / "hub", odd)
     pairs = [{"prompt": f"{row['input']}\n", "gold": gold} for row in ROWS[:9]]
     pairs[4]["prompt"] += "~ a secret\n"
-    write_jsonl(tmp_path / "data" / "demo-four.jsonl", pairs)
-    arguments = ["--peft-path", "none", "--datasets", "demo-four"]
+    write_jsonl(tmp_path / "data" / f"{dataset}.jsonl", pairs)
+    arguments = ["--peft-path", "none", "--datasets", dataset]
     arguments += ["--base-model-name-path", str(model), "--data-dir", str(tmp_path / "data")]
     assert site.evaluate(tmp_path / "out", *arguments) == 1
     said = capsys.readouterr().err
     assert said.splitlines()[-1] == (
-        "eval: ERROR: demo-four, question 5: the logits of base are not finite: broken weights, "
+        f"eval: ERROR: {dataset}, question 5: the logits of base are not finite: broken weights, "
         "or --quantization 0 is too coarse; try --quantization 0"
     )
     assert "secret" not in said

@@ -78,8 +78,8 @@ def test_medqa_is_read_alike_in_every_shape_of_options_and_of_answer(
     rows, hub = [], []
     for number, (question, options, any_gold) in enumerate(content):
         gold = any_gold % len(options)
-        # What is a letter alone could be a letter's option: another test's matter.
-        options = [f"{option}." for option in options]
+        # A letter, alone or before a text, could be an option's: another test's matter.
+        options = [f"is {option}" for option in options]
         letters = "ABCDE"[: len(options)]
         pairs = [{"key": k, "value": v} for k, v in zip(letters, options, strict=True)]
         pairs = pairs[number:] + pairs[:number]
@@ -191,22 +191,118 @@ def test_a_text_that_is_a_letter_too_is_told_by_the_other_rows_or_refused(tmp_pa
     assert render("medqa", hub_row("?", ["K", "C", "A", "D"], 1))[1] == "B"  # the hub's is a text
 
 
+BLANKS = [None, float("nan"), "", " \t"]
+
+
+@pytest.mark.parametrize("blank", BLANKS, ids=repr)
 @pytest.mark.parametrize("column", ["opa", "opc", "opd"])
-def test_a_null_option_is_refused_not_made_up(tmp_path: Path, column: str) -> None:
+def test_a_blank_option_is_refused_not_made_up(tmp_path: Path, column: str, blank: Any) -> None:
     """ "None" is a real option of some questions, so a null must not become one."""
-    said = refused("medmcqa", tmp_path, [exam(0), exam("b") | {column: None}], line=2)
-    assert said.startswith(f"{column} is null; ")
+    said = refused("medmcqa", tmp_path, [exam(0), exam("b") | {column: blank}], line=2)
+    assert said.startswith(f"{column} is empty; ")
     assert golds("medmcqa", tmp_path, [exam("b") | {column: "None"}]) == "B"
+    texts = ["w", "x", "y", "z"]
+    texts["abcd".index(column[2])] = blank
+    letters: Any = dict(zip("ABCD", texts, strict=True))
+    pairs = [{"key": key, "value": text} for key, text in letters.items()]
+    for options in (texts, letters, pairs):
+        row = {"question": "Which?", "options": options, "answer_idx": "B"}
+        said = refused("medqa", tmp_path, [row])
+        assert said.startswith(f"option {column[2].upper()} is empty; ")
 
 
-def test_null_and_nan_among_a_lists_options_are_refused(tmp_path: Path) -> None:
-    for null in (None, float("nan")):
-        row = exam("b") | {"opb": null}
-        assert refused("medmcqa", tmp_path, [row]).startswith("opb is null; ")
-        row = {"question": "?", "options": ["w", null, "y", "z"], "answer_idx": "A"}
-        assert refused("medqa", tmp_path, [row]).startswith("option B is null; ")
-    row["options"] = {"A": "w", "B": None, "C": "y", "D": "z"}
-    assert refused("medqa", tmp_path, [row]).startswith("the keys of 'options' are not A, B, C")
+@pytest.mark.parametrize("blank", BLANKS, ids=repr)
+def test_a_fifth_option_that_is_blank_is_none(tmp_path: Path, blank: Any) -> None:
+    texts = ["w", "x", "y", "z", blank]
+    letters = dict(zip("ABCDE", texts, strict=True))
+    pairs = [{"key": key, "value": text} for key, text in letters.items()]
+    row = {"question": "Which?", "answer_idx": "D"}
+    rows = [row | {"options": options} for options in (texts, letters, pairs)]
+    for start in ("abcde", "12345"):
+        rows.append(row | {f"op{x}": text for x, text in zip(start, texts, strict=True)})
+    four = render("medqa", hub_row("Which?", ["w", "x", "y", "z"], 3))
+    for one in rows:
+        assert asked("medqa", tmp_path, [one]) == [Question(*four)]
+        said = refused("medqa", tmp_path, [one | {"answer_idx": "E"}])
+        assert said.startswith("answer_idx = 'E' is none of its 4 options; ")
+
+
+def test_all_options_blank_are_refused_and_the_hubs_worded_as_the_leaderboard_does(
+    tmp_path: Path,
+) -> None:
+    blank = exam("b") | {f"op{x}": "" for x in "abcd"}
+    assert refused("medmcqa", tmp_path, [blank]).startswith("opa is empty; ")
+    prompt, _ = render("medmcqa", exam(0) | {"opb": None, "opc": "", "ope": None})
+    assert prompt.endswith("\nA. option a\nB. None\nC. \nD. option d\nThe answer is:\n")
+
+
+@pytest.mark.parametrize("question", ["", " \n"])
+def test_a_question_without_a_word_is_refused(tmp_path: Path, question: str) -> None:
+    said = refused("medmcqa", tmp_path, [exam(0), exam(1) | {"question": question}], line=2)
+    assert said.startswith("'question' is empty; wanted: question, options (texts, or ")
+
+
+@pytest.mark.parametrize("form", ["{}. {}", "{}) {}", "({}) {}", "{}: {}", " {}.{} "])
+@pytest.mark.parametrize("low", [False, True])
+def test_options_that_carry_their_own_letters_get_none_twice(
+    tmp_path: Path, form: str, low: bool
+) -> None:
+    texts = ["Ice", "Rest", "B. cereus", "(C) Heat"]
+    letters = "abcd" if low else "ABCD"
+    carried = [form.format(letter, text) for letter, text in zip(letters, texts, strict=True)]
+    wanted = [Question(*render("medqa", hub_row("Next?", texts, 1)))]
+    row = {"question": "Next?", "options": carried}
+    for gold in ({"answer_idx": "B"}, {"answer": carried[1]}, {"answer": "Rest"}):
+        assert asked("medqa", tmp_path, [row | gold]) == wanted
+    columns = {f"op{x}": text for x, text in zip("abcd", carried, strict=True)}
+    assert asked("medqa", tmp_path, [row | columns | {"options": None, "cop": "b"}]) == wanted
+    # The answer's letter must be the option's, and an option must be more than its letter.
+    wrong = {"answer": form.format("A", "Rest")}
+    assert " is none of its 4 options; " in refused("medqa", tmp_path, [row | wrong])
+    bare = row | {"options": [*carried[:3], form.format("D", "")], "answer_idx": "B"}
+    assert refused("medqa", tmp_path, [bare]).startswith("option D is empty; ")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["B. cereus", "C. difficile", "E. coli", "A. baumannii"],
+        ["A. fumigatus", "Aspirin", "C. albicans", "D. medinensis"],
+        ["A", "B", "C", "D"],
+        ["A-type", "B-type", "C-type", "D-type"],
+        ["(A. one", "(B. two", "(C. three", "(D. four"],
+    ],
+)
+def test_a_letter_that_is_not_certainly_the_options_own_stays(
+    tmp_path: Path, options: list[str]
+) -> None:
+    row = {"question": "Which?", "options": options, "answer_idx": "B"}
+    wanted = render("medqa", hub_row("Which?", options, 1))
+    assert asked("medqa", tmp_path, [row]) == [Question(*wanted)]
+
+
+def test_the_hubs_options_keep_their_letters() -> None:
+    prompt, _ = render("medqa", hub_row("Which?", ["A. one", "B. two"], 1))
+    assert "\nA. A. one\nB. B. two\n" in prompt
+
+
+def test_an_answer_in_words_is_not_said_to_be_counted(tmp_path: Path) -> None:
+    row = {"question": "How many?", "options": ["10", "20", "30", "40"], "answer": "50"}
+    assert refused("medqa", tmp_path, [row]).startswith(
+        "answer = '50' is none of its 4 options; wanted: "
+    )
+
+
+def test_two_columns_of_one_name_must_say_the_same(tmp_path: Path) -> None:
+    row = exam("b")
+    said = refused("medmcqa", tmp_path, [row, row | {"Question": "Another?"}], line=2)
+    assert said.startswith("more than one column 'question', and they differ; wanted: ")
+    assert golds("medmcqa", tmp_path, [row | {"Question": "Which?", "COP": None}]) == "B"
+    assert golds("medmcqa", tmp_path, [{"Question": float("nan"), "Cop": " "} | row]) == "B"
+    said = refused("medmcqa", tmp_path, [row | {"Cop": "c"}])
+    assert said.startswith("more than one column 'cop', and they differ; ")
+    said = refused("pubmedqa", tmp_path, [ABSTRACT | {"contexts": ["Another."]}])
+    assert said.startswith("more than one column 'contexts', and they differ; wanted: QUESTION")
 
 
 def test_four_and_five_options_of_one_parquet_file_are_what_they_were(tmp_path: Path) -> None:
@@ -297,7 +393,10 @@ def test_an_abstract_is_read_in_every_shape(
         ({"final_decision": True}, "final_decision = True is none of yes, no, maybe; "),
         ({"CONTEXTS": "all of it, and maybe its conclusion"}, "no list of texts in 'CONTEXTS'; "),
         ({"CONTEXTS": ["a", None]}, "no list of texts in 'CONTEXTS'; "),
+        ({"CONTEXTS": []}, "'CONTEXTS' is empty; "),
+        ({"CONTEXTS": ["", " "]}, "'CONTEXTS' is empty; "),
         ({"QUESTION": ["a"]}, "no text in 'QUESTION'; "),
+        ({"QUESTION": "  "}, "'QUESTION' is empty; "),
     ],
 )
 def test_an_abstract_of_no_such_shape_is_refused(
@@ -308,13 +407,44 @@ def test_an_abstract_of_no_such_shape_is_refused(
     assert "wanted: QUESTION, CONTEXTS (a list of texts), final_decision (yes, no" in message
 
 
-def test_worded_pairs_are_asked_as_they_are(tmp_path: Path) -> None:
-    pairs = [{"prompt": "p", "gold": gold} for gold in ("b", "A", "###", "e")]
+def test_worded_pairs_are_asked_as_they_are_with_golds_in_the_labels_spelling(
+    tmp_path: Path,
+) -> None:
+    pairs = [{"prompt": " p\n", "gold": gold} for gold in ("b", "A", " C\n", "e")]
     found = asked("medqa", tmp_path, pairs)
-    assert [q.gold for q in found] == ["b", "A", "###", "e"]
+    assert found == [Question(" p\n", label) for label in "BACE"]
     assert labels_of("medqa", found) == ("A", "B", "C", "D", "E")
     assert labels_of("medqa", found[:3]) == ("A", "B", "C", "D")
+    assert golds("pubmedqa", tmp_path, [{"prompt": "p", "gold": " Maybe "}]) == "maybe"
     assert labels_of("pubmedqa", found) == ("yes", "no", "maybe")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "gold"),
+    [
+        ("medqa", "B. Heparin"),
+        ("medmcqa", "2"),
+        ("careqa", "F"),
+        ("demo-four", "###"),
+        ("demo-five", "yes"),
+        ("pubmedqa", "Yes."),
+        ("demo-yesno", "A"),
+        ("medqa", " "),
+    ],
+)
+def test_a_gold_that_no_answer_can_match_is_refused(
+    tmp_path: Path, dataset: str, gold: str
+) -> None:
+    labels = "yes, no, maybe" if dataset in ("pubmedqa", "demo-yesno") else "A, B, C, D, E"
+    pairs = [{"prompt": "p", "gold": labels.split(", ")[0]}, {"prompt": "p", "gold": gold}]
+    said = refused(dataset, tmp_path, pairs, line=2)
+    assert said == f"gold = {gold!r} is none of {labels}"
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_a_pair_that_asks_nothing_is_refused(tmp_path: Path, prompt: str) -> None:
+    pairs = [{"prompt": "p", "gold": "A"}, {"prompt": prompt, "gold": "A"}]
+    assert refused("medqa", tmp_path, pairs, line=2) == "prompt is empty"
 
 
 def test_a_row_error_has_its_rows_index() -> None:

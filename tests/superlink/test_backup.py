@@ -17,6 +17,7 @@ import pytest
 
 import superlink.backup
 import superlink.restore
+from superlink import site_keys
 from superlink.backup import BackupError, backup
 from superlink.provision import provision
 from superlink.restore import restore
@@ -109,6 +110,35 @@ def test_what_comes_back_is_what_was_there_but_for_the_sites_own(
     assert stat.S_IMODE(database.stat().st_mode) == 0o600
     assert b"patient" not in path.read_bytes()
     assert provision(tmp_path / "here" / "federation", 3, "superlink.example:9092", []) == []
+
+
+def test_a_key_that_is_rotated_meanwhile_is_newer_than_the_database(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So superlink.register mends it; of a newer database it would shut the site out for good."""
+    copy = superlink.backup._copy_database
+
+    def rotated(database: Path, to: Path) -> None:
+        copy(database, to)
+        site_keys.rotate(parts["federation"], "site-00")
+
+    monkeypatch.setattr(superlink.backup, "_copy_database", rotated)
+    here = of(tmp_path / "here")
+    restore(backup(parts, tmp_path / "saved"), here)
+    public = "federation/public/site-00.pub"
+    assert tree(here)[public] == tree(parts)[public]
+
+
+def test_a_site_that_has_paused_is_paused_when_it_comes_back(parts: Parts, tmp_path: Path) -> None:
+    """But nothing else of its state, and no row of that name."""
+    site = parts["federation"] / "site-01"
+    (site / "state" / "paused").touch()
+    (site / "data" / "paused").touch()
+    here = of(tmp_path / "here")
+    restore(backup(parts, tmp_path / "saved"), here)
+    there = here["federation"] / "site-01"
+    assert [p.name for p in (there / "state").iterdir()] == ["paused"]
+    assert list((there / "data").iterdir()) == []
 
 
 def test_the_sums_are_those_that_sha256sum_reads(parts: Parts, tmp_path: Path) -> None:
@@ -250,7 +280,7 @@ def test_a_restore_that_fails_leaves_nothing(parts: Parts, tmp_path: Path) -> No
 
 
 def test_no_archive_is_left_by_a_backup_that_fails(parts: Parts, tmp_path: Path) -> None:
-    with full_disk(10_000), pytest.raises(OSError, match="File too large"):
+    with full_disk(40_000), pytest.raises(OSError, match="File too large"):
         backup(parts, tmp_path / "saved")
     assert list((tmp_path / "saved").iterdir()) == []
 

@@ -22,6 +22,7 @@ from superlink.certificates import CertificateError, load_key
 from superlink.control import public_keys
 from superlink.provision import main, provision, reset
 from supernode import keygen
+from tests.docs.pages import Page
 from tests.killed import kills
 from tests.samples import REPOSITORY
 
@@ -276,10 +277,12 @@ def test_an_admission_that_was_killed_anywhere_is_completed_or_has_not_begun(
 def test_keygen_never_replaces_a_key_and_says_what_is_wrong(tmp_path: Path) -> None:
     pub = public_part(tmp_path)
     key = pub.with_name("supernode.key")
-    content = key.read_bytes()
+    content, public = key.read_bytes(), pub.read_text()
     command = [sys.executable, "-m", "supernode.keygen"]
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "supernode.key").write_text("no key")
     for env, said in (
-        ({"SITE_DIR": str(pub.parent)}, "is there already, and stays"),
+        ({"SITE_DIR": str(tmp_path / "odd")}, "is there already, and is no private key of a site"),
         ({"SITE_DIR": str(tmp_path / "none")}, "No such file or directory"),
         ({"SITE_DIR": ""}, "SITE_DIR is not set"),
     ):
@@ -293,6 +296,14 @@ def test_keygen_never_replaces_a_key_and_says_what_is_wrong(tmp_path: Path) -> N
         )
         assert (done.returncode, done.stdout) == (1, "")
         assert said in done.stderr
+    env = os.environ | {"SITE_DIR": str(pub.parent)}
+    with pub.open("w") as file:  # as the shell does it, before anything is asked
+        again = subprocess.run(
+            command, cwd=REPOSITORY, env=env, check=True, stdout=file,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert "was there already, and stays" in again.stderr
+    assert (pub.read_text(), site_keys.fingerprint(pub) in again.stderr) == (public, True)
     assert key.read_bytes() == content
     assert [p.name for p in pub.parent.iterdir() if "key" in p.name] == ["supernode.key"]
 
@@ -358,3 +369,27 @@ def test_without_a_gpu_a_kit_reserves_none() -> None:
         )
         for x in ours["check"]["entrypoint"]
     ]
+
+
+def test_the_pages_command_makes_a_file_of_nobody_else_and_overwrites_none(
+    federation: Path, tmp_path: Path
+) -> None:
+    """The shell makes the file there, with a private key in it. As it stands, but for compose."""
+    page = Page.read(REPOSITORY / "docs" / "operator.md")
+    (line,) = [command for command, _ in page.commands if "--output -" in command]
+    compose = "docker compose run --rm -T provision python3"
+    assert compose in line
+    line = line.replace(compose, sys.executable).replace("superlink.example:9092", ADDRESS)
+    line = line.replace("site-07", "site-01")
+    env = os.environ | {"FEDERATION_DIR": str(federation), "PYTHONPATH": str(REPOSITORY)}
+    kit = tmp_path / "site-01.tar.gz"
+
+    def call() -> int:
+        return subprocess.run(["sh", "-c", line], cwd=tmp_path, env=env, umask=0o022).returncode
+
+    assert call() == 0
+    assert stat.S_IMODE(kit.stat().st_mode) == 0o600
+    assert unpacked(kit.read_bytes(), tmp_path / "unpacked").is_dir()
+    kit.write_text("of before")
+    assert call() != 0
+    assert kit.read_text() == "of before"

@@ -91,6 +91,18 @@ def test_each_row_is_there_once_and_without_a_superlink_the_site_is_not_ready(
     ]
 
 
+def test_whatever_goes_wrong_in_a_row_is_an_error_row_by_its_type_alone(
+    env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(site: Site) -> str:
+        raise KeyError("a secret")
+
+    monkeypatch.setitem(check_rows.ROWS, "clock", broken)
+    told = of_this_host(env)
+    assert told["clock"] == check.Row("clock", "error", "the check itself failed here: KeyError")
+    assert told["disk"].status == "ok"
+
+
 def test_what_the_check_itself_cannot_use_has_an_exit_code_of_its_own(
     env: dict[str, str],
 ) -> None:

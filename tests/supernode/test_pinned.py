@@ -69,7 +69,9 @@ def test_what_could_be_read_in_two_ways_has_none() -> None:
     unknown[8:10] = b"\x63\0"
     at = unknown.index(b"PK\1\2") + 10
     unknown[at : at + 2] = b"\x63\0"
-    bad = (twice, damaged, bytes(unknown), good[:-10], b"", b"no zip")
+    lzma = packed([("a", b"1" * 99)], zipfile.ZIP_LZMA).replace(b"\x5d\0\0", b"\xff\xff\xff")
+    name = bytearray(packed([("ä", b"1")]).replace("ä".encode(), b"\xff\xff"))  # no UTF-8
+    bad = (twice, damaged, bytes(unknown), lzma, bytes(name), good[:-10], b"", b"no zip")
     assert [app_sha256(fab) for fab in bad] == [""] * len(bad)
 
 

@@ -65,6 +65,17 @@ def test_a_proxy_that_refuses_is_away_or_inspects_tls_is_told_from_the_superlink
                 certificate_end(address, ca_file, {"https_proxy": url})
 
 
+@pytest.mark.parametrize(
+    "url",
+    [f"http://user:{password}@127.0.0.1:1" for password in ("Zq/9", "1/Zq", "Zq#9", "1?Zq", "[Zq")]
+    + ["user:Zq@127.0.0.1:1"],
+)
+def test_a_proxy_that_is_no_url_is_named_without_its_password(ca: Authority, url: str) -> None:
+    with pytest.raises(LinkError, match="the proxy in https_proxy is no URL, as http") as caught:
+        certificate_end("127.0.0.1:1", ca[2], {"https_proxy": url})
+    assert "Zq" not in str(caught.value)
+
+
 def test_without_a_proxy_the_reason_is_that_of_the_superlinks_own_address(
     ca: Authority, tmp_path: Path
 ) -> None:

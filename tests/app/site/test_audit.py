@@ -1,6 +1,7 @@
 """The site's record: every line whole and on the disk, or not there at all."""
 
 import json
+import math
 import multiprocessing
 import re
 from collections.abc import Iterator
@@ -104,11 +105,28 @@ def test_since_goes_back_no_further_than_asked(
     monkeypatch.setattr(audit, "MOST_BYTES", 1000)
     for hours in (30, 20, 13, 12, 11, 1):
         audit.append(tmp_path, line(time=(NOON - timedelta(hours=hours)).isoformat(), round=hours))
+    for hours, path in zip((30, 20, 13), sorted(tmp_path.glob("audit-*")), strict=False):
+        path.rename(tmp_path / f"audit-{NOON - timedelta(hours=hours):%Y%m%dT%H%M%S.%fZ}.jsonl")
     first = min(tmp_path.glob("audit-*"))
     first.write_bytes(b"damaged\n" + first.read_bytes())  # before the day: nobody reads it
     found = audit.since(tmp_path, NOON - timedelta(hours=12))
     assert [x["round"] for x in found] == [1, 11, 12]
     assert audit.since(tmp_path / "nowhere", NOON) == []
+
+
+def test_a_clock_that_was_set_back_hides_no_line_of_the_day(tmp_path: Path) -> None:
+    for hours in (-1, 13, 0):  # from NOON; the second one is of the evening before
+        audit.append(tmp_path, line(time=(NOON - timedelta(hours=hours)).isoformat(), round=hours))
+    (tmp_path / audit.FILE).rename(tmp_path / "audit-20261130T000000.000000Z.jsonl")
+    audit.append(tmp_path, line(time=(NOON + timedelta(hours=2)).isoformat(), round=2))
+    found = audit.since(tmp_path, NOON - timedelta(hours=12))
+    assert [x["round"] for x in found] == [2, 0, -1]
+
+
+def test_what_json_has_no_number_for_is_null_and_still_a_line(tmp_path: Path) -> None:
+    for number in (math.nan, math.inf, -math.inf, 1.5):
+        audit.append(tmp_path, line(change_norm=number))
+    assert [x["change_norm"] for x in lines(tmp_path)] == [None, None, None, 1.5]
 
 
 @pytest.mark.parametrize("damage", [b"damaged\n", b"[]\n", b"{}\n", b'{"time":"soon"}\n'])

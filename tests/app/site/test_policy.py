@@ -59,6 +59,12 @@ def test_without_a_file_there_is_no_rule(tmp_path: Path) -> None:
     assert str(policy) == "no policy.toml: the run's settings alone count"
 
 
+def test_a_link_that_leads_nowhere_is_not_taken_for_no_rules(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").symlink_to(tmp_path / "not-in-the-container.toml")
+    with pytest.raises(PolicyFileError, match=r"policy\.toml is a link that leads nowhere here"):
+        Policy.read(tmp_path)
+
+
 def test_what_is_in_force_is_said_with_its_hash(tmp_path: Path) -> None:
     policy = Policy.read(written(tmp_path, "# ours\nmin-rows = 7\ncodecs = ['int4']\n"))
     assert str(policy) == (
