@@ -15,7 +15,7 @@ from string import Template
 
 from superlink import site_keys
 from superlink.certificates import CertificateError, canonical, load_certificate, names_of
-from supernode.reach import parsed
+from supernode.reach import AddressError, reached
 
 USER = 10001  # of the containers: docker/Dockerfile
 _TEMPLATES = Path(__file__).with_name("kit")
@@ -45,7 +45,11 @@ def kit(federation: Path, site: str, address: str, key_at_site: bool) -> bytes:
         CertificateError: no such site, it is revoked, or the server's certificate is not for that
             address; AddressError: that is none; OSError: a file cannot be read.
     """
-    folder, host = federation / site, parsed(address)[0]
+    folder = federation / site
+    try:
+        host, _ = reached(address)
+    except AddressError as err:
+        raise AddressError(f"--address: {err}") from None
     if not site_keys.public_file(federation, site).exists():
         why = "is revoked" if site_keys.is_revoked(federation, site) else "is not there"
         raise CertificateError(f"{site} {why}; superlink.provision show lists the sites")

@@ -41,7 +41,7 @@ from superlink.certificates import (
 from superlink.container_files import manifest_folder, runtime_secret
 from superlink.half_done import unfinished
 from superlink.show import show
-from supernode.reach import AddressError, certificate_name, parsed
+from supernode.reach import AddressError, certificate_name, reached
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def provision(federation: Path, sites: int, address: str, names: list[str]) -> l
     """
     _refuse_half(federation)
     try:
-        host, _ = parsed(address)
+        host, _ = reached(address)
     except AddressError as err:
         raise ProvisionError(f"--address: {err}") from None
     try:

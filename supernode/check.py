@@ -59,7 +59,8 @@ def asked_of_the_app(env: dict[str, str], run_config: list[str]) -> list[Row]:
     Raises:
         SystemExit: it could not be made; it has said why, or does here.
     """
-    if env.setdefault("DEVICE", "cuda") == "cuda":
+    env["DEVICE"] = env.get("DEVICE") or "cuda"
+    if env["DEVICE"] == "cuda":
         try:
             env |= gpu_of(env)[0]
         except NoGpuError as err:
@@ -91,7 +92,7 @@ def main() -> int:
         if not env.get(name):
             print(f"check: ERROR: {name} is not set", file=sys.stderr)
             return NOT_CHECKED
-    if env.get("DEVICE", "cuda") not in ("cuda", "cpu"):
+    if env.get("DEVICE", "") not in ("", "cuda", "cpu"):
         print(f"check: ERROR: DEVICE={env['DEVICE']}: cuda or cpu", file=sys.stderr)
         return NOT_CHECKED
     site = Site(env)

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from supernode.entrypoint import pinned_app
 from supernode.keygen import fingerprint, loaded
-from supernode.reach import direct, parsed, proxy_for
+from supernode.reach import direct, parsed, proxy_for, reached
 from supernode.site_env import check_readable, completed
 from supernode.superlink_check import LinkError, ask, certificate_end
 
@@ -56,7 +56,7 @@ class Site:
     def address(self) -> str:
         """Raises BadError: the settings are wrong, which has a row of its own."""
         try:
-            parsed(self.env.get("SUPERLINK", ""))
+            reached(self.env.get("SUPERLINK", ""))
         except ValueError:
             raise BadError("not asked: the settings above come first") from None
         return self.env["SUPERLINK"]

@@ -98,7 +98,7 @@ def command(env: dict[str, str]) -> list[str]:
         "--root-certificates", str(site / "superlink-ca.crt"),
         "--auth-supernode-private-key", str(site / "supernode.key"),
         "--node-config", f"partition-id={partition} num-partitions={partitions}",
-        "--host", "127.0.0.1", "--port", env.get("RUNTIME_PORT", "9094"),
+        "--host", "127.0.0.1", "--port", env.get("RUNTIME_PORT") or "9094",
         *(["--health-server-address", f"127.0.0.1:{health}"] if health else []),
     ]  # fmt: skip
 
@@ -130,7 +130,7 @@ def warm_client_apps(env: dict[str, str]) -> Iterator[None]:
 def main() -> int:
     env = QUIET | read_site(dict(os.environ))
     env |= direct(env, parsed(env["SUPERLINK"])[0])
-    device = env.setdefault("DEVICE", "cuda")
+    device = env["DEVICE"] = env.get("DEVICE") or "cuda"
     if device == "cuda":
         set_gpu(env)
     elif device == "cpu":

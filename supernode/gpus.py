@@ -28,7 +28,7 @@ def choose_gpu(env: dict[str, str], visible: int) -> int:
     if not env.get("SUPERNODE_GPU"):
         return int(env["PARTITION_ID"]) % visible
     chosen = env["SUPERNODE_GPU"]
-    if not chosen.isdigit() or int(chosen) >= visible:
+    if not re.fullmatch(r"[0-9]{1,6}", chosen) or int(chosen) >= visible:
         raise NoGpuError(f"SUPERNODE_GPU={chosen}: this host shows GPUs 0 to {visible - 1}")
     return int(chosen)
 

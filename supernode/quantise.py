@@ -20,7 +20,7 @@ from supernode import source as sources
 from supernode import tokens
 from supernode.download import PrepareError, cached, check_id, is_prepared, model_folder, prepared
 from supernode.source import KINDS, SourceError
-from supernode.trial import train_one_row
+from supernode.trial import UnfitError, train_one_row
 
 
 def prepare_model(models: Path, cache: Path, name: str, kind: str, token: str | None) -> Path:
@@ -114,7 +114,8 @@ def _convert(source: Path, target: Path, name: str, kind: str) -> None:
     try:
         train_one_row(target)
     except Exception as err:  # whatever the libraries make of a model that they do not know
-        raise PrepareError(f"{source} ({kind}) cannot be trained: {_first_line(err)}") from None
+        why = str(err) if isinstance(err, UnfitError) else _first_line(err)
+        raise PrepareError(f"{source} ({kind}) cannot be trained: {why}") from None
     files = sorted(p for p in target.rglob("*") if p.is_file())
     for path in files:
         path.chmod(0o644)  # SuperNodes may run as another user

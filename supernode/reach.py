@@ -15,6 +15,7 @@ from cryptography import x509
 
 _LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"  # names of Docker's services have a _
 _NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
+_BROADCAST = ipaddress.ip_address("255.255.255.255")
 PROBE_TIMEOUT_S = 5
 # OpenSSL's X509_V_ERR_…
 _NOT_YET_VALID, _EXPIRED, _OTHER_NAME, _OTHER_IP = 9, 10, 62, 64
@@ -35,7 +36,7 @@ def parsed(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if "://" in text or "/" in text:
         why = "without a scheme and a path"
-    elif not colon or not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
+    elif not colon or not (re.fullmatch(r"[0-9]{1,5}", port) and 1 <= int(port) <= 65535):
         why = "with a port from 1 to 65535"
     elif _in_brackets(host) or _is_host(host):
         return host.strip("[]"), int(port)
@@ -46,13 +47,34 @@ def parsed(text: str) -> tuple[str, int]:
     )
 
 
+def reached(text: str) -> tuple[str, int]:
+    """As ``parsed``, of an address that a site is to connect to.
+
+    Raises:
+        AddressError: it is none, or one at which no host is reached.
+    """
+    host, port = parsed(text)
+    ip = ipaddress.ip_address(host) if _is_ip(host, 4) or _is_ip(host, 6) else None
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    why = ""
+    if ip and ip.is_unspecified:
+        why = "what a server listens on"
+    elif ip and (ip.is_multicast or ip == _BROADCAST):
+        why = "the address of many hosts"
+    if why:
+        raise AddressError(f"{host} is {why}, not where sites reach it")
+    return host, port
+
+
 def certificate_name(text: str) -> str:
     """What a certificate can be for: a name, perhaps with *. in front, or an IP address.
 
     Raises:
         AddressError: it is none; a certificate for it would be for nobody.
     """
-    if _is_host(text.removeprefix("*.")) or _in_brackets(text) or _is_ip(text, 6):
+    name = text.removeprefix("*.")
+    wildcard_of_ip = name != text and _is_ip(name, 4)
+    if (_is_host(name) and not wildcard_of_ip) or _in_brackets(text) or _is_ip(text, 6):
         return text.strip("[]")
     raise AddressError(
         f"{text!r} is no name for a certificate: fed.example.org, *.example.org, or an IP address, "

@@ -1,12 +1,19 @@
-"""A site's settings: its own site.env, and what its environment says over that."""
+"""A site's settings: its own site.env, and what its environment says over that, if anything."""
 
 import os
 import re
+import sys
+from difflib import get_close_matches
 from pathlib import Path
 
-from supernode.reach import AddressError, parsed
+from supernode.reach import AddressError, reached
 
 FILES = ("supernode.key", "superlink-ca.crt", "site.env")
+SETTINGS = (
+    "SITE_DIR", "MODELS_DIR", "DEVICE", "SUPERNODE_GPU", "DATA_COLUMNS", "LOCK_DIR", "SUPERLINK",
+    "PARTITION_ID", "NUM_PARTITIONS", "RUNTIME_PORT", "HEALTH_PORT", "APP_SHA256",
+    "ALLOW_APP_UPDATES", "PYTHONWARNINGS", "WARM_S",
+)  # fmt: skip
 _SETTING = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)")
 _QUOTES = ("'", '"')
 
@@ -28,21 +35,29 @@ def read_site(env: dict[str, str]) -> dict[str, str]:
 def completed(env: dict[str, str]) -> dict[str, str]:
     """The environment completed by SITE_DIR/site.env.
 
+    An empty variable is as good as none: compose sets all that it passes on, empty or not.
+
     Raises:
         SystemExit: that cannot be read, or a setting cannot work; one line says which.
     """
     file = Path(env["SITE_DIR"]) / "site.env"
     check_readable(file)
     lines = _lines(file)
-    complete = {name: value for name, (value, _) in lines.items()} | env
+    for name, (_, number) in lines.items():
+        # Variables of libraries are as welcome (https_proxy, HF_HOME): only what looks like a slip.
+        near = get_close_matches(name.upper(), SETTINGS, n=1, cutoff=0.85)
+        if near and name not in SETTINGS:
+            told = f"{file}, line {number}: {name} is no setting of a site; {near[0]} is"
+            print(f"supernode: WARNING: {told}", file=sys.stderr, flush=True)
+    complete = env | {name: value for name, (value, _) in lines.items() if not env.get(name)}
 
     def see(name: str) -> str:
-        there = name in lines and name not in env
+        there = name in lines and not env.get(name)
         return f"see {file}{f', line {lines[name][1]}' if there else ''}"
 
     for name in ("PARTITION_ID", "NUM_PARTITIONS"):
         value = complete.get(name, "")
-        if not (value.isascii() and value.isdigit()):
+        if not re.fullmatch(r"[0-9]{1,6}", value):
             raise SystemExit(f"supernode: {name}={value!r} cannot work; {see(name)}")
     if int(complete["PARTITION_ID"]) >= int(complete["NUM_PARTITIONS"]):
         raise SystemExit(
@@ -50,7 +65,7 @@ def completed(env: dict[str, str]) -> dict[str, str]:
             f"{complete['NUM_PARTITIONS']}, and the first is 0; {see('PARTITION_ID')}"
         )
     try:
-        parsed(complete.get("SUPERLINK", ""))
+        reached(complete.get("SUPERLINK", ""))
     except AddressError as err:
         raise SystemExit(f"supernode: SUPERLINK: {err}; {see('SUPERLINK')}") from None
     return complete

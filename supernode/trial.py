@@ -4,16 +4,27 @@ The app is not here: it arrives at a site with the run (docker/Dockerfile).
 """
 
 from pathlib import Path
+from typing import Any
 
 from supernode.source import linear_layers
 
 ROW = "Question: Which organ pumps the blood?\nAnswer: The heart."
 
 
+# What nothing depends on has a gradient of exactly 0: no other token moves it, as int8's outliers
+# and the experts of a mixture may move a logit. The least seen of a masked model is 7e-4.
+ROUNDING = 1e-5
+
+
+class UnfitError(ValueError):
+    """Why a model that loads and runs can't be trained; the message is for the user."""
+
+
 def train_one_row(folder: Path) -> None:
     """Load the model, put LoRA on its first linear layer, and send a row through and back.
 
-    Raises many errors: whatever the libraries raise; ValueError if nothing was learned.
+    Raises many errors: whatever the libraries raise; UnfitError if nothing was learned, or the
+    answer could be read off.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -35,7 +46,8 @@ def train_one_row(folder: Path) -> None:
     # The decoder's first, where there are images too; some classes call their head the decoder.
     names = [n for n in (*linear_layers(model.get_decoder()), *linear_layers(model)) if n]
     if not names:
-        raise ValueError("it has no linear layer that LoRA could adapt")
+        raise UnfitError("it has no linear layer that LoRA could adapt")
+    seen = _watched(model.get_input_embeddings())
     lora = LoraConfig(task_type="CAUSAL_LM", r=1, target_modules=names[:1])
     model = get_peft_model(model, lora)
     answers = torch.zeros_like(ids, dtype=torch.bool)
@@ -51,4 +63,20 @@ def train_one_row(folder: Path) -> None:
     torch.autograd.backward(loss)
     slopes = [p.grad.abs().max() for p in model.parameters() if p.grad is not None]
     if not slopes or not (0 < float(torch.stack(slopes).max()) < float("inf")):
-        raise ValueError("one row of training gives no finite gradient")
+        raise UnfitError("one row of training gives no finite gradient")
+    # No logit of the loss stands at the last token or behind it.
+    by_token = [w.grad.reshape(ids.numel(), -1).abs().amax(1) for w in seen if w.grad is not None]
+    if any(float(g[-1]) > ROUNDING * float(g.max()) for g in by_token):
+        raise UnfitError("it sees the words that come after (a masked model)")
+
+
+def _watched(embedding: Any) -> list[Any]:
+    """What the layer will give, call by call, each as a tensor that gets a gradient."""
+    given: list[Any] = []
+
+    def keep(_layer: Any, _inputs: Any, output: Any) -> Any:
+        given.append(output.detach().requires_grad_())
+        return given[-1].clone()  # some models scale it in place, which no leaf allows
+
+    embedding.register_forward_hook(keep)
+    return given

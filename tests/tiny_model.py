@@ -50,6 +50,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4},
     "qwen3": {"head_dim": 16},
 }  # fmt: skip
+# They load as causal language models, and are none without is_decoder.
+MASKED: dict[str, dict[str, Any]] = {
+    kind: {"initializer_range": 0.02} for kind in ("roberta", "bert")
+}
 
 
 TROCR: dict[str, Any] = {"d_model": HIDDEN, "decoder_layers": 1, "decoder_attention_heads": 4}
@@ -67,7 +71,7 @@ def build_tiny_family(folder: Path, kind: str) -> None:
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.eos_token_id, "initializer_range": 0.2,
     }  # fmt: skip
-    config = AutoConfig.for_model(kind, **shape | FAMILIES.get(kind, TROCR))
+    config = AutoConfig.for_model(kind, **shape | (FAMILIES | MASKED).get(kind, TROCR))
     with torch.random.fork_rng():
         torch.manual_seed(2025)
         model = AutoModelForCausalLM.from_config(config)

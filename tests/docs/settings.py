@@ -64,7 +64,9 @@ them, and `REGISTRY`). A second default is that of the files for the CPU.
 
 PROGRAMS_HEAD = """## Variables of the programs
 
-What each program reads from its environment. Compose sets them; without compose you do.
+What each program reads from its environment. Compose sets them; without compose you do. Those of
+`supernode.entrypoint` may stand in the site's `site.env` too: the environment wins, but an empty
+variable there is as good as none.
 """
 
 MEANT = {

@@ -155,7 +155,8 @@ def test_the_command_writes_it_for_its_owner_and_never_over_another(
             "elsewhere.example:9092",
             "not for elsewhere.example: superlink.provision --na",
         ),
-        ("site-01", "fed.example.org", "host:port is needed"),
+        ("site-01", "fed.example.org", "--address: 'fed.example.org' is no address: host:port"),
+        ("site-01", "0.0.0.0:9092", "--address: 0.0.0.0 is what a server listens on"),
         ("site-00", ADDRESS, "site-00 is revoked"),
     ],
 )

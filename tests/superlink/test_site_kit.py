@@ -165,8 +165,32 @@ def test_an_address_that_no_site_could_use_makes_nothing(tmp_path: Path, address
 
 
 @pytest.mark.parametrize(
-    "name", ["https://a.example", "a.example:9092", "a b", "spitäl.example", "10.0.0.0/24", "*"]
+    ("host", "why"),
+    [
+        ("0.0.0.0", "is what a server listens on"),  # noqa: S104 (that is the point)
+        ("[::]", "is what a server listens on"),
+        ("[::ffff:0.0.0.0]", "is what a server listens on"),
+        ("224.0.0.1", "is the address of many hosts"),
+        ("[ff02::1]", "is the address of many hosts"),
+        ("255.255.255.255", "is the address of many hosts"),
+    ],
 )
+def test_an_address_at_which_nobody_is_reached_makes_nothing(
+    tmp_path: Path, host: str, why: str
+) -> None:
+    with pytest.raises(ProvisionError) as refused:
+        provision(tmp_path, 1, f"{host}:9092", [])
+    assert str(refused.value) == f"--address: {host.strip('[]')} {why}, not where sites reach it"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "https://a.example", "a.example:9092", "a b", "spitäl.example", "10.0.0.0/24", "*",
+        "*.10.0.0.1", "*.[::1]",
+    ],
+)  # fmt: skip
 def test_a_name_that_no_certificate_can_be_for_makes_nothing(tmp_path: Path, name: str) -> None:
     with pytest.raises(ProvisionError, match=r"--names: .* is no name for a certificate"):
         provision(tmp_path, 1, ADDRESS, [name])

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from superlink.onehost.processes import free_port
 from superlink.provision import provision
-from supernode import gpus
+from supernode import entrypoint, gpus
 from supernode.entrypoint import (
     EX_TEMPFAIL,
     HOPELESS,
@@ -32,7 +32,7 @@ from supernode.entrypoint import (
     watch,
 )
 from supernode.gpus import NoGpuError, choose_gpu, set_gpu, visible_gpus
-from supernode.site_env import read_site, settings
+from supernode.site_env import SETTINGS, read_site, settings
 from tests.samples import REPOSITORY
 
 PIN = "0123456789abcdef" * 4
@@ -74,6 +74,34 @@ def test_settings_from_the_environment_win(env: dict[str, str]) -> None:
     )
 
 
+def test_an_empty_variable_leaves_the_sites_own_choice(env: dict[str, str]) -> None:
+    """Both compose files set these whether somebody chose something or not."""
+    chosen = {
+        "SUPERNODE_GPU": "1", "ALLOW_APP_UPDATES": "1", "WARM_S": "0", "DATA_COLUMNS": "Q,A",
+        "RUNTIME_PORT": "9999",
+    }  # fmt: skip
+    file = Path(env["SITE_DIR"]) / "site.env"
+    file.write_text(file.read_text() + "".join(f"{n}={v}\n" for n, v in chosen.items()))
+    empty = dict.fromkeys([*chosen, "SUPERLINK", "PARTITION_ID", "NUM_PARTITIONS"], "")
+    site = read_site(env | empty)
+    assert chosen.items() <= site.items()
+    assert (site["SUPERLINK"], site["PARTITION_ID"]) == ("superlink:9092", "2")
+    assert choose_gpu(site, 4) == 1
+    assert command(site)[4] == "any"
+
+
+def test_a_variable_that_is_empty_everywhere_gives_the_default(env: dict[str, str]) -> None:
+    site = read_site(env | {"RUNTIME_PORT": "", "HEALTH_PORT": ""})
+    assert flag(command(site), "--port") == "9094"
+
+
+def test_a_wrong_setting_is_shown_in_its_line_whatever_is_empty(env: dict[str, str]) -> None:
+    file = Path(env["SITE_DIR"]) / "site.env"
+    file.write_text(file.read_text().replace("PARTITION_ID=2", "PARTITION_ID=two"))
+    with pytest.raises(SystemExit, match=r"PARTITION_ID='two' cannot work; see .*env, line 2$"):
+        read_site(env | {"PARTITION_ID": ""})
+
+
 @pytest.mark.parametrize("name", ["SITE_DIR", "MODELS_DIR", "LOCK_DIR"])
 @pytest.mark.parametrize("how", ["absent", "empty"])
 def test_a_missing_variable_is_named(env: dict[str, str], name: str, how: str) -> None:
@@ -103,9 +131,10 @@ def test_a_setting_that_nobody_gives_is_named_in_one_line(
         command(read_site(env))
 
 
-def test_a_setting_that_is_no_number_is_named_in_one_line(env: dict[str, str]) -> None:
+@pytest.mark.parametrize("value", ["site-02", "²", "0" * 5000])
+def test_a_setting_that_is_no_number_is_named_in_one_line(env: dict[str, str], value: str) -> None:
     with pytest.raises(SystemExit, match="PARTITION_ID"):
-        command(read_site(env | {"PARTITION_ID": "site-02"}))
+        command(read_site(env | {"PARTITION_ID": value}))
 
 
 @pytest.mark.parametrize(
@@ -154,6 +183,12 @@ def test_an_address_that_cannot_work_is_named(env: dict[str, str], address: str)
         read_site(env)
 
 
+def test_an_address_that_only_a_server_listens_on_is_named(env: dict[str, str]) -> None:
+    said = r"SUPERLINK: 0\.0\.0\.0 is what a server listens on, not where .*; see .*site.env$"
+    with pytest.raises(SystemExit, match=said):
+        read_site(env | {"SUPERLINK": "0.0.0.0:9092"})
+
+
 def test_a_setting_twice_is_not_chosen_from(env: dict[str, str]) -> None:
     file = Path(env["SITE_DIR"]) / "site.env"
     file.write_text("SUPERLINK=other:9092\n" + file.read_text())
@@ -161,6 +196,27 @@ def test_a_setting_twice_is_not_chosen_from(env: dict[str, str]) -> None:
         SystemExit, match=r"site.env, lines 1 and 2 set SUPERLINK twice; keep one of them"
     ):
         read_site(env)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("DATA_COLUMN", "DATA_COLUMNS"), ("supernode_gpu", "SUPERNODE_GPU"), ("WARMS", "WARM_S")],
+)
+def test_a_name_that_is_nearly_a_settings_is_told_by_its_line(
+    env: dict[str, str], capsys: pytest.CaptureFixture[str], name: str, near: str
+) -> None:
+    file = Path(env["SITE_DIR"]) / "site.env"
+    others = ("https_proxy", "HF_HOME", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "TMPDIR", near)
+    file.write_text(file.read_text() + "".join(f"{n}=1\n" for n in others) + f"{name}=1\n")
+    read_site(env)
+    assert capsys.readouterr().err == (
+        f"supernode: WARNING: {file}, line 10: {name} is no setting of a site; {near} is\n"
+    )
+
+
+def test_every_setting_of_the_table_is_one_of_a_site() -> None:
+    table = [x.split("|")[1] for x in (entrypoint.__doc__ or "").splitlines() if x.startswith("|")]
+    assert {n.strip() for cell in table[2:] for n in cell.split(",")} == set(SETTINGS)
 
 
 def test_a_hash_in_quotes_is_a_part_of_a_value(env: dict[str, str]) -> None:
@@ -235,7 +291,7 @@ def test_a_chosen_gpu_is_taken_and_an_empty_choice_is_none(empty: dict[str, str]
     assert choose_gpu({"PARTITION_ID": "5", **empty}, 4) == 1
 
 
-@pytest.mark.parametrize("gpu", ["4", "-1", "cuda:0", "1.0", "all"])
+@pytest.mark.parametrize("gpu", ["4", "-1", "cuda:0", "1.0", "all", "²", "9" * 5000])
 def test_a_gpu_that_is_not_there_is_named(gpu: str) -> None:
     with pytest.raises(NoGpuError, match="SUPERNODE_GPU"):
         choose_gpu({"PARTITION_ID": "0", "SUPERNODE_GPU": gpu}, 4)

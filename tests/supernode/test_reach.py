@@ -51,6 +51,7 @@ def test_an_ipv6_address_stands_in_brackets(host: ipaddress.IPv6Address, port: i
         ("fed.example.org:99999", "with a port from 1 to 65535"),
         ("fed.example.org:0", "with a port from 1 to 65535"),
         ("fed.example.org:٩", "with a port"),
+        ("fed.example.org:" + "9" * 5000, "with a port"),
         (":9092", "with a name"),
         (" fed.example.org:9092", "with a name"),
         ('"fed.example.org:9092"', "with a port"),

@@ -21,7 +21,7 @@ from supernode.download import PrepareError
 from supernode.quantise import prepare_model
 from supernode.source import fingerprints
 from tests.samples import ROWS, run_config
-from tests.tiny_model import FAMILIES, VOCABULARY, build_tiny_family
+from tests.tiny_model import FAMILIES, MASKED, VOCABULARY, build_tiny_family
 
 HUB_ID = "somebody/model"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -402,3 +402,22 @@ def test_a_model_that_cannot_be_trained_is_not_ready(tmp_path: Path) -> None:
     with pytest.raises(PrepareError, match=r"source \(none\) cannot be trained: ValueError: [^\n]"):
         prepare(tmp_path / "source", "none", tmp_path)
     assert list((tmp_path / "models").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("family", MASKED)
+def test_a_model_that_sees_the_answer_is_not_ready(tmp_path: Path, family: str, kind: str) -> None:
+    build_tiny_family(tmp_path / "source", family)
+    with pytest.raises(PrepareError) as refused:
+        prepare(tmp_path / "source", kind, tmp_path)
+    assert str(refused.value) == (
+        f"{tmp_path / 'source'} ({kind}) cannot be trained: it sees the words that come after (a "
+        "masked model)"
+    )
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_the_same_model_as_a_decoder_is_ready(tmp_path: Path) -> None:
+    build_tiny_family(tmp_path / "source", "roberta")
+    change_json(tmp_path / "source" / "config.json", is_decoder=True)
+    prepare(tmp_path / "source", "none", tmp_path)
