@@ -131,7 +131,8 @@ def test_the_fleet_api_answers_nothing_without_tls(federation: Federation, tmp_p
 def test_the_host_publishes_two_ports_on_the_loopback_only(
     federation: Federation, tmp_path: Path
 ) -> None:
-    published = federation["superlink"].attrs["NetworkSettings"]["Ports"]
+    exposed = federation["superlink"].attrs["NetworkSettings"]["Ports"]
+    published = {port: where for port, where in exposed.items() if where}  # the page's is not here
     ports = federation.env
     assert published == {
         "9092/tcp": [{"HostIp": "127.0.0.1", "HostPort": ports["FLEET_PORT"]}],
