@@ -7,7 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+# How long an example takes is the machine's affair, not a finding.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 _CACHE = tempfile.mkdtemp(prefix="fedllm-tests-")
 os.environ |= {  # before any test imports a Hugging Face library
     "HF_HUB_OFFLINE": "1",

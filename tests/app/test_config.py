@@ -211,7 +211,7 @@ def test_a_config_cannot_be_changed() -> None:
         run_config().seed = 1  # type: ignore[misc]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rounds=st.integers(1, 500),
     lr_max=st.floats(1e-6, 1, exclude_min=True),
@@ -235,7 +235,7 @@ def test_flat_and_back_gives_the_same_config(
     assert set(config.flat()) == set(KEYS)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(sorted(KEYS)),
     st.one_of(
@@ -297,7 +297,7 @@ def test_the_learning_rate_is_flowertunes_cosine() -> None:
     assert config.learning_rate(1) == pytest.approx(4.88008848e-5, rel=1e-6)  # by hand: cos 18°
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 200), st.floats(1e-6, 1), st.floats(0, 1).filter(lambda f: f == 0 or f > 1e-6)
 )

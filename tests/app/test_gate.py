@@ -73,7 +73,7 @@ FITS: dict[str, Any] = {
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
 )  # fmt: skip
 @given(drawn=st.lists(st.sampled_from(CHANGES), max_size=2), run=st.sampled_from(["7", "1:1 7"]))

@@ -128,7 +128,7 @@ def test_evaluation_downloads_are_counted_as_well(
     assert number(without, "communication (sent):") == pytest.approx(12 * each, abs=0.005)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rounds=st.integers(1, 30),
     sites=st.integers(2, 40),

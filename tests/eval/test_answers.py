@@ -229,7 +229,7 @@ def test_the_two_files_are_the_leaderboards_byte_for_byte(tmp_path: Path) -> Non
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x7f"), max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(texts, texts, texts), min_size=1, max_size=3))
 def test_the_generations_are_written_as_pandas_writes_them(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str, str]]

@@ -177,9 +177,7 @@ def test_an_end_of_text_is_an_empty_answer(model: Any, tokenizer: Any) -> None:
     assert [a.output for a in answers] == [generated(model, tokenizer, q.prompt) for q in asked]
 
 
-@settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(done=st.sets(st.integers(0, 11)), batch_size=st.sampled_from([1, 3, 16]))
 def test_what_is_done_is_not_asked_again(
     model: Any, tokenizer: Any, done: set[int], batch_size: int

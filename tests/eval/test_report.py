@@ -205,7 +205,7 @@ def test_the_terminal_shows_the_same_table_aligned_in_plain_ascii() -> None:
     accuracies=st.lists(st.floats(0, 1), min_size=5, max_size=5),
     evaluated=st.lists(st.integers(1, 99), max_size=3, unique=True),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_page_and_terminal_agree_whatever_was_evaluated(
     sets: list[str], accuracies: list[float], evaluated: list[int]
 ) -> None:
@@ -358,7 +358,7 @@ def test_traffic_counts_the_held_out_evaluation() -> None:
 )
 @example(losses=[61.33333333333333, 61.333333333333336], step=1)
 @example(losses=[5e-324, 0.0], step=1)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_loss_can_be_drawn(losses: list[float], step: int) -> None:
     lines = [{"round": step * r, "train_loss": loss} for r, loss in enumerate(losses, 1)]
     html = page(report(1, rounds=lines))

@@ -69,7 +69,7 @@ def by_the_rules(output: str, answer: str, boolean: bool) -> tuple[str, str]:
     return as_they_came
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(TEXTS, TEXTS | WORKED, st.booleans())
 @example("Edema", "E", False)
 @example("x\n## a b\n## c\nd", "A", False)
@@ -111,7 +111,6 @@ def test_golden_answers(output: str, gold: str, boolean: bool, read: tuple[str, 
     assert read_answer(output, gold, boolean) == read
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(TEXTS, st.sampled_from(YES_NO)), min_size=1, max_size=20))
 def test_accuracy_is_the_share_of_right_answers(rows: list[tuple[str, str]]) -> None:
     outputs, golds = [o for o, _ in rows], [g for _, g in rows]
@@ -139,7 +138,6 @@ def test_golden_wilson_intervals(correct: int, n: int, low: float, high: float) 
     assert result["ci95"] == pytest.approx([low, high], abs=5e-5)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 6000), st.data())
 def test_the_interval_is_wilsons_and_contains_the_accuracy(n: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(0, n))
@@ -151,7 +149,6 @@ def test_the_interval_is_wilsons_and_contains_the_accuracy(n: int, data: st.Data
     assert 0 <= low <= result["accuracy"] <= high <= 1
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(
@@ -271,7 +268,6 @@ def test_golden_p_values_of_mcnemars_test(only_base: int, only_adapter: int, p: 
     assert result["difference"] == (only_adapter - only_base) / (only_base + only_adapter + 3)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
 def test_the_comparison_is_symmetric(pairs: list[tuple[bool, bool]]) -> None:
     one, other = [a for a, _ in pairs], [b for _, b in pairs]

@@ -72,7 +72,7 @@ def test_each_kind_of_value_keeps_its_type() -> None:
     assert type(flat["strategy.require-all-nodes"]) is bool
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.dictionaries(
         st.sampled_from(["seed", "num-server-rounds", "strategy.min-nodes", "train.seq-length"]),

@@ -192,7 +192,7 @@ QUESTIONS = st.lists(st.sampled_from([f"{n}?" for n in range(12)]), min_size=6, 
 
 @pytest.mark.parametrize("partitioner", ["iid", "dirichlet", "files"])
 def test_no_held_out_question_is_trained_on_anywhere(tmp_path: Path, partitioner: str) -> None:
-    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, suppress_health_check=list(HealthCheck))
     @given(QUESTIONS, QUESTIONS, st.integers(0, 9))
     def check(first: list[str], second: list[str], seed: int) -> None:
         with tempfile.TemporaryDirectory(dir=tmp_path) as name:

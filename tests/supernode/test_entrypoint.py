@@ -276,7 +276,7 @@ def test_nothing_listens_beyond_the_loopback(env: dict[str, str]) -> None:
     assert "--health-server-address" not in command(read_site(env))
 
 
-@hypothesis_settings(max_examples=50, deadline=None)
+@hypothesis_settings(max_examples=50)
 @given(st.integers(1, 16), st.integers(1, 99))
 def test_the_gpus_of_a_host_are_shared_out_evenly(gpus: int, nodes: int) -> None:
     chosen = [choose_gpu({"PARTITION_ID": str(n)}, gpus) for n in range(nodes)]

@@ -33,7 +33,7 @@ def packed(
 
 
 @given(FILES, st.randoms())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_order_system_date_and_compression_change_nothing(
     files: dict[str, bytes], random: object
 ) -> None:
@@ -44,7 +44,7 @@ def test_order_system_date_and_compression_change_nothing(
 
 
 @given(FILES, st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_name_a_byte_and_a_file_more_or_less_change_it(
     files: dict[str, bytes], data: st.DataObject
 ) -> None:

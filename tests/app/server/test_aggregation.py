@@ -56,7 +56,7 @@ def weighted_mean(vectors: list[Vector], num_examples: list[int]) -> Floats:
     return np.average(np.stack(vectors).astype(float), axis=0, weights=num_examples)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rounds())
 def test_fedavg_is_the_mean_weighted_by_examples(
     case: tuple[list[Vector], list[int], Vector],
@@ -67,7 +67,7 @@ def test_fedavg_is_the_mean_weighted_by_examples(
     assert alphas.tolist() == [1.0] * len(vectors)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rounds())
 def test_on_the_server_fedprox_is_fedavg(case: tuple[list[Vector], list[int], Vector]) -> None:
     (avg, ones), (prox, same) = (run(name, *case) for name in ("fedavg", "fedprox"))
@@ -76,7 +76,7 @@ def test_on_the_server_fedprox_is_fedavg(case: tuple[list[Vector], list[int], Ve
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rounds())
 def test_fedavgopt_is_the_papers_whatever_came_before(
     solver: str, case: tuple[list[Vector], list[int], Vector]
@@ -90,7 +90,7 @@ def test_fedavgopt_is_the_papers_whatever_came_before(
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rounds())
 def test_fedavgopt_delta_is_fedavgopt_of_the_changes_on_top_of_what_was(
     solver: str, case: tuple[list[Vector], list[int], Vector]
@@ -104,7 +104,7 @@ def test_fedavgopt_delta_is_fedavgopt_of_the_changes_on_top_of_what_was(
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rounds(), st.integers(0, 2**32))
 def test_fedavgopt_delta_does_not_care_where_the_sites_started(
     solver: str, case: tuple[list[Vector], list[int], Vector], seed: int
@@ -128,7 +128,7 @@ def test_fedavgopt_itself_does_care() -> None:
 
 @every_strategy
 @pytest.mark.parametrize("solver", SOLVERS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rounds(max_sites=1))
 def test_one_site_alone_gives_its_own_adapter(
     name: str, solver: str, case: tuple[list[Vector], list[int], Vector]
@@ -141,7 +141,7 @@ def test_one_site_alone_gives_its_own_adapter(
 
 @every_strategy
 @pytest.mark.parametrize("solver", SOLVERS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rounds(max_sites=1), st.lists(st.integers(1, 500), min_size=2, max_size=6))
 def test_sites_that_agree_give_what_they_agree_on(
     name: str, solver: str, case: tuple[list[Vector], list[int], Vector], n: list[int]
@@ -162,7 +162,7 @@ def test_sites_that_change_nothing_leave_what_was(name: str) -> None:
 
 @every_strategy
 @pytest.mark.parametrize("solver", SOLVERS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rounds(min_sites=2), st.data())
 def test_a_site_without_examples_has_no_part_in_the_sum(
     name: str, solver: str, case: tuple[list[Vector], list[int], Vector], data: st.DataObject
@@ -184,7 +184,7 @@ def test_a_site_without_examples_has_no_part_in_the_sum(
 
 
 @every_strategy
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rounds(), st.sampled_from(SOLVERS))
 def test_the_result_is_a_new_float32_vector_and_only_delta_changes_its_inputs(
     name: str, case: tuple[list[Vector], list[int], Vector], solver: str
@@ -215,7 +215,7 @@ def test_adapters_of_another_size_are_not_aggregated() -> None:
 # --- agreement ------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 6), st.integers(0, 2**32), st.sampled_from([1e-12, 1.0, 1e9]))
 def test_the_mean_cosine_is_that_of_all_pairs(k: int, seed: int, unit: float) -> None:
     rng = np.random.default_rng(seed)
@@ -252,7 +252,7 @@ def test_one_site_or_none_agrees_with_nobody() -> None:
     assert mean_cosine(np.zeros((0, 0))) is None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32), st.integers(1, 9), st.sampled_from([0.5, 1.0, 2.0, 16.0]))
 def test_the_norm_of_the_weight_change_is_that_of_the_product(
     seed: int, rank: int, scaling: float
@@ -276,7 +276,7 @@ def test_an_adapter_with_b_zero_changes_no_weight() -> None:
     assert weight_change_norm(LAYOUT, vector, 2.0) == 0.0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.integers(1, 10**9 - 1), min_size=1, max_size=20),
     st.one_of(st.floats(0.01, 1), st.integers(1, 20).map(lambda k: 1 / k)),

@@ -81,7 +81,7 @@ def test_a_small_payload_that_unfolds_to_gigabytes_is_not_unfolded(codec: str) -
 
 
 @pytest.mark.parametrize("codec", CODECS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.binary(max_size=3000))
 def test_whatever_bytes_a_site_sends_it_is_used_or_left_out_never_a_crash(
     codec: str, data: bytes
@@ -96,7 +96,7 @@ def test_whatever_bytes_a_site_sends_it_is_used_or_left_out_never_a_crash(
 
 
 @pytest.mark.parametrize("codec", ["bf16", "int8", "int4"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.binary(max_size=3000))
 def test_whatever_a_site_packs_it_is_used_or_left_out_never_a_crash(
     codec: str, data: bytes

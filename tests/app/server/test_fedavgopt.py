@@ -72,7 +72,7 @@ def cases(draw: st.DrawFn, min_clients: int = 1) -> tuple[Updates, list[int]]:
     return updates, [int(n) for n in rng.integers(1, 2000, clients)]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(cases(), st.lists(st.floats(0.5, 1.5), min_size=5, max_size=5))
 def test_the_objective_from_gram_matrices_is_the_papers(
     case: tuple[Updates, list[int]], alphas: list[float]
@@ -82,7 +82,7 @@ def test_the_objective_from_gram_matrices_is_the_papers(
     assert from_gram(updates, n, own) == pytest.approx(direct(updates, n, own), rel=1e-6, abs=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32), st.integers(2, 6))
 def test_the_objective_keeps_its_digits_when_the_clients_nearly_agree(seed: int, k: int) -> None:
     # Plain inner products would leave 4 of them.
@@ -94,7 +94,7 @@ def test_the_objective_keeps_its_digits_when_the_clients_nearly_agree(seed: int,
     assert from_gram(updates, n, ones) == pytest.approx(direct(updates, n, ones), rel=1e-8)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(cases())
 def test_the_aggregate_is_the_weighted_sum_in_the_inputs_dtype_and_shapes(
     case: tuple[Updates, list[int]],
@@ -110,7 +110,7 @@ def test_the_aggregate_is_the_weighted_sum_in_the_inputs_dtype_and_shapes(
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(cases(min_clients=2))
 def test_the_factors_found_are_never_worse_than_fedavgs(case: tuple[Updates, list[int]]) -> None:
     updates, n = case
@@ -128,7 +128,7 @@ def test_the_factors_found_are_better_than_fedavgs_where_the_clients_differ() ->
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(cases(min_clients=2), st.randoms(use_true_random=False))
 def test_the_order_of_the_clients_does_not_change_the_objective(
     case: tuple[Updates, list[int]], random: Any
@@ -144,7 +144,7 @@ def test_the_order_of_the_clients_does_not_change_the_objective(
     assert turned == pytest.approx(value, rel=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(cases(min_clients=2))
 def test_inputs_are_not_modified_and_may_be_read_only(case: tuple[Updates, list[int]]) -> None:
     updates, n = case
@@ -158,7 +158,7 @@ def test_inputs_are_not_modified_and_may_be_read_only(case: tuple[Updates, list[
         assert not any(np.shares_memory(got, a) for u in updates for a in u)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(cases(min_clients=2), st.sampled_from([2.0**-10, 0.5, 4.0]), st.sampled_from([2, 8]))
 def test_neither_the_unit_of_the_weights_nor_of_the_counts_matters(
     case: tuple[Updates, list[int]], scale: float, times: int
@@ -179,7 +179,7 @@ def test_a_single_client_is_returned_as_it_is() -> None:
         np.testing.assert_array_equal(got, want)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cases(), st.integers(2, 6), st.integers(0, 2**32))
 def test_clients_that_agree_completely_give_what_they_agree_on(
     case: tuple[Updates, list[int]], k: int, seed: int
@@ -192,7 +192,7 @@ def test_clients_that_agree_completely_give_what_they_agree_on(
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7 * np.abs(want).max())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cases(min_clients=2), st.integers(0, 4))
 def test_a_layer_that_is_zero_everywhere_changes_nothing_and_stays_zero(
     case: tuple[Updates, list[int]], at: int
@@ -270,7 +270,7 @@ def test_clients_whose_layers_differ_are_refused(other: list[NDArray[Any]]) -> N
 # --- the solvers ----------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_the_gradient_is_that_of_central_differences(data: st.DataObject) -> None:
     k, layers = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
@@ -310,7 +310,7 @@ def test_at_the_minimum_found_the_gradient_vanishes(solver: str) -> None:
     assert np.abs(gradient(np.array(n) / 100, gram)).max() > 0.1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases(min_clients=2))
 def test_bfgs_finds_no_worse_a_minimum_than_nelder_mead(case: tuple[Updates, list[int]]) -> None:
     updates, n = case
@@ -337,7 +337,7 @@ def plain_nelder_mead(updates: Updates, n: list[int]) -> Any:
     return minimize(lambda a: objective(a * weights, gram), np.ones(len(n)), method="Nelder-Mead")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(cases(min_clients=2))
 def test_where_nelder_mead_ends_by_itself_its_factors_stand(
     case: tuple[Updates, list[int]],
@@ -435,7 +435,7 @@ def test_a_zero_client_pulls_nothing_but_its_share(solver: str) -> None:
 # --- sums and products ----------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(0, 6),
     st.integers(1, 300),
@@ -458,7 +458,7 @@ def test_inner_products_are_those_of_the_differences_however_they_are_cut(
     np.testing.assert_allclose(products, differences @ differences.T, rtol=1e-9, atol=1e-15)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 6), st.integers(1, 300), st.integers(1, 2000), st.integers(0, 2**32))
 def test_a_combination_is_summed_in_float64_however_it_is_cut(
     k: int, n: int, chunk: int, seed: int

@@ -39,7 +39,7 @@ def telling(loss: float, tokens: int, partition_id: int = 1) -> Node:
     return node(partition_id, reply)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(3, 9), st.data(), st.floats(0, 100), st.integers(1, 5 * 512))
 def test_a_minority_of_liars_cannot_move_the_median_beyond_what_honest_sites_say(
     k: int, data: st.DataObject, lie: float, tokens: int

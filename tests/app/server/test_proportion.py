@@ -53,7 +53,7 @@ def test_of_two_sites_only_the_one_out_of_proportion_is_left_out(
         assert "strategy.max-norm-ratio = 10" in line["rejected"][f"site-{bad:02}"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(2, 7), st.data(), st.floats(20, 1e6))
 def test_up_to_half_of_the_sites_out_of_proportion_are_left_out_and_no_other(
     k: int, data: st.DataObject, factor: float
@@ -69,7 +69,7 @@ def test_up_to_half_of_the_sites_out_of_proportion_are_left_out_and_no_other(
     assert line["client_update_norms"] == pytest.approx(norms, rel=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.floats(1, 10), min_size=1, max_size=6), st.sampled_from([1e-6, 1.0, 20.0]))
 def test_changes_within_the_ratio_of_each_other_all_take_part(
     factors: list[float], unit: float

@@ -125,7 +125,7 @@ def lines(folder: Path, run_id: int) -> list[dict[str, Any]]:
     ]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     codec=st.sampled_from(CODECS),
     name=st.sampled_from(STRATEGIES),

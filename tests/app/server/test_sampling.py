@@ -12,7 +12,7 @@ from tests.app.server.stand_in_sites import strategy
 from tests.stand_in_grid import StandInGrid
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(0, 99), min_size=2, max_size=40, unique=True),
     st.floats(0.01, 1),
@@ -55,7 +55,7 @@ def test_another_seed_samples_other_sites() -> None:
     assert len(samples) == 10
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 40), st.integers(1, 40), st.integers(0, 2**64 - 1), st.integers(1, 10_000))
 def test_the_first_attempt_samples_as_if_there_were_no_others(
     sites: int, wanted: int, seed: int, server_round: int

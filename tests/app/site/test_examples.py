@@ -41,7 +41,7 @@ def learned(example: Example) -> list[int]:
 
 
 def test_the_answer_and_its_end_are_learned_and_the_prompt_is_not(tokenizer: Any) -> None:
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     @given(WORDS, WORDS)
     def check(question: str, answer: str) -> None:
         example = encode(Row(question, answer), tokenizer, LONG)
@@ -67,7 +67,7 @@ def test_the_prompt_and_the_answer_join_as_one_text_would(tokenizer: Any) -> Non
 
 
 def test_a_row_that_is_cut_does_not_learn_to_end_there(tokenizer: Any) -> None:
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     @given(st.sampled_from(ALL), st.data())
     def check(row: Row, data: st.DataObject) -> None:
         whole = encode(row, tokenizer, LONG)
@@ -154,7 +154,7 @@ def test_question_and_answer_are_text_whatever_they_say(tokenizer: Any, kind: st
     bos = [] if kind == "no BOS" else [made.bos_token_id]
     marks = st.sampled_from(["<s>", "</s>", "<s>5</s> 6 mg", "a</s>", " <s>", "5 mg."])
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(marks | WORDS, marks | WORDS.filter(lambda t: not t.startswith((" ", "\n"))))
     def check(question: str, answer: str) -> None:
         example = encode(Row(question, answer), made, LONG)
@@ -217,7 +217,7 @@ def test_a_row_is_too_long_or_cut_or_whole(tokenizer: Any) -> None:
     assert lengths(sizes([], tokenizer), 16) == {"too_long": 0, "cut": 0}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=12), min_size=1, max_size=6))
 def test_a_batch_holds_each_example_and_only_padding_beside(ids: list[list[int]]) -> None:
     examples = [Example(x, [IGNORED, *x[1:]]) for x in ids]

@@ -141,7 +141,7 @@ def test_a_file_with_any_bit_flipped_gives_a_finite_rest(tmp_path: Path) -> None
             assert np.isfinite(rest).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(content=st.binary(max_size=300))
 def test_a_file_of_anything_gives_a_finite_rest(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
@@ -307,7 +307,7 @@ def test_with_feedback_a_small_constant_change_arrives_without_it_never(site: Pa
 
 
 @pytest.mark.parametrize("codec", COARSE)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32), uploads=st.integers(1, 25))
 def test_the_uploads_add_up_to_the_changes_but_for_the_last_rest(
     tmp_path_factory: pytest.TempPathFactory, codec: str, seed: int, uploads: int

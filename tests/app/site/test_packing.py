@@ -93,7 +93,7 @@ SOME_ROWS = st.lists(st.builds(example, IDS, st.integers(1, 6)), min_size=1, max
 # --- what is in a pass ----------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SOME_ROWS, st.integers(1, 90), st.booleans())
 def test_the_passes_hold_every_token_once_and_no_more_than_allowed(
     rows: list[Example], tokens: int, packed: bool
@@ -129,7 +129,7 @@ def test_the_passes_hold_every_token_once_and_no_more_than_allowed(
     assert sorted(found) == sorted(expected)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(SOME_ROWS)
 def test_one_pass_is_what_transformers_own_collator_makes(rows: list[Example]) -> None:
     rows = sorted(rows, key=lambda e: -len(e.input_ids))
@@ -226,7 +226,7 @@ def test_asking_a_model_leaves_it_as_it_was_and_draws_no_random_number(training:
 MODEL: list[Any] = []
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SOME_ROWS, st.integers(1, 90), st.booleans())
 def test_no_cap_and_no_packing_changes_loss_or_gradients(
     rows: list[Example], tokens: int, packed: bool

@@ -54,7 +54,7 @@ def test_the_same_rows_come_out_of_each_format(tmp_path: Path, suffix: str, part
     assert load(tmp_path, part) == [Row(r["input"], r["output"]) for r in ROWS]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(st.text('ab é\u2028\u2029\x85\x0b\x0c\r\n"\\\t漢😀', max_size=12), st.text()),

@@ -232,7 +232,7 @@ ASKED = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(rules=SOME, asked=ASKED, rows=st.integers(1, 60))
 def test_what_passes_keeps_every_rule_and_what_is_refused_breaks_one(
     tmp_path_factory: pytest.TempPathFactory, rules: dict[str, Any], asked: dict[str, Any],

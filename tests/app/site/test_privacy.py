@@ -28,7 +28,7 @@ def config(clip: float, noise: float = 0.0) -> RunConfig:
     return run_config(clip_norm=clip, noise_multiplier=noise)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(1e-3, 1e3), st.floats(1e-6, 10), st.integers(0, 2**32))
 def test_a_clipped_change_has_its_direction_and_at_most_the_length_asked(
     clip: float, scale: float, seed: int

@@ -474,7 +474,7 @@ def test_a_held_out_question_is_known_by_the_form_that_is_trained_on(tmp_path: P
 TEXT = st.text(max_size=8) | st.sampled_from(["N/A", "None", "<noinput>", " ", "a", "b"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=1, max_size=12))
 def test_every_row_is_used_or_counted_and_none_is_made_up(rows: list[tuple[str, str, str]]) -> None:
     with tempfile.TemporaryDirectory() as name:

@@ -530,7 +530,7 @@ def test_the_first_step_does_not_feel_mu_as_nothing_has_moved_yet(
     assert results[0].tobytes() == results[1].tobytes()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32), mu=st.floats(1e-6, 1e3), steps=st.integers(1, 4))
 def test_the_gradient_added_is_mu_times_the_distance_moved(
     seed: int, mu: float, steps: int

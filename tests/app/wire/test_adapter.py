@@ -43,7 +43,7 @@ def layouts(draw: st.DrawFn) -> Layout:
     return layout_of(linear, target_modules="q_proj", lora_r=draw(st.integers(1, 4)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layouts(), st.integers(0, 2**32))
 def test_a_vector_split_and_joined_in_any_order_is_the_same_vector(
     layout: Layout, seed: int
@@ -85,7 +85,7 @@ def test_missing_and_surplus_arrays_are_refused() -> None:
         layout.join({n: a for n, a in arrays.items() if n != first})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layouts(), st.data())
 def test_the_hash_changes_with_a_name_an_order_and_a_shape(
     layout: Layout, data: st.DataObject
@@ -126,7 +126,7 @@ def test_a_target_that_is_no_linear_layer_is_named_with_those_that_are(target: s
     assert "up_proj" in message
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(layouts(), st.integers(0, 2**63))
 def test_the_initial_adapter_is_a_function_of_the_seed_with_b_zero_and_a_in_bounds(
     layout: Layout, seed: int

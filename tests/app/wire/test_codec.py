@@ -71,7 +71,7 @@ def lost_at_most(codec: str, vector: Vector, reference: Vector) -> NDArray[np.fl
 
 
 @every_codec
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(pair=pairs())
 def test_a_round_trip_loses_no_more_than_half_a_step(
     codec: str, pair: tuple[Vector, Vector]
@@ -108,7 +108,7 @@ def test_a_large_value_coarsens_its_own_block_only(codec: str) -> None:
 
 
 @every_codec
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pair=pairs())
 def test_the_unpacked_size_is_what_is_packed(codec: str, pair: tuple[Vector, Vector]) -> None:
     vector, reference = pair
@@ -175,7 +175,7 @@ def test_differences_of_any_magnitude_keep_it(codec: str, unit: float) -> None:
 
 
 @every_codec
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pair=pairs())
 def test_the_same_vectors_give_the_same_bytes_and_stay_as_they_are(
     codec: str, pair: tuple[Vector, Vector]
@@ -278,7 +278,7 @@ def test_a_payload_with_any_byte_flipped_is_refused_or_finite(codec: str) -> Non
 
 
 @every_codec
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pair=pairs(), tail=st.binary(min_size=1, max_size=40))
 def test_appended_bytes_are_refused(codec: str, pair: tuple[Vector, Vector], tail: bytes) -> None:
     vector, reference = pair
@@ -288,7 +288,7 @@ def test_appended_bytes_are_refused(codec: str, pair: tuple[Vector, Vector], tai
 
 
 @every_codec
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(payload=st.binary(max_size=400), n=st.integers(1, 100))
 def test_any_bytes_are_refused_or_finite(codec: str, payload: bytes, n: int) -> None:
     decodes_or_is_refused(codec, payload, np.ones(n, np.float32))
@@ -296,7 +296,7 @@ def test_any_bytes_are_refused_or_finite(codec: str, payload: bytes, n: int) -> 
 
 @every_coarse_codec
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), n=st.integers(1, 200))
 def test_anything_packed_is_refused_or_finite(codec: str, data: Any, n: int) -> None:
     size = unpacked_bytes(codec, n)
@@ -367,7 +367,7 @@ def test_a_payload_that_unfolds_to_more_is_refused_without_unfolding_it(codec: s
 
 @every_codec
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(pair=pairs(units=(1.0,)), at=st.integers(0, 10_000))
 def test_a_vector_that_is_not_finite_is_no_payload(
     codec: str, value: float, pair: tuple[Vector, Vector], at: int
@@ -388,7 +388,7 @@ def test_a_difference_beyond_float32_is_no_payload(codec: str) -> None:
 
 @every_coarse_codec
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     value=st.floats(2.0**125, float(np.finfo(np.float32).max), width=32),
     sign=st.sampled_from([-1, 1]),
