@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from app.site.row_files import RowsError, check_head, decoded
 from eval import EvalError
 
 Row = Mapping[str, Any]
@@ -13,14 +14,6 @@ Row = Mapping[str, Any]
 KINDS = (".json", ".jsonl", ".parquet")
 TRUTH = "test_ground_truth.json"
 _ALSO = {"pubmedqa": "|pqal"}  # its authors' ori_pqal.json
-_WEB_PAGE = "a web page, not the file; download it again, logged in if it asks for that"
-_NO_ROWS = {  # what a file begins with, in small letters -> what it is
-    b"version https://git-lfs": "a Git LFS pointer, not the file; run git lfs pull there",
-    b"<!doctype": _WEB_PAGE,
-    b"<html": _WEB_PAGE,
-    b"pk\x03\x04": "a zip archive or an Excel file; unpack it, or save the table as JSON",
-    b"\x1f\x8b": "compressed with gzip; unpack it",
-}
 # Names of columns, so that an object with one of them is a row, or a column is under each name.
 _OF_A_ROW = ("question", "prompt", "gold", "data")
 
@@ -56,11 +49,12 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
         raw = path.read_bytes()
     except OSError as err:
         raise EvalError(f"cannot read {path}: {err.strerror}") from None
-    head = raw[:64].lstrip(b"\xef\xbb\xbf \r\n\t").lower()
-    if what := next((what for start, what in _NO_ROWS.items() if head.startswith(start)), ""):
-        raise EvalError(f"{path}: {what}")
-    parquet = path.suffix.lower() == ".parquet"
-    values = _parquet(path, raw) if parquet else _json(path, _text(path, raw))
+    try:
+        check_head(str(path), raw)
+        parquet = path.suffix.lower() == ".parquet"
+        values = _parquet(path, raw) if parquet else _json(path, _text(path, raw))
+    except RowsError as err:
+        raise EvalError(str(err)) from None
     for place, value in values:
         if not isinstance(value, dict):
             raise EvalError(f"{path}, {place}: not a JSON object")
@@ -68,17 +62,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _text(path: Path, raw: bytes) -> str:
-    """In UTF-8, 16 or 32, by its mark or by where the first characters have zeros."""
-    coding = json.detect_encoding(raw)
-    try:
-        text = raw.decode(coding).removeprefix("\ufeff")
-    except UnicodeDecodeError as err:
-        raise EvalError(
-            f"{path}, line {raw.count(10, 0, err.start) + 1}, byte {err.start} "
-            f"(0x{raw[err.start]:02x}): not {coding.removesuffix('-sig').upper()}; save the file "
-            "as UTF-8 (iconv -f LATIN1 -t UTF-8)"
-        ) from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return decoded(str(path), raw).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _parquet(path: Path, raw: bytes) -> list[tuple[str, Any]]:

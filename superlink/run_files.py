@@ -1,55 +1,74 @@
-"""What ServerApps have written of their runs: run.json and metrics.jsonl.
+"""Files of a run, as its ServerApp has written them into the results folder.
 
-A ServerApp is code that came with a run: its files may hold anything. They are neither followed to
-another file nor waited for, read up to a limit, and what is shown of them is one printable line.
+A ServerApp is code that came with a run: its files may hold anything. No link below the results is
+followed, nothing is waited for, and what is too large is not read.
 """
 
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-MOST_BYTES = 4 * 2**20  # of a run.json; that of 100 sites has a tenth
-_MOST_LINES_BYTES = 64 * 2**20  # of a metrics.jsonl; its end counts
+MOST_BYTES = 64 * 2**20  # of a file; a run of 100 rounds at 200 sites has 2 MiB of lines
 _TEXT = 160
+
+
+@contextmanager
+def opened(folder: Path, *inner: str) -> Iterator[int]:
+    """A handle of a run's folder, or of one in it: what is there when it is used, not before.
+
+    Raises:
+        OSError: there is none, or it is behind a link.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY
+    handle = os.open(folder.parent, flags)  # the results themselves: the operator may link them
+    try:
+        for name in (folder.name, *inner):
+            outer, handle = handle, os.open(name, flags | os.O_NOFOLLOW, dir_fd=handle)
+            os.close(outer)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def read(folder: Path, name: str) -> bytes | None:
+    """A file's bytes; None where there is none, or something else: a link, a pipe, too much."""
+    *inner, last = name.split("/")
+    try:
+        with opened(folder, *inner) as at:
+            handle = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=at)
+    except OSError:
+        return None
+    with os.fdopen(handle, "rb") as file:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_BYTES:
+            return None
+        try:
+            return file.read(MOST_BYTES)
+        except OSError:
+            return None
+
+
+def parsed(data: bytes) -> Any:
+    """What this JSON holds; None where it is none."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
 
 
 def facts(results: Path, run: str) -> dict[str, Any]:
     """The run.json of this run; empty if there is none that can be read."""
-    try:
-        found = json.loads(_read(results / run / "run.json", MOST_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return table(parsed(read(results / run, "run.json") or b""))
 
 
 def lines(results: Path, run: str) -> list[dict[str, Any]]:
     """The rounds of this run's metrics.jsonl that can be read, in their order."""
-    try:
-        text = _read(results / run / "metrics.jsonl", _MOST_LINES_BYTES)
-    except OSError:
-        return []
-    found = []
-    for line in text.splitlines():
-        try:
-            one = json.loads(line)
-        except (ValueError, RecursionError):  # the first of a cut file, or the last while it grows
-            continue
-        if isinstance(one, dict) and isinstance(one.get("round"), int):
-            found.append(one)
-    return found
-
-
-def _read(path: Path, most_bytes: int) -> bytes:
-    """Its last ``most_bytes``. Raises OSError: no regular file, or none that can be read."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-    with os.fdopen(os.open(path, flags), "rb") as file:
-        facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode):
-            raise OSError(f"{path} is no file")
-        file.seek(max(0, facts.st_size - most_bytes))
-        return file.read(most_bytes)
+    found = map(parsed, (read(results / run, "metrics.jsonl") or b"").splitlines())
+    return [one for one in found if isinstance(table(one).get("round"), int)]
 
 
 def text(value: object) -> str:

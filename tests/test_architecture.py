@@ -22,14 +22,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "app/client_app.py": ("app.site", "app.wire", "app.config"),
     "app/plan.py": ("app.site", "app.wire", "app.config"),
     "superlink/": ("superlink", "app.config", "supernode.reach"),
-    "superlink/page/": ("superlink.page", "app.config", "eval.charts", "eval.summary"),
+    "superlink/page/": (
+        "superlink.page", "superlink.run_files", "app.config", "eval.charts", "eval.summary",
+    ),
     "supernode/": ("supernode",),
     "supernode/partitions.py": ("supernode", "app.site.rows", "app.site.row_files"),
     "supernode/data_source.py": ("supernode", "app.site.rows", "app.site.row_files"),
     "supernode/pinned.py": ("supernode", "app.site.audit"),
     "eval/": (
         "eval", "app.config", "app.server.checkpoint", "app.site.base_model",
-        "app.site.partition.SiteError", "app.site.verified", "supernode.hub", "supernode.source",
+        "app.site.partition.SiteError", "app.site.row_files", "app.site.verified",
+        "supernode.hub", "supernode.source",
     ),
 }  # fmt: skip
 # A whole federation on one host is made of the rest of superlink/, which does not know of it.

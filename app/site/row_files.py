@@ -21,7 +21,7 @@ _NO_ROWS = {  # what a file begins with, in small letters -> what it is
     b"version https://git-lfs": "a Git LFS pointer, not the file; run git lfs pull there",
     b"<!doctype": _WEB_PAGE,
     b"<html": _WEB_PAGE,
-    b"pk\x03\x04": "a zip archive or an Excel file; unpack it, or save the table as CSV",
+    b"pk\x03\x04": "a zip archive or an Excel file; unpack it, or save the table as text",
     b"\x1f\x8b": "compressed with gzip; unpack it",
 }
 TWICE = object()  # the value of a column that a record has twice
@@ -59,7 +59,7 @@ def records(name: str, path: Path) -> Iterator[tuple[str, Any]]:
     if kind == ".parquet":
         found = _parquet(name, path)
     else:
-        text = _decoded(name, path)
+        text = decoded(name, _raw(name, path))
         array = text.lstrip().startswith("[")
         found = (
             _csv(text) if kind == ".csv" else (_array(name, text) if array else _lines(text, kind))
@@ -82,14 +82,20 @@ def _raw(name: str, path: Path, size: int = -1) -> bytes:
             raw = file.read(size)
     except OSError as err:
         raise RowsError(f"{name}: cannot be read ({err.strerror})") from None
-    head = raw[:64].lstrip().lower()
-    for start, what in _NO_ROWS.items():
-        if head.startswith(start):
-            raise RowsError(f"{name}: {what}")
+    check_head(name, raw)
     return raw
 
 
+def check_head(name: str, raw: bytes) -> None:
+    """Raises RowsError: by how it begins, the file is one that holds no rows."""
+    head = raw[:64].lstrip(b"\xef\xbb\xbf \r\n\t").lower()
+    for start, what in _NO_ROWS.items():
+        if head.startswith(start):
+            raise RowsError(f"{name}: {what}")
+
+
 def _parquet(name: str, path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
     import pyarrow.parquet as pq  # 0.2 s and 30 MB: only where the file needs it
 
     _raw(name, path, 64)
@@ -98,14 +104,14 @@ def _parquet(name: str, path: Path) -> Iterator[tuple[str, Any]]:
         # A float in parquet has no text: 5, not 5.0, as whole numbers beside nulls become floats.
         texts = [c.cast("string") if str(c.type) in _FLOATS else c for c in table.columns]
         columns = [(c, t.to_pylist()) for c, t in zip(table.column_names, texts, strict=True)]
-    except (OSError, ValueError, NotImplementedError):  # its words may be the file's
+    except (OSError, ValueError, pyarrow.ArrowException):  # its words may be the file's
         raise RowsError(f"{name}: not a readable parquet file") from None
     for i in range(table.num_rows):
         yield f"row {i + 1}", _record((c, values[i]) for c, values in columns)
 
 
-def _decoded(name: str, path: Path) -> str:
-    raw = _raw(name, path)
+def decoded(name: str, raw: bytes) -> str:
+    """In UTF-8, 16 or 32. Raises RowsError: it is not, with line and byte."""
     # By its mark, or by where the first characters have zeros. Not utf-8-sig, which would count the
     # bytes of a mistake from behind the mark.
     coding = json.detect_encoding(raw).removesuffix("-sig")

@@ -8,8 +8,9 @@ from pathlib import Path
 from time import time
 
 from superlink.page import sections
-from superlink.page.runs import Run, folder_of, opened, read_run, run_ids, taken_over, version
+from superlink.page.runs import Run, folder_of, read_run, run_ids, taken_over, version
 from superlink.page.state import state_of
+from superlink.run_files import opened
 
 ASSETS = Path(__file__).parent / "assets"
 MOST_RUNS = 100  # that the list shows

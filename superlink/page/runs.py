@@ -3,12 +3,9 @@
 What cannot be read is missing and named, never an error of the page.
 """
 
-import json
 import os
 import re
-import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
@@ -16,10 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from app.config import MIB
+from superlink.run_files import MOST_BYTES, opened, parsed
+from superlink.run_files import facts as facts_of
+from superlink.run_files import read as read_file
 
 Json = dict[str, Any]
 T = TypeVar("T")
-MOST_BYTES = 64 * MIB  # of a file; a run of 100 rounds at 200 sites has 2 MiB of lines
 MOST_SECONDS = 1e8  # three years
 _RUN_ID = re.compile(r"[0-9]{1,20}")  # as Flower numbers them
 _FILES = ("run.json", "metrics.jsonl", "events.jsonl", "eval/report.json")
@@ -66,7 +65,7 @@ def _is_folder(path: Path) -> bool:
 
 def _began(folder: Path) -> tuple[float, str]:
     """When its run began; where it has not said so yet, when the folder was made."""
-    started = moment(_facts(folder), "started")
+    started = moment(facts_of(folder.parent, folder.name), "started")
     try:
         return started.timestamp() if started else folder.stat().st_mtime, folder.name
     except OSError:
@@ -75,13 +74,8 @@ def _began(folder: Path) -> tuple[float, str]:
 
 def taken_over(results: Path) -> set[str]:
     """Ids of the runs that another one goes on from: what was cut off says "running" for ever."""
-    runs = (_facts(results / run_id) for run_id in run_ids(results))
+    runs = (facts_of(results, run_id) for run_id in run_ids(results))
     return {text(link, "run_id") for facts in runs for link in tables(facts, "resumed_from")}
-
-
-def _facts(folder: Path) -> Json:
-    found = _parsed(_read(folder, "run.json") or b"")
-    return found if isinstance(found, dict) else {}
 
 
 def folder_of(results: Path, run_id: str) -> Path:
@@ -111,13 +105,13 @@ def read_run(results: Path, run_id: str) -> Run:
     folder, unread = folder_of(results, run_id), list[str]()
 
     def read(name: str) -> bytes:
-        data = _read(folder, name)
+        data = read_file(folder, name)
         if data is None and os.path.lexists(folder / name):
             unread.append(f"{name} is behind a link, or no file of {MOST_BYTES // MIB} MiB at most")
         return data or b""
 
     def whole(name: str) -> Json:
-        found = _parsed(read(name) or b"{}")
+        found = parsed(read(name) or b"{}")
         if isinstance(found, dict):
             return found
         unread.append(f"{name} is no JSON object")
@@ -126,10 +120,10 @@ def read_run(results: Path, run_id: str) -> Run:
     def lines(name: str) -> list[Json]:
         data = read(name)
         complete = data[: data.rfind(b"\n") + 1]  # the last line may be on its way
-        parsed = [_parsed(line) for line in complete.split(b"\n") if line.strip()]
-        good = [line for line in parsed if isinstance(line, dict)]
-        if len(good) < len(parsed):
-            unread.append(f"{name}: {len(parsed) - len(good)} of {len(parsed)} lines")
+        every = [parsed(line) for line in complete.split(b"\n") if line.strip()]
+        good = [line for line in every if isinstance(line, dict)]
+        if len(good) < len(every):
+            unread.append(f"{name}: {len(every) - len(good)} of {len(every)} lines")
         return good
 
     run, metrics, events, report = _FILES
@@ -138,54 +132,10 @@ def read_run(results: Path, run_id: str) -> Run:
 
 def read_evaluation(results: Path, run_id: str) -> bytes:
     """The evaluation's own page. Raises UnknownRunError: there is none."""
-    page = _read(folder_of(results, run_id), "eval/report.html")
+    page = read_file(folder_of(results, run_id), "eval/report.html")
     if page is None:
         raise UnknownRunError("this run has no eval/report.html yet; docker compose run --rm eval")
     return page
-
-
-@contextmanager
-def opened(folder: Path, *inner: str) -> Iterator[int]:
-    """A handle of a run's folder, or of one in it: what is there when it is used, not before.
-
-    Raises:
-        OSError: there is none, or it is behind a link.
-    """
-    flags = os.O_RDONLY | os.O_DIRECTORY
-    handle = os.open(folder.parent, flags)  # the results themselves: the operator may link them
-    try:
-        for name in (folder.name, *inner):
-            outer, handle = handle, os.open(name, flags | os.O_NOFOLLOW, dir_fd=handle)
-            os.close(outer)
-        yield handle
-    finally:
-        os.close(handle)
-
-
-def _read(folder: Path, name: str) -> bytes | None:
-    """A file's bytes; None where there is none, or something else: a link, a pipe, too much."""
-    *inner, last = name.split("/")
-    try:
-        with opened(folder, *inner) as at:
-            handle = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=at)
-    except OSError:
-        return None
-    with os.fdopen(handle, "rb") as file:
-        facts = os.fstat(handle)
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size > MOST_BYTES:
-            return None
-        try:
-            return file.read(MOST_BYTES)
-        except OSError:
-            return None
-
-
-def _parsed(data: bytes) -> Any:
-    """What this JSON holds; None where it is none."""
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        return None
 
 
 def number(facts: Json, key: str) -> float | None:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from superlink.page import runs, sections
 from superlink.page.document import write_standalone
 from superlink.page.prometheus import metrics
-from superlink.page.runs import MOST_BYTES, Run, read_run, version
+from superlink.page.runs import Run, read_run, version
 from superlink.page.state import State, state_of
+from superlink.run_files import MOST_BYTES
 from tests.superlink.page.asking import Elements, Page
 from tests.superlink.page.made_runs import NEWEST, events, facts, line, two_runs, write
 
@@ -93,9 +94,7 @@ def spoilt(draw: st.DrawFn, whole: dict[str, Any]) -> dict[str, Any]:
 )
 @example(run={}, rounds=[{"round": 0.5, "partitions": [1], "shares": [0.5]}], told=[], config={})
 @example(run={}, rounds=[], told=[events()[4] | {"left_s": -1e18}], config={})
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_file_whatever_it_holds_is_an_error_of_the_page(
     tmp_path: Path, run: Any, rounds: list[Any], told: list[Any], config: dict[str, Any]
 ) -> None:
