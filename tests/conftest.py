@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# How long an example takes is the machine's affair, not a finding.
-settings.register_profile("untimed", deadline=None)
+# How long an example takes is the machine's affair, not a finding. (With CI set, as .ci/run does,
+# Hypothesis draws the same examples each time: new ones are looked for at a desk.)
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 _CACHE = tempfile.mkdtemp(prefix="fedllm-tests-")
 os.environ |= {  # before any test imports a Hugging Face library

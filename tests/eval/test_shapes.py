@@ -18,7 +18,7 @@ from tests.samples import write_jsonl
 
 TEXTS = st.text(
     st.characters(categories=["L", "N", "P", "S"], include_characters=" "), min_size=1, max_size=8
-)
+).filter(str.strip)
 FORMS: dict[str, Callable[[int], Any]] = {
     "a number": int,
     "a text": str,

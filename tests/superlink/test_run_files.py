@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,12 @@ def test_the_results_themselves_may_be_a_link(tmp_path: Path) -> None:
     assert facts(tmp_path / "results", "7") == {"status": "completed"}
 
 
-def test_what_is_no_file_or_too_large_is_as_if_it_were_not_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_or_too_large_is_as_if_it_were_not_there(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
     (tmp_path / "7").mkdir()
-    os.mkfifo(tmp_path / "7" / "run.json")
+    make(tmp_path / "7" / "run.json")
     (tmp_path / "7" / "metrics.jsonl").write_text(json.dumps({"round": 1}) + "\n")
     os.truncate(tmp_path / "7" / "metrics.jsonl", MOST_BYTES + 1)
     assert facts(tmp_path, "7") == {}
