@@ -5,6 +5,7 @@
     python -m eval --base-model-name-path M --peft-path P --datasets medqa --run-name fl
     python -m eval score FILE...              re-score generation files
     python -m eval fetch                      benchmark data into the cache, for hosts without hub
+    python -m eval pack > benchmarks.tar      what the cache has of them, to be brought along
 
 From the environment: RESULTS_DIR, MODELS_DIR, MODEL_CACHE, DEVICE (cuda or cpu),
 EVAL_DATASETS.
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 from app.site.partition import SiteError
 from eval import EvalError
 from eval.benchmarks import BENCHMARKS, LEADERBOARD, Question, benchmark, load
-from eval.fetch import fetch
+from eval.fetch import cached, fetch, pack
 from eval.scoring import score_file
 from supernode.hub import find_the_way
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"score": _score, "fetch": _fetch}
+    commands = {"score": _score, "fetch": _fetch, "pack": _pack}
     command = commands[given.pop(0)] if given and given[0] in commands else _evaluate
     find_the_way()
     try:
@@ -65,6 +66,26 @@ def _fetch(arguments: list[str]) -> int:
     return 0
 
 
+def _pack(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval pack", description="Pack questions.")
+    _cache(parser)
+    cache = parser.parse_args(arguments).cache
+    files = {
+        name: cached(known.repository, known.file, known.revision, cache)
+        for name, known in BENCHMARKS.items()
+        if known.repository
+    }
+    pack(filter(None, files.values()), cache, sys.stdout.buffer)
+    if missing := [name for name, path in files.items() if not path]:
+        print(
+            f"eval: not packed, since not in {cache}: {', '.join(missing)}; where the hub can be "
+            "reached `python -m eval fetch` (compose: docker compose run --rm fetch) brings them, "
+            "then pack again",
+            file=sys.stderr,
+        )
+    return 0
+
+
 def _datasets_and_cache(parser: argparse.ArgumentParser) -> None:
     env = os.environ.get
     parser.add_argument(
@@ -73,6 +94,11 @@ def _datasets_and_cache(parser: argparse.ArgumentParser) -> None:
         default=env("EVAL_DATASETS") or ",".join(LEADERBOARD),
         help=f"comma-separated, of {', '.join(BENCHMARKS)}; default: %(default)s",
     )
+    _cache(parser)
+
+
+def _cache(parser: argparse.ArgumentParser) -> None:
+    env = os.environ.get
     home_cache = Path(env("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser.add_argument(
         "--cache", type=Path, default=env("MODEL_CACHE", home_cache / "fedllm-medical")

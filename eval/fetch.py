@@ -1,7 +1,9 @@
 """The questions that others hold: a file of the hub, at a pinned revision."""
 
+import tarfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from eval import EvalError
 from supernode.hub import HubError, OfflineError, asking, hub_token
@@ -14,15 +16,11 @@ def fetch(dataset: str, repository: str, file: str, revision: str, cache: Path) 
         EvalError: neither has it.
         OSError: HF_TOKEN_FILE cannot be read.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
 
-    where: dict[str, Any] = {
-        "repo_type": "dataset",
-        "revision": revision,
-        "cache_dir": cache / "hub",
-    }
-    if isinstance(there := try_to_load_from_cache(repository, file, **where), str):
-        return Path(there)
+    if there := cached(repository, file, revision, cache):
+        return there
+    where = _where(revision, cache)
     try:
         token = hub_token()
         with asking(repository, "dataset", token):
@@ -38,3 +36,29 @@ def fetch(dataset: str, repository: str, file: str, revision: str, cache: Path) 
             f"{dataset}: {repository}@{revision[:12]} is not in {cache}, and {err}; or give "
             "--data-dir"
         ) from None
+
+
+def cached(repository: str, file: str, revision: str, cache: Path) -> Path | None:
+    """The hub's file of a set, if the cache has it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    there = try_to_load_from_cache(repository, file, **_where(revision, cache))
+    return Path(there) if isinstance(there, str) else None
+
+
+def _where(revision: str, cache: Path) -> dict[str, Any]:
+    return {"repo_type": "dataset", "revision": revision, "cache_dir": cache / "hub"}
+
+
+def pack(files: Iterable[Path], cache: Path, out: IO[bytes]) -> None:
+    """Write a tar of these files of ``cache``; unpacked over another cache, that one has them.
+
+    Raises:
+        OSError: one cannot be read, or the archive not written.
+    """
+    with tarfile.open(fileobj=out, mode="w|") as tar:
+        for path in files:
+            with path.open("rb") as file:  # through the cache's link, to what it leads to
+                entry = tar.gettarinfo(arcname=str(path.relative_to(cache)), fileobj=file)
+                entry.mode, entry.uname, entry.gname = 0o644, "", ""
+                tar.addfile(entry, file)
