@@ -22,7 +22,7 @@ MARKS = ("needs GPU", "needs hub", "needs another host")
 RUN_BY = {
     r"make (install|lint|test)": (".ci/run", "make lint\n"),
     r"make test-faults": (".ci/run", "make test-faults"),
-    r"make bundle": ("tests/containers/test_kit.py", '"make", "bundle"'),
+    r"make bundle": ("tests/containers/hospitals.py", '"make", "bundle"'),
     r"make test-containers": (".ci/run", "make test-containers"),
     r"make demo": ("tests/federation/test_run.py", '"superlink.onehost"'),
     r"docker compose( -f \S+)* up( -d)?": ("tests/containers/conftest.py", '("up", "-d")'),
