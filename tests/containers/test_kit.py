@@ -8,11 +8,11 @@ all but the SuperLink. Each test goes on from where the one before it ended.
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,10 +22,12 @@ from superlink.onehost.processes import free_port
 from supernode.entrypoint import HOPELESS, NOT_ACTIVATED, REFUSED
 from tests.containers.conftest import ONLINE_TIMEOUT_S, Federation, wait
 from tests.containers.hospitals import DEAD, SUPERNODE, TAG, Hospital, Scene, as_root, bundled
+from tests.containers.laptop import laptop
 from tests.samples import ROWS, write_jsonl
 
 NEXT_TAG = f"{TAG}-next"
 SUPERNODE_NEXT = f"fedllm-medical/supernode:{NEXT_TAG}"
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 UNKNOWN = HOPELESS[NOT_ACTIVATED]
 RUN_CONFIG = (
     "num-server-rounds=1 train.training-arguments.max-steps=1 strategy.fraction-evaluate=0.0 "
@@ -81,15 +83,10 @@ def control(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> Control:
     return scene.operator.control(scene.operator.public(tmp_path_factory.mktemp("public")))
 
 
-def run_of(operator: Federation, sites: int) -> dict[str, Any]:
-    """A run of one round with so many sites; its line of metrics.jsonl."""
-    config = RUN_CONFIG.replace("SITES", str(sites))
-    done = operator.compose("run", "--rm", "-T", "--no-deps", "submit", RUN_CONFIG=config)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    line: dict[str, Any] = json.loads(
-        operator.shell("superlink", "cat /results/latest/metrics.jsonl")
-    )
-    return line
+def last_round(operator: Federation) -> tuple[list[int], dict[str, str]]:
+    """Of the newest run: the sites that took part, and those that were left out."""
+    line = json.loads(operator.shell("superlink", "cat /results/latest/metrics.jsonl"))
+    return line["partitions"], line["rejected"]
 
 
 def test_two_hospitals_join_with_their_kits_and_train(
@@ -128,8 +125,11 @@ def test_two_hospitals_join_with_their_kits_and_train(
         assert up.returncode == 0, up.stderr + hospital.compose("logs", "check").stdout
     assert wait(lambda: online(control) == 2, ONLINE_TIMEOUT_S)
     assert first.check()["registered"]["status"] == "ok"  # beside its SuperNode, which stays online
-    line = run_of(scene.operator, 2)
-    assert (line["partitions"], line["rejected"]) == ([0, 1], {})
+    config = RUN_CONFIG.replace("SITES", "2")
+    submit = ("run", "--rm", "-T", "--no-deps", "submit")
+    done = scene.operator.compose(*submit, RUN_CONFIG=config)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert last_round(scene.operator) == ([0, 1], {})
 
 
 def test_a_hospital_scores_the_adapter_out_of_the_bundle_without_a_hub(
@@ -182,7 +182,7 @@ def test_a_rotated_key_lets_the_site_in_again_and_the_old_one_nobody(scene: Scen
     assert {n for n, r in first.check().items() if r["status"] != "ok"} == set()
 
 
-def test_a_revoked_site_is_refused_by_name_and_the_other_one_goes_on(
+def test_a_revoked_site_is_refused_and_the_superlink_says_by_which_key(
     scene: Scene, control: Control, tmp_path: Path
 ) -> None:
     operator, (_, second) = scene.operator, scene.hospitals
@@ -200,9 +200,34 @@ def test_a_revoked_site_is_refused_by_name_and_the_other_one_goes_on(
     shown = operator.compose("run", "--rm", "-T", "status", "--format", "json")
     states = {site["site"]: site["state"] for site in json.loads(shown.stdout)["sites"]}
     assert (states["site-00"], states["site-01"]) == ("online", "revoked")
-    # What trains is the new image, with the new key.
-    line = run_of(operator, 1)
-    assert (line["partitions"], line["rejected"]) == ([0], {})
+
+
+def test_a_laptop_on_another_network_has_the_other_site_train_through_an_ssh_tunnel(
+    scene: Scene, tmp_path: Path
+) -> None:
+    """What trains is the new image, with the new key, whoever was revoked."""
+    operator = scene.operator
+    ca_file = operator.public(tmp_path) / "ca.crt"
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    with laptop(keys, scene.host, operator.env["CONTROL_PORT"], ca_file) as run:
+        code, told = run("python3", "-m", "superlink.connection", "localhost:9093", "/ca.crt")
+        assert code == 0, told
+        config = f'{RUN_CONFIG.replace("SITES", "1")} model.name="{MODEL}"'
+        code, told = run("flwr", "run", ".", "deployment", "--stream", "--run-config", config)
+        print(told)
+        assert code == 0, told
+        assert last_round(operator) == ([0], {})
+        assert "[round 1/1] training at site-00\n" in told
+
+        code, told = run("flwr", "run", ".", "deployment")  # of 20 sites, for which it waits
+        print(told)
+        waiting = re.findall(r"started run (\d+)", told)[0]
+        assert run("flwr", "stop", waiting, "deployment")[0] == 0
+        code, told = run("flwr", "list", "deployment", "--format", "json")
+        runs = {str(r["run-id"]): r["status"] for r in json.loads(told)["runs"]}
+        assert runs.pop(waiting) == "finished:stopped"
+        assert set(runs.values()) == {"finished:completed"}
 
 
 def test_a_site_that_is_stopped_is_missed_at_once(scene: Scene, control: Control) -> None:
