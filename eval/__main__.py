@@ -80,7 +80,7 @@ def _pack(arguments: list[str]) -> int:
         print(
             f"eval: not packed, since not in {cache}: {', '.join(missing)}; where the hub can be "
             "reached `python -m eval fetch` (compose: docker compose run --rm fetch) brings them, "
-            "then pack again",
+            "then again",
             file=sys.stderr,
         )
     return 0

@@ -58,19 +58,20 @@ class Hospital:
         assert done.returncode == (0 if facts["ready"] else 1), done.stderr
         return {row["row"]: row for row in facts["rows"]}
 
-    def image(self) -> str:
-        """Of the SuperNode's container, by its id."""
+    def supernode(self) -> Any:
+        """Its container."""
         import docker
 
-        container = self.compose("ps", "-q", "supernode").stdout.strip()
-        return str(docker.from_env().containers.get(container).image.id)
+        found = self.compose("ps", "--all", "--quiet", "supernode").stdout.strip()
+        return docker.from_env().containers.get(found)
 
-    def log(self) -> str:
-        return self.compose("logs", "supernode").stdout
+    def log(self, **since: str) -> str:
+        return self.compose("logs", *(f"--{k}={v}" for k, v in since.items()), "supernode").stdout
 
-    def nodes(self) -> list[str]:
-        """The SuperLink's ids of this container's SuperNode, one each time that it has joined."""
-        return re.findall(r"SuperNode ID: (\d+)", self.log())
+    def node(self) -> str:
+        """The SuperLink's id of its SuperNode; empty if that has not joined since it was started."""
+        started = self.supernode().attrs["State"]["StartedAt"]
+        return "".join(re.findall(r"SuperNode ID: (\d+)", self.log(since=started))[-1:])
 
 
 @dataclass

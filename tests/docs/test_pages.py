@@ -73,6 +73,9 @@ RUN_BY = {
         "tests/federation/test_policy.py", '"-m", "supernode.site"',
     ),
     r"\.venv/bin/python -m eval --data-dir DIR": ("tests/eval/test_cli.py", '"--data-dir"'),
+    r"\.venv/bin/python -m eval pack > benchmarks\.tar": (
+        "tests/hub/test_fetch.py", '"-m", "eval", "pack"',
+    ),
     r"\.venv/bin/python -m eval score \S+": ("tests/eval/test_cli.py", 'main(["score"'),
 }  # fmt: skip
 
