@@ -69,7 +69,7 @@ class Hospital:
         return self.compose("logs", *(f"--{k}={v}" for k, v in since.items()), "supernode").stdout
 
     def node(self) -> str:
-        """The SuperLink's id of its SuperNode; empty if that has not joined since it was started."""
+        """The SuperLink's id of its SuperNode; empty if that has not joined since its start."""
         started = self.supernode().attrs["State"]["StartedAt"]
         return "".join(re.findall(r"SuperNode ID: (\d+)", self.log(since=started))[-1:])
 
