@@ -69,7 +69,7 @@ RUN_BY = {
         "superlink/onehost/processes.py", '"supernode.pinned", "hash"',  # of each local federation
     ),
     r"SITE_DIR=\$PWD/site-07 \.venv/bin/python -m supernode\.site "
-    r"(pause|resume|apps|approve SHA256 --by NAME)": (
+    r"(pause|resume|apps|(approve|withdraw) SHA256 --by NAME)": (
         "tests/federation/test_policy.py", '"-m", "supernode.site"',
     ),
     r"\.venv/bin/python -m eval --data-dir DIR": ("tests/eval/test_cli.py", '"--data-dir"'),
