@@ -42,7 +42,7 @@ def test_a_line_has_all_its_fields_whatever_became_of_the_act(tmp_path: Path) ->
 
 
 def test_the_page_for_operators_has_every_field_and_lines_that_have_them() -> None:
-    page = (REPOSITORY / "docs" / "operator.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs" / "security.md").read_text(encoding="utf-8")
     section = page[page.index("## Record of acts") : page.index("## Certificates and keys")]
     told = [
         name
