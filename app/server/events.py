@@ -58,7 +58,7 @@ def tell_left_out(where: str, server_round: int, of: str, sites: Mapping[str, st
 def tell_last_lines(where: str, name: str, why: str) -> None:
     """Of the site's own log, where they came with why it fails (``untrusted.Reason``)."""
     for line in getattr(why, "lines", ()):
-        logger.info("[%s]   log of %s: %s", where, name, line)
+        logger.info("[%s]   last in the log of %s: %s", where, name, line)
 
 
 class EventFile(logging.Handler):

@@ -131,7 +131,8 @@ def test_they_reach_the_operator_through_a_round_and_leave_its_reason_as_it_is(
     assert str(caught.value).endswith(f"(site-00: {why})")
     said = [r.getMessage() for r in site_log.records if r.getMessage().startswith("[round 1/")]
     at = next(n for n, text in enumerate(said) if f"without site-00: {why}" in text)
-    first, second, third = (text.removeprefix("[round 1/10]   log of ") for text in said[at + 1 :])
+    begins = "[round 1/10]   last in the log of "
+    first, second, third = (text.removeprefix(begins) for text in said[at + 1 :])
     assert first == f"site-00: {PROMPT}"
     assert second.startswith("site-00: round 1: 8 rows, loaded in ")
     assert third.startswith("site-00: ValueError in app.client_app line ")

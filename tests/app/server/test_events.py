@@ -114,7 +114,7 @@ def test_a_failing_sites_last_lines_stand_below_why_it_was_left_out(written: Pat
     assert told[at]["why"] == "<class 'SiteError'>:<'no room'>"
     below = told[at + 1 : at + 11]
     assert [line["text"] for line in below] == [
-        f"[round 1/10]   log of site-01: step {n} of 12 [31m" for n in range(1, 11)
+        f"[round 1/10]   last in the log of site-01: step {n} of 12 [31m" for n in range(1, 11)
     ]
     assert {line["event"] for line in below} == {"log"}
     assert "log of site-01" not in str(told[at + 11 :])

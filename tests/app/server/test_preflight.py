@@ -134,7 +134,7 @@ def test_the_last_lines_of_a_site_that_is_not_ready_are_told_and_its_reason_is_a
         sites = compare(answers, {}, config(strict=False))
         assert sites.left_out == {"site-02": "no base model"}
     first, second = (r.getMessage() for r in site_log.records if "log of" in r.getMessage())
-    assert first == "[preflight]   log of site-02: data/train.jsonl: 8 read"
+    assert first == "[preflight]   last in the log of site-02: data/train.jsonl: 8 read"
     assert second.isprintable()
     assert len(second) < 300
 
