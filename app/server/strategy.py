@@ -184,7 +184,7 @@ class Strategy:
         weights = capped(used, config.max_share)
         new, alphas = aggregate(
             config.strategy_name, list(updates.values()), weights, adapter, self.layout,
-            config.solver,
+            config.solver, config.server_lr,
         )  # fmt: skip
         norms = np.sqrt(np.diag(products))
         shares = np.array(weights) / sum(weights)
