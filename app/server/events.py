@@ -19,8 +19,8 @@ Each line of the run's log is an event, and so is what the log leaves out for be
 |            | losses, shares, alphas; bytes_down, bytes_up, mb_sent, mb_left (MiB), seconds,    |
 |            | left_s (of the run)                                                               |
 | end        | status (completed or failed), error                                               |
-| log        | none: any other line; so are the last lines of a failing site's log, below what   |
-|            | says why it was left out                                                          |
+| log        | none: any other line; each of the last in a failing site's log is one, below its  |
+|            | left-out, or in the preflight above the error                                     |
 
 A line is written at once, as a whole: a reader that finds one without an end reads it later.
 """
