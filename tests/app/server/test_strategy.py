@@ -82,6 +82,7 @@ def test_every_sampled_site_gets_the_adapter_with_the_round_and_the_layout() -> 
         job = message.content.config_records["job"]
         assert job["round"] == 7
         assert job["layout"] == s.layout.hash
+        assert job["upload"] == "7:7:0"
 
 
 def test_sites_that_agree_give_what_they_agree_on() -> None:
