@@ -31,7 +31,7 @@ from superlink.run_view import Status
 from superlink.submit import submit
 from supernode.entrypoint import REFUSED
 from supernode.partitions import Split, prepare_data
-from tests.samples import REPOSITORY, ROWS
+from tests.samples import REPOSITORY, ROWS, write_jsonl
 from tests.terminal import Terminal
 
 SITES = 3
@@ -133,6 +133,8 @@ def done(models_dir: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
         row = {"instruction": "", "input": MARKER, "output": [MARKER]}
         bad = federation.federation / "site-01" / "data" / "train.jsonl"
         bad.write_text(bad.read_text() + json.dumps(row) + "\n")
+        long = {"instruction": "", "input": f"{MARKER} " * 400, "output": MARKER}
+        write_jsonl(federation.federation / "site-02" / "data" / "train.jsonl", [long])
         failed_exit_code = submit(REPOSITORY, overrides, control, federation.public)
         processes = [p.pid for p in federation.processes.values()]
     _, config = merged_config(REPOSITORY, overrides)
@@ -265,6 +267,20 @@ def test_a_bad_row_at_one_site_stops_the_run_by_site_and_line_number(done: Done)
     assert facts["status"] == "failed"
     lines = (done.work / "federation/site-01/data/train.jsonl").read_text().count("\n")
     assert f"site-01: data/train.jsonl, line {lines}: no text in column 'output'" in facts["error"]
+
+
+def test_what_a_site_that_is_not_ready_logged_last_is_told_below_and_no_word_of_its_data(
+    done: Done,
+) -> None:
+    text = (done.failed_run / "events.jsonl").read_text()
+    said = [json.loads(line)["text"] for line in text.splitlines()]
+    print("\n".join(said))
+    last = [line for line in said if "  last in the log of " in line]
+    counts = "data/train.jsonl: 1 read, 0 empty, 0 repeated, 0 known, 1 too long, 0 cut, 0 used"
+    assert last[0] == f"[preflight]   last in the log of site-02: {counts}"
+    assert all("log of site-02: data/" in line for line in last)
+    facts = json.loads((done.failed_run / "run.json").read_text())
+    assert "site-02: data/train.jsonl: no row keeps an answer" in facts["error"]
 
 
 def _files(folder: Path) -> Iterator[Path]:
