@@ -38,12 +38,14 @@ from superlink.control import (
     connected,
     public_keys,
 )
+from superlink.run_view import Status
 
 _POLL_S = 2
 _STALLED_AFTER_S = 60  # after this long without another node, say where to look
 MAX_RESUMES = 3
 PENDING_S = 180
 DEAD_AFTER_S = 90  # Flower takes up to 60 s to see that a ServerApp is gone
+LAST_EVENTS_S = 5  # the run's last events may come after its last line
 # compose.yaml's restart policy starts a submission that failed once more, at once: it must not
 # repeat a run that has ended for good.
 JUST_ENDED_S = 30
@@ -97,11 +99,13 @@ def submit(app_dir: Path, overrides: list[str], control: Control, public: Path) 
     Raises:
         ConfigError, ControlError: it could not be started or followed.
     """
-    with run_view.shown():
-        return _submit(app_dir, overrides, control, public)
+    with run_view.shown() as view:
+        return _submit(app_dir, overrides, control, public, view)
 
 
-def _submit(app_dir: Path, overrides: list[str], control: Control, public: Path) -> int:
+def _submit(
+    app_dir: Path, overrides: list[str], control: Control, public: Path, view: Status | None
+) -> int:
     flat, config = merged_config(app_dir, overrides)
     app = _app_sha256(app_dir)
     control.wait_until_up(config.node_timeout_s)
@@ -132,7 +136,7 @@ def _submit(app_dir: Path, overrides: list[str], control: Control, public: Path)
                 wait_for_nodes(control, public, config.min_nodes, config.node_timeout_s, excluded)
                 run_id, resume = _start(app_dir, flat, Path(home), env), flat.get("resume")
                 _say(f"run {run_id} started")
-            state = _follow(control, run_id, env, config.node_timeout_s)
+            state = _follow(control, run_id, env, config.node_timeout_s, view)
             _say(f"run {run_id} {state.status}{': ' + state.details if state.details else ''}")
             if not _cut_off(state) or resumes == MAX_RESUMES:
                 break
@@ -175,7 +179,9 @@ def _app_sha256(app_dir: Path) -> str:
     return hashlib.sha256(build_fab_from_disk(app_dir)).hexdigest()
 
 
-def _follow(control: Control, run_id: int, env: dict[str, str], timeout_s: float) -> RunStatus:
+def _follow(
+    control: Control, run_id: int, env: dict[str, str], timeout_s: float, view: Status | None
+) -> RunStatus:
     """Print the run's log until the run has ended; a SuperLink that is away is waited for.
 
     Raises:
@@ -184,7 +190,10 @@ def _follow(control: Control, run_id: int, env: dict[str, str], timeout_s: float
     """
     while True:
         _wait_until_taken_up(control, run_id)
+        events = view and view.follow(control, run_id)
         _print_log(run_id, env | {"PYTHONUNBUFFERED": "1"})
+        if events:
+            events.join(LAST_EVENTS_S)
         # The log ends a moment before the run's status is written; or it broke off, and the run
         # goes on, or died with its SuperLink.
         deadline = time.monotonic() + DEAD_AFTER_S
