@@ -333,3 +333,4 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_no_process_behind(
     assert _processes_of(tmp_path) == []
     (run,) = (tmp_path / "results").glob("*/run.json")
     assert json.loads(run.read_text())["status"] == "failed"  # not "running" for ever
+    assert '<span class="chip failed">' in run.with_name("report.html").read_text()
