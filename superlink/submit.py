@@ -138,6 +138,8 @@ def _submit(
                 _say(f"run {run_id} started")
             state = _follow(control, run_id, env, config.node_timeout_s, view)
             _say(f"run {run_id} {state.status}{': ' + state.details if state.details else ''}")
+            if view:  # a ServerApp that was stopped, or killed, has not said so yet, or never will
+                view.take({"event": "end", "status": state.status.removeprefix("finished:")})
             if not _cut_off(state) or resumes == MAX_RESUMES:
                 break
             flat["resume"] = _resume_after(run_id, resume or config.resume, state)
