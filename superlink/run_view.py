@@ -23,6 +23,8 @@ from superlink.control import Control
 from superlink.page.runs import Json, number
 from superlink.page.state import State, take
 
+LAST_EVENTS_S = 5  # so long after the log's end they may come
+_showing: list["Status"] = []  # in this process's terminal; one at most
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 _FIGURES = {
     "train_loss": "train loss {:.4f}", "held_out_loss": "held-out loss {:.4f}",
@@ -79,7 +81,26 @@ def shown() -> Iterator[Status | None]:
         return
     status = Status()
     with Live(status, console=console, refresh_per_second=2):
-        yield status
+        _showing.append(status)
+        try:
+            yield status
+        finally:
+            _showing.clear()
+
+
+@contextmanager
+def followed(control: Control, run_id: int) -> Iterator[None]:
+    """What is shown takes the run's events while its log is printed, and those of its end."""
+    readers = [status.follow(control, run_id) for status in _showing]
+    yield
+    for reader in readers:
+        reader.join(LAST_EVENTS_S)
+
+
+def ended(status: str) -> None:
+    """Tell what is shown: a ServerApp that was stopped, or killed, may never say so."""
+    for view in _showing:
+        view.take({"event": "end", "status": status.removeprefix("finished:")})
 
 
 def plain(line: str) -> str:

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -38,27 +38,32 @@ from superlink.control import (
     connected,
     public_keys,
 )
-from superlink.run_view import Status
 
 _POLL_S = 2
 _STALLED_AFTER_S = 60  # after this long without another node, say where to look
 MAX_RESUMES = 3
 PENDING_S = 180
 DEAD_AFTER_S = 90  # Flower takes up to 60 s to see that a ServerApp is gone
-LAST_EVENTS_S = 5  # the run's last events may come after its last line
 # compose.yaml's restart policy starts a submission that failed once more, at once: it must not
 # repeat a run that has ended for good.
 JUST_ENDED_S = 30
 _RAISED = "ServerApp failed with exception: "  # Flower's words before ours
+# While so many of these sites are waited for: raises ControlError if they cannot come any more.
+Check = Callable[[Collection[str], int], None]
 
 
 def wait_for_nodes(
-    control: Control, public: Path, needed: int, timeout_s: float, without: Collection[str] = ()
+    control: Control,
+    public: Path,
+    needed: int,
+    timeout_s: float,
+    without: Collection[str] = (),
+    check: Check = lambda *_: None,
 ) -> None:
     """Wait until ``needed`` of the registered sites are online, those ``without`` not counted.
 
     Raises:
-        ControlError: too few after ``timeout_s``; names those that are not online.
+        ControlError: too few after ``timeout_s``, names those that are not online; or ``check``'s.
     """
     sites = {s: key for s, key in public_keys(public).items() if s not in without}
     deadline, said = time.monotonic() + timeout_s, -1
@@ -78,6 +83,7 @@ def wait_for_nodes(
             stalled_at = time.monotonic() + _STALLED_AFTER_S
         if online >= needed:
             return
+        check(sites, needed)
         if missing and time.monotonic() > stalled_at:
             stalled_at = math.inf
             _say(
@@ -93,19 +99,19 @@ def wait_for_nodes(
         time.sleep(_POLL_S)
 
 
-def submit(app_dir: Path, overrides: list[str], control: Control, public: Path) -> int:
+@run_view.shown()
+def submit(
+    app_dir: Path,
+    overrides: list[str],
+    control: Control,
+    public: Path,
+    check: Check = lambda *_: None,
+) -> int:
     """One run from start to end, resumed where it was cut off; returns the exit code.
 
     Raises:
         ConfigError, ControlError: it could not be started or followed.
     """
-    with run_view.shown() as view:
-        return _submit(app_dir, overrides, control, public, view)
-
-
-def _submit(
-    app_dir: Path, overrides: list[str], control: Control, public: Path, view: Status | None
-) -> int:
     flat, config = merged_config(app_dir, overrides)
     app = _app_sha256(app_dir)
     control.wait_until_up(config.node_timeout_s)
@@ -132,14 +138,13 @@ def _submit(
                 run_id, resume = run.run_id, run.config.get("resume")
                 _say(f"run {run_id} is going on; following it")
             else:
-                excluded = config.exclude_sites.split(",")
-                wait_for_nodes(control, public, config.min_nodes, config.node_timeout_s, excluded)
+                excluded, within_s = config.exclude_sites.split(","), config.node_timeout_s
+                wait_for_nodes(control, public, config.min_nodes, within_s, excluded, check)
                 run_id, resume = _start(app_dir, flat, Path(home), env), flat.get("resume")
                 _say(f"run {run_id} started")
-            state = _follow(control, run_id, env, config.node_timeout_s, view)
+            state = _follow(control, run_id, env, config.node_timeout_s)
+            run_view.ended(state.status)
             _say(f"run {run_id} {state.status}{': ' + state.details if state.details else ''}")
-            if view:  # a ServerApp that was stopped, or killed, has not said so yet, or never will
-                view.take({"event": "end", "status": state.status.removeprefix("finished:")})
             if not _cut_off(state) or resumes == MAX_RESUMES:
                 break
             flat["resume"] = _resume_after(run_id, resume or config.resume, state)
@@ -181,9 +186,7 @@ def _app_sha256(app_dir: Path) -> str:
     return hashlib.sha256(build_fab_from_disk(app_dir)).hexdigest()
 
 
-def _follow(
-    control: Control, run_id: int, env: dict[str, str], timeout_s: float, view: Status | None
-) -> RunStatus:
+def _follow(control: Control, run_id: int, env: dict[str, str], timeout_s: float) -> RunStatus:
     """Print the run's log until the run has ended; a SuperLink that is away is waited for.
 
     Raises:
@@ -192,10 +195,8 @@ def _follow(
     """
     while True:
         _wait_until_taken_up(control, run_id)
-        events = view and view.follow(control, run_id)
-        _print_log(run_id, env | {"PYTHONUNBUFFERED": "1"})
-        if events:
-            events.join(LAST_EVENTS_S)
+        with run_view.followed(control, run_id):
+            _print_log(run_id, env | {"PYTHONUNBUFFERED": "1"})
         # The log ends a moment before the run's status is written; or it broke off, and the run
         # goes on, or died with its SuperLink.
         deadline = time.monotonic() + DEAD_AFTER_S
