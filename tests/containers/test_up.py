@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.containers.conftest import NODES, Federation
+from tests.containers.conftest import NODES, Federation, wait
 
 
 def test_the_job_succeeds_and_its_container_says_so(federation: Federation) -> None:
@@ -47,6 +47,8 @@ def test_the_evaluation_scores_base_and_final_adapter(federation: Federation) ->
         }  # fmt: skip
     assert report["model"]["kind"] == "fp4"
     assert [line["round"] for line in report["rounds"]] == [1]
+    run_page = page.replace("/eval/", "/")  # written again by itself, with what was scored
+    assert wait(lambda: "The whole report" in federation.shell("superlink", f"cat {run_page}"))
 
 
 def test_the_results_can_be_copied_out(federation: Federation, tmp_path: Path) -> None:
@@ -56,7 +58,7 @@ def test_the_results_can_be_copied_out(federation: Federation, tmp_path: Path) -
     assert (tmp_path / "results" / latest / "peft_1" / "adapter_model.safetensors").is_file()
 
 
-def test_this_host_sees_the_run_on_its_page_and_a_command_writes_it_as_a_file(
+def test_this_host_sees_the_run_on_its_page_which_is_a_file_by_itself_and_by_a_command(
     federation: Federation,
 ) -> None:
     run_id = federation.shell("superlink", "readlink /results/latest").strip()
@@ -66,9 +68,11 @@ def test_this_host_sees_the_run_on_its_page_and_a_command_writes_it_as_a_file(
     assert "fine-tuned by 20 sites together" in html
     assert "1 of 1" in html
     assert "site-19</th>" in html
+    file = f"/results/{run_id}/report.html"
+    assert wait(lambda: "site-19</th>" in federation.shell("superlink", f"cat {file}"))
     report = ("run", "--rm", "--no-deps", "-T", "serverapp", "python3", "-m")
     done = federation.compose(*report, "superlink.page", "report", run_id)
-    assert done.stdout.strip() == f"/results/{run_id}/report.html", done.stderr
+    assert done.stdout.strip() == file, done.stderr
     refused = federation.shell("page", f"touch /results/{run_id}/x")
     assert "Read-only file system" in refused
 

@@ -62,6 +62,9 @@ RUN_BY = {
     r"docker compose run --rm --no-deps serverapp python3 -m superlink\.page report \d+": (
         "tests/containers/test_up.py", '"superlink.page", "report"',
     ),
+    r"\.venv/bin/python -m superlink\.tensorboard results/\d+": (
+        "tests/superlink/test_tensorboard.py", '"superlink.tensorboard", str(folder)',
+    ),
     r"\.venv/bin/python -m superlink\.connection localhost:9093 ca\.crt": (
         "tests/superlink/test_connection.py", '"superlink.connection", "localhost:9093"',
     ),
