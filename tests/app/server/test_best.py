@@ -28,7 +28,7 @@ def line(number: int, loss: float | None = None, sites: Sequence[int] = ALL) -> 
 
 def number(lines: list[dict[str, Any]]) -> int | None:
     best = best_round(lines)
-    return best and best["round"]
+    return best["round"] if best else None
 
 
 @given(st.lists(st.none() | st.floats(0, 10), max_size=8))
