@@ -1,6 +1,9 @@
 """Runs of the tiny model, by the ServerApp's own code, whose adapters somebody takes home."""
 
+import hashlib
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +87,23 @@ def train(results: Path, base: dict[str, Any], **changes: Any) -> None:
         patch.setenv("SITES_DIR", str(listed))
         run(grid, config, folder, facts)
     folder.write_run(facts | {"status": "completed"})
+
+
+def changed_model(models: Path, folder: Path, change: Callable[[Path, Any], Any]) -> dict[str, Any]:
+    """A copy of the unquantised one, with other weights (or none) and settings; its base.json.
+
+    ``change`` gets the copy's folder and its settings, and gives the new ones.
+    """
+    (source,) = models.glob("*none")
+    made = Path(shutil.copytree(source, folder / "made"))
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(change(made, config)))
+    base: dict[str, Any] = json.loads((made / "base.json").read_text())
+    content = {name: (made / name).read_bytes() for name in base["files"]}
+    base["files"] = {name: len(data) for name, data in content.items()}
+    base["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
+    (made / "base.json").write_text(json.dumps(base))
+    return base
 
 
 def card_of(folder: Path) -> tuple[dict[str, Any], str]:

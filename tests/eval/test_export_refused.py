@@ -1,6 +1,5 @@
 """What cannot be taken home is one line, and leaves nothing behind."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from eval.__main__ import main
-from tests.eval.taken_home import HUB_ID, Home, train
+from tests.eval.taken_home import HUB_ID, Home, changed_model, train
 from tests.full_disk import full_disk
 from tests.samples import write_jsonl
 
@@ -138,29 +137,43 @@ def test_a_full_disk_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def tied(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    arrays = load_file(folder / "model.safetensors")
+    del arrays["lm_head.weight"]
+    save_file(arrays, folder / "model.safetensors", {"format": "pt"})
+    return config | {"tie_word_embeddings": True}
 
 
 def test_a_head_that_is_the_embeddings_as_well_is_not_merged(
     home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    models = Path(shutil.copytree(home.models, tmp_path / "models"))
-    (folder,) = models.glob("*none")
-    arrays = load_file(folder / "model.safetensors")
-    del arrays["lm_head.weight"]
-    save_file(arrays, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    base = json.loads((folder / "base.json").read_text())
-    base["files"] = {name: (folder / name).stat().st_size for name in base["files"]}
-    base["sha256"] = {n: sha256_of(folder / n) for n in base["files"]}
-    (folder / "base.json").write_text(json.dumps(base))
+    base = changed_model(home.models, tmp_path / "models", tied)
     for targets, code in (("q_proj,v_proj", 0), ("q_proj,lm_head", 1)):
         train(tmp_path / targets, base, target_modules=targets)
         words = ["export", "--merge", "--results", str(tmp_path / targets)]
-        places = ["--models", str(models), "--to", str(tmp_path / f"{code}")]
+        places = ["--models", str(tmp_path / "models"), "--to", str(tmp_path / f"{code}")]
         assert main([*words, *places]) == code
     assert "lm_head" in error(capsys)
     assert os.path.lexists(tmp_path / "0")
     assert not os.path.lexists(tmp_path / "1")
+
+
+@pytest.mark.parametrize("factor", [1, 1e6])
+def test_a_model_of_float16_stays_one_unless_its_weights_do_not_fit(
+    home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: float
+) -> None:
+    def larger(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+        arrays = {n: a * factor for n, a in load_file(folder / "model.safetensors").items()}
+        save_file(arrays, folder / "model.safetensors", {"format": "pt"})
+        return config | {"dtype": "float16"}
+
+    changed_model(home.models, tmp_path / "models", larger)
+    to = tmp_path / "to"
+    code = home.export(to, "--merge", "--models", str(tmp_path / "models"), kind="none")
+    if factor == 1:
+        assert code == 0
+        assert json.loads((to / "config.json").read_text())["dtype"] == "float16"
+    else:
+        assert code == 1
+        assert "does not fit in torch.float16" in error(capsys)
+        assert not to.exists()
