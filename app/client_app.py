@@ -154,13 +154,18 @@ def _to_send(
     trained = privatise(trained, received, config)
     if config.up == "fp32" or not config.error_feedback:
         return encode(config.up, trained, received)
-    server_round = cast(int, job["round"])
+    upload, taken = cast(str, job["upload"]), cast(str | None, job.get("taken"))
     privacy = config.clip_norm, config.noise_multiplier
-    feedback = Feedback(_site_dir() / "state", cast(str, job["run"]), layout, privacy)
-    wanted = trained + feedback.read(server_round)
+    feedback = Feedback(_site_dir() / "state", upload, taken, layout, privacy)
+    before = feedback.before
+    if before is None:
+        logger.warning(
+            "error feedback starts anew: state/ does not have what upload %s left out", taken
+        )
+    wanted = trained if before is None else trained + before
     payload = encode(config.up, wanted, received)
     try:
-        feedback.write(server_round, wanted - decode(config.up, payload, received))
+        feedback.write(wanted - decode(config.up, payload, received))
     except OSError as err:
         logger.warning("no error feedback: state/ cannot be written: %s", err.strerror)
         return encode(config.up, trained, received)  # or the old rest would be added again

@@ -14,7 +14,19 @@ from os.path import normpath
 from pathlib import Path
 from typing import Any, get_args
 
-STRATEGIES = ("fedavgopt", "fedavg", "fedavgopt-delta", "fedprox")
+from app.allowed import (
+    FROM_0,
+    NOT_EMPTY,
+    POSITIVE,
+    RUNS,
+    SECONDS_TO_A_WEEK,
+    SITES,
+    YES_NO,
+    one_of,
+    whole_from,
+)
+
+STRATEGIES = ("fedavgopt", "fedavg", "fedavgopt-delta", "fedprox", "rda")
 CODECS = ("fp32", "bf16", "int8", "int4")
 # Begins the error of a run that would end the same way if it were resumed.
 GIVEN_UP = "given up: "
@@ -46,27 +58,6 @@ def _key(name: str, allowed: str, check: Callable[[Any], bool]) -> Any:
     return field(metadata={"key": name, "allowed": allowed, "check": check})
 
 
-def _one_of(*values: str) -> tuple[str, Callable[[Any], bool]]:
-    return f"one of {', '.join(values)}", lambda v: v in values
-
-
-def _whole_from(low: int) -> tuple[str, Callable[[Any], bool]]:
-    return f"a whole number, {low} or more", lambda v: v >= low
-
-
-_POSITIVE = ("a number above 0", lambda v: 0 < v < math.inf)
-_SECONDS_TO_A_WEEK = ("a number from 10 to 604800 (a week)", lambda v: 10 <= v <= 604800)
-_FROM_0 = ("a number, 0 or more", lambda v: 0 <= v < math.inf)
-_NOT_EMPTY = ("a text that is not empty", lambda v: bool(v.strip()))
-_RUNS = (
-    'empty, or "latest" or run ids with commas between (0: start anew)',
-    lambda v: not v or re.fullmatch(r"(latest|\d+)(,(latest|\d+))*", v) is not None,
-)
-_SITES = (
-    'empty, or names of sites with commas between, as "site-03,site-07"',
-    lambda v: not v or re.fullmatch(r"site-\d{2,}(,site-\d{2,})*", v) is not None,
-)
-_YES_NO = ("true or false", lambda v: True)
 _ARGS = "train.training-arguments."
 
 
@@ -74,13 +65,13 @@ _ARGS = "train.training-arguments."
 class RunConfig:
     """One checked run config; every field names its key, what is allowed, and the check."""
 
-    num_server_rounds: int = _key("num-server-rounds", *_whole_from(1))
+    num_server_rounds: int = _key("num-server-rounds", *whole_from(1))
     # Seeds the initial adapter, the sampling of sites and the order of each site's rows.
-    seed: int = _key("seed", *_whole_from(0))
+    seed: int = _key("seed", *whole_from(0))
     # Go on after the last complete round of the first of these runs that has one.
-    resume: str = _key("resume", *_RUNS)
+    resume: str = _key("resume", *RUNS)
 
-    model_name: str = _key("model.name", *_NOT_EMPTY)
+    model_name: str = _key("model.name", *NOT_EMPTY)
     quantization: int = _key(
         "model.quantization", "4 or 8 (bits), or 0 for none", lambda v: v in (0, 4, 8)
     )
@@ -88,55 +79,61 @@ class RunConfig:
     gradient_checkpointing: bool | str = _key(
         "model.gradient-checkpointing", "true, false or auto", lambda v: v in (True, False, "auto")
     )
-    lora_r: int = _key("model.lora.peft-lora-r", *_whole_from(1))
-    lora_alpha: int = _key("model.lora.peft-lora-alpha", *_whole_from(1))
+    lora_r: int = _key("model.lora.peft-lora-r", *whole_from(1))
+    lora_alpha: int = _key("model.lora.peft-lora-alpha", *whole_from(1))
     lora_dropout: float = _key(
         "model.lora.peft-lora-dropout", "a number from 0 to below 1", lambda v: 0 <= v < 1
     )
     # Comma-separated endings of module names, or "all-linear", as in PEFT.
-    target_modules: str = _key("model.lora.target-modules", *_NOT_EMPTY)
+    target_modules: str = _key("model.lora.target-modules", *NOT_EMPTY)
 
-    lr_max: float = _key("train.learning-rate-max", *_POSITIVE)
-    lr_min: float = _key("train.learning-rate-min", *_FROM_0)
-    seq_length: int = _key("train.seq-length", *_whole_from(16))
+    lr_max: float = _key("train.learning-rate-max", *POSITIVE)
+    lr_min: float = _key("train.learning-rate-min", *FROM_0)
+    seq_length: int = _key("train.seq-length", *whole_from(16))
     # A batch of more goes through the model in several passes, of whole rows, and one longer row
     # alone: this decides about a GPU's memory and changes nothing else.
-    max_tokens_per_pass: int = _key("train.max-tokens-per-pass", *_whole_from(1))
-    batch_size: int = _key(_ARGS + "per-device-train-batch-size", *_whole_from(1))
-    gradient_accumulation_steps: int = _key(_ARGS + "gradient-accumulation-steps", *_whole_from(1))
-    num_train_epochs: float = _key(_ARGS + "num-train-epochs", *_POSITIVE)
+    max_tokens_per_pass: int = _key("train.max-tokens-per-pass", *whole_from(1))
+    batch_size: int = _key(_ARGS + "per-device-train-batch-size", *whole_from(1))
+    gradient_accumulation_steps: int = _key(_ARGS + "gradient-accumulation-steps", *whole_from(1))
+    num_train_epochs: float = _key(_ARGS + "num-train-epochs", *POSITIVE)
     # As in Transformers: above 0 it overrides num-train-epochs.
     max_steps: int = _key(
         _ARGS + "max-steps", "a whole number above 0, or -1", lambda v: v > 0 or v == -1
     )
 
-    # fedavgopt (the paper's), fedavg, fedavgopt-delta (its objective on the sites' changes), or
-    # fedprox (fedavg, with a proximal term at the sites).
-    strategy_name: str = _key("strategy.name", *_one_of(*STRATEGIES))
+    # fedavgopt (the paper's), fedavg, fedavgopt-delta (its objective on the sites' changes),
+    # fedprox (fedavg, with a proximal term at the sites), or rda (directions and lengths of the
+    # sites' changes, averaged apart).
+    strategy_name: str = _key("strategy.name", *one_of(*STRATEGIES))
     # FedAvgOpt's minimiser: nelder-mead follows the paper's code, bfgs is exact with many sites.
-    solver: str = _key("strategy.solver", *_one_of("nelder-mead", "bfgs"))
+    solver: str = _key("strategy.solver", *one_of("nelder-mead", "bfgs"))
     # fedprox: each site also minimises mu / 2 times the squared distance to what it received.
-    proximal_mu: float = _key("strategy.proximal-mu", *_FROM_0)
+    proximal_mu: float = _key("strategy.proximal-mu", *FROM_0)
+    # A factor on what a round changes, with every strategy: new = old + server-lr times (aggregated
+    # - old). No momentum: the next round knows nothing of it.
+    server_lr: float = _key(
+        "strategy.server-lr", "a number above 0, at most 10", lambda v: 0 < v <= 10
+    )
     # Sites in a round: fraction of the usable ones, never fewer than min-train-nodes (as Flower).
     fraction_train: float = _key(
         "strategy.fraction-train", "a number above 0, at most 1", lambda v: 0 < v <= 1
     )
-    min_train_nodes: int = _key("strategy.min-train-nodes", *_whole_from(1))
+    min_train_nodes: int = _key("strategy.min-train-nodes", *whole_from(1))
     # 0 switches evaluation off; otherwise the same sites are evaluated after every round.
     fraction_evaluate: float = _key(
         "strategy.fraction-evaluate", "a number from 0 to 1", lambda v: 0 <= v <= 1
     )
-    min_evaluate_nodes: int = _key("strategy.min-evaluate-nodes", *_whole_from(1))
+    min_evaluate_nodes: int = _key("strategy.min-evaluate-nodes", *whole_from(1))
     # The run starts when this many SuperNodes are online.
-    min_nodes: int = _key("strategy.min-nodes", *_whole_from(1))
+    min_nodes: int = _key("strategy.min-nodes", *whole_from(1))
     # If false, sites that fail the preflight are left out as long as min-nodes others are fine.
-    require_all_nodes: bool = _key("strategy.require-all-nodes", *_YES_NO)
+    require_all_nodes: bool = _key("strategy.require-all-nodes", *YES_NO)
     # These are not asked at all, and count nowhere; their keys stay registered.
-    exclude_sites: str = _key("strategy.exclude-sites", *_SITES)
+    exclude_sites: str = _key("strategy.exclude-sites", *SITES)
     # A round with fewer usable replies than min-replies is repeated with other sites: one of a
     # single reply is that site's adapter alone.
-    min_replies: int = _key("strategy.min-replies", *_whole_from(1))
-    max_retries: int = _key("strategy.max-retries", *_whole_from(0))
+    min_replies: int = _key("strategy.min-replies", *whole_from(1))
+    max_retries: int = _key("strategy.max-retries", *whole_from(0))
     # A site weighs as many rows as it used in the round, but no more than this share of all. Sites
     # of equal weight never notice; of two in a round each is a half, whatever their sizes. Where
     # it is below 1 / sites, all weigh the same. 1: no limit.
@@ -145,30 +142,30 @@ class RunConfig:
     )
     # A reply whose change is longer than this many times the usual one, for its learning rate and
     # steps, takes no part; nor does one longer than max-update-norm.
-    max_norm_ratio: float = _key("strategy.max-norm-ratio", *_POSITIVE)
-    max_update_norm: float = _key("strategy.max-update-norm", *_POSITIVE)
-    node_timeout_s: float = _key("strategy.node-timeout-s", *_POSITIVE)
+    max_norm_ratio: float = _key("strategy.max-norm-ratio", *POSITIVE)
+    max_update_norm: float = _key("strategy.max-update-norm", *POSITIVE)
+    node_timeout_s: float = _key("strategy.node-timeout-s", *POSITIVE)
     # So long a site may take, and so long Flower keeps a message and its reply; then the site's
     # SuperNode ends the work on it. Sites that share a device take turns: for them it is so many
     # times as long.
-    round_timeout_s: float = _key("strategy.round-timeout-s", *_SECONDS_TO_A_WEEK)
+    round_timeout_s: float = _key("strategy.round-timeout-s", *SECONDS_TO_A_WEEK)
 
     # How adapters travel (app/wire/codec.py), both ways; down and up override it one by one.
-    codec: str = _key("communication.codec", *_one_of(*CODECS))
-    codec_down: str = _key("communication.down", *_one_of("codec", *CODECS))
-    codec_up: str = _key("communication.up", *_one_of("codec", *CODECS))
+    codec: str = _key("communication.codec", *one_of(*CODECS))
+    codec_down: str = _key("communication.down", *one_of("codec", *CODECS))
+    codec_up: str = _key("communication.up", *one_of("codec", *CODECS))
     # A site keeps what its last coarse upload left out and adds it to its next.
-    error_feedback: bool = _key("communication.error-feedback", *_YES_NO)
+    error_feedback: bool = _key("communication.error-feedback", *YES_NO)
     # The FlowerTune leaderboard's limit is its 200,000 MB, counted as MiB here; the log says how
     # much of it is used.
-    budget_mb: float = _key("communication.budget-mb", *_POSITIVE)
+    budget_mb: float = _key("communication.budget-mb", *POSITIVE)
 
     # At the site, before the upload: the change is clipped to this length (0: not at all), and
     # gets Gaussian noise of noise-multiplier times it on every value.
-    clip_norm: float = _key("privacy.clip-norm", *_FROM_0)
-    noise_multiplier: float = _key("privacy.noise-multiplier", *_FROM_0)
+    clip_norm: float = _key("privacy.clip-norm", *FROM_0)
+    noise_multiplier: float = _key("privacy.noise-multiplier", *FROM_0)
 
-    dataset_name: str = _key("static.dataset.name", *_NOT_EMPTY)
+    dataset_name: str = _key("static.dataset.name", *NOT_EMPTY)
 
     @classmethod
     def from_flat(cls, values: Mapping[str, object]) -> "RunConfig":

@@ -21,6 +21,7 @@ from app.config import GIVEN_UP, MIB, SILENT, ConfigError, RunConfig
 from app.server.best import name_best
 from app.server.checkpoint import ResultsError, RunFolder
 from app.server.events import EventFile, event
+from app.server.orders import taken_before
 from app.server.preflight import PreflightError, SilenceError, Sites, preflight
 from app.server.resume import Earlier, adopt, bytes_before, find_earlier
 from app.server.site_list import SiteListError, site_name
@@ -107,13 +108,13 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
         facts["bytes_sent"] = bytes_sent
         folder.write_run(facts)
 
-    name = earlier.name(facts["run_id"]) if earlier else facts["run_id"]
     strategy = Strategy(
-        grid, config, sites, layout, name, bytes_sent=facts["bytes_sent"], keep=keep
+        grid, config, sites, layout, facts["run_id"], bytes_sent=facts["bytes_sent"], keep=keep
     )
     if earlier:
         before = earlier.lines[-1]
         strategy.take_up(earlier.lines)
+        strategy.taken = taken_before(earlier.chain, earlier.lines)
     else:
         before = _before(strategy, adapter)
     _rounds(strategy, folder, facts, adapter, before)

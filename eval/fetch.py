@@ -1,5 +1,7 @@
-"""The questions that others hold: a file of the hub, at a pinned revision."""
+"""What others hold: the questions, at a pinned revision, and a base model's original weights."""
 
+import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +40,34 @@ def fetch(dataset: str, repository: str, file: str, revision: str, cache: Path) 
             f"{dataset}: {repository}@{revision[:12]} is not in {cache}, and {err}; or give "
             "--data-dir"
         ) from None
+
+
+def original_weights(name: str, quantization: str, models: Path, cache: Path) -> Path:
+    """A base model's own folder: from prepare's cache, else the hub's, or what is left of it here.
+
+    Raises:
+        EvalError: there is none, and ``models`` has it not in this ``quantization`` either.
+        OSError: HF_TOKEN_FILE cannot be read.
+    """
+    kept = cache / name.replace("/", "--")
+    if (kept / "complete").exists():
+        return kept
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+    where: dict[str, Any] = {"cache_dir": cache / "hub", "allow_patterns": patterns}
+    try:
+        token = hub_token()
+        quiet = nullcontext() if sys.stderr.isatty() else disable_progress_bars()
+        with quiet, asking(name, "model", token):
+            return Path(snapshot_download(name, token=token, **where))
+    except HubError as err:
+        why = str(err)
+    with suppress(LocalEntryNotFoundError, HFValidationError):
+        return Path(snapshot_download(name, local_files_only=True, **where))
+    raise EvalError(
+        f"base model {name} is neither prepared for --quantization {quantization} in {models} nor "
+        f"in {cache}, and {why}; run supernode.prepare model"
+    )

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from app.site.base_model import check_files, device_and_dtype, prepared
 from app.site.verified import check_contents
 from eval import EvalError
+from eval.fetch import original_weights
 from eval.identity import settings_digest
 from supernode import source as sources
 
@@ -77,7 +78,8 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
         check_contents(made)
         source, fingerprints = made.folder, {kind: made.fingerprint}
     else:
-        source = Path(name) if Path(name).is_dir() else _source(name, quantization, models, cache)
+        own = Path(name).is_dir()
+        source = Path(name) if own else original_weights(name, quantization, models, cache)
     try:
         if not made:
             sources.check(source)
@@ -148,25 +150,6 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
             state.dtype = dtype
         elif parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-
-
-def _source(name: str, quantization: str, models: Path, cache: Path) -> Path:
-    """The model's original weights: from prepare's cache, else the hub's (or its cache)."""
-    kept = cache / name.replace("/", "--")
-    if (kept / "complete").exists():
-        return kept
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
-    try:
-        with nullcontext() if sys.stderr.isatty() else disable_progress_bars():
-            return Path(snapshot_download(name, cache_dir=cache / "hub", allow_patterns=patterns))
-    except Exception as err:  # hub, network and OS errors have no common class
-        raise EvalError(
-            f"base model {name} is neither prepared for --quantization {quantization} in {models} "
-            f"nor in {cache}, and the hub says {type(err).__name__}; run supernode.prepare model"
-        ) from None
 
 
 @dataclass(frozen=True)

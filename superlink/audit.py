@@ -2,7 +2,7 @@
 
 | field   | what                                                                                 |
 |---------|--------------------------------------------------------------------------------------|
-| v       | 1; another number: a field has another meaning, or is gone                           |
+| schema  | 1; another number: a field has another meaning, or is gone                           |
 | time    | ISO 8601, UTC, when the act ended                                                    |
 | act     | provision, renew, rotate, revoke, reset …: superlink.provision's commands; backup,   |
 |         | restore; register, unregister, submit, stop: what the SuperLink was asked for;       |
@@ -43,7 +43,7 @@ def recorded(folder: Path, act: str, subject: str, by: str) -> Iterator[dict[str
     Raises:
         AuditError: the record cannot be written.
     """
-    line = {"v": SCHEMA, "time": "", "act": act, "subject": subject, "app": None, "by": by}
+    line = {"schema": SCHEMA, "time": "", "act": act, "subject": subject, "app": None, "by": by}
     line |= {"outcome": DONE, "reason": None}
     try:
         yield line

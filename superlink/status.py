@@ -232,7 +232,7 @@ def main() -> int:
         return 1
     if args.format == "json":
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        head = {"v": SCHEMA, "time": now, "superlink": address}
+        head = {"schema": SCHEMA, "time": now, "superlink": address}
         print(json.dumps(head | asdict(report), indent=1))
     else:
         print(text(report))

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +48,22 @@ DEAD_AFTER_S = 90  # Flower takes up to 60 s to see that a ServerApp is gone
 # repeat a run that has ended for good.
 JUST_ENDED_S = 30
 _RAISED = "ServerApp failed with exception: "  # Flower's words before ours
+# While so many of these sites are waited for: raises ControlError if they cannot come any more.
+Check = Callable[[Collection[str], int], None]
 
 
 def wait_for_nodes(
-    control: Control, public: Path, needed: int, timeout_s: float, without: Collection[str] = ()
+    control: Control,
+    public: Path,
+    needed: int,
+    timeout_s: float,
+    without: Collection[str] = (),
+    check: Check = lambda *_: None,
 ) -> None:
     """Wait until ``needed`` of the registered sites are online, those ``without`` not counted.
 
     Raises:
-        ControlError: too few after ``timeout_s``; names those that are not online.
+        ControlError: too few after ``timeout_s``, names those that are not online; or ``check``'s.
     """
     sites = {s: key for s, key in public_keys(public).items() if s not in without}
     deadline, said = time.monotonic() + timeout_s, -1
@@ -76,6 +83,7 @@ def wait_for_nodes(
             stalled_at = time.monotonic() + _STALLED_AFTER_S
         if online >= needed:
             return
+        check(sites, needed)
         if missing and time.monotonic() > stalled_at:
             stalled_at = math.inf
             _say(
@@ -91,17 +99,19 @@ def wait_for_nodes(
         time.sleep(_POLL_S)
 
 
-def submit(app_dir: Path, overrides: list[str], control: Control, public: Path) -> int:
+@run_view.shown()
+def submit(
+    app_dir: Path,
+    overrides: list[str],
+    control: Control,
+    public: Path,
+    check: Check = lambda *_: None,
+) -> int:
     """One run from start to end, resumed where it was cut off; returns the exit code.
 
     Raises:
         ConfigError, ControlError: it could not be started or followed.
     """
-    with run_view.shown():
-        return _submit(app_dir, overrides, control, public)
-
-
-def _submit(app_dir: Path, overrides: list[str], control: Control, public: Path) -> int:
     flat, config = merged_config(app_dir, overrides)
     app = _app_sha256(app_dir)
     control.wait_until_up(config.node_timeout_s)
@@ -128,8 +138,8 @@ def _submit(app_dir: Path, overrides: list[str], control: Control, public: Path)
                 run_id, resume = run.run_id, run.config.get("resume")
                 _say(f"run {run_id} is going on; following it")
             else:
-                excluded = config.exclude_sites.split(",")
-                wait_for_nodes(control, public, config.min_nodes, config.node_timeout_s, excluded)
+                excluded, within_s = config.exclude_sites.split(","), config.node_timeout_s
+                wait_for_nodes(control, public, config.min_nodes, within_s, excluded, check)
                 run_id, resume = _start(app_dir, flat, Path(home), env), flat.get("resume")
                 _say(f"run {run_id} started")
             state = _follow(control, run_id, env, config.node_timeout_s)

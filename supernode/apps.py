@@ -1,7 +1,9 @@
 """Apps that this site runs beside its image's own, because somebody here has looked at them.
 
-``state/approved-apps.json`` is the list: SHA-256, version, who, when. ``state/refused-app.json`` is
-the app of the run that was refused last, which ``python -m supernode.site`` shows and approves.
+``state/approved-apps.json`` has a line of what was decided after the other: the SHA-256 that was
+approved (``sha256``) or whose approval was withdrawn (``withdrawn``), its version, who, when.
+``state/refused-app.json`` is the app of the run that was refused last, which ``python -m
+supernode.site`` shows and approves.
 """
 
 import io
@@ -22,10 +24,31 @@ class AppsError(Exception):
 
 
 def approved(state: Path) -> list[dict[str, str]]:
-    """The list, oldest first. Raises AppsError."""
+    """What is approved now, oldest first. Raises AppsError."""
+    return [entry for entry in _last_words(state) if "sha256" in entry]
+
+
+def withdrawn(state: Path) -> list[dict[str, str]]:
+    """Whose approval was withdrawn, and not given anew; oldest first. Raises AppsError."""
+    return [entry for entry in _last_words(state) if "withdrawn" in entry]
+
+
+def _last_words(state: Path) -> list[dict[str, str]]:
+    last: dict[str, dict[str, str]] = {}
+    for entry in _decided(state):
+        app = entry.get("sha256") or entry.get("withdrawn") or ""
+        last.pop(app, None)
+        last[app] = entry
+    return list(last.values())
+
+
+def _decided(state: Path) -> list[dict[str, str]]:
     try:
-        listed = json.loads((state / APPROVED).read_text())
-        return [{k: str(app[k]) for k in ("sha256", "version", "by", "time")} for app in listed]
+        found = []
+        for entry in json.loads((state / APPROVED).read_text()):
+            app = "withdrawn" if "withdrawn" in entry else "sha256"
+            found.append({k: str(entry[k]) for k in (app, "version", "by", "time")})
+        return found
     except FileNotFoundError:
         return []
     except OSError as err:
@@ -75,13 +98,43 @@ def approve(state: Path, sha256: str, by: str) -> dict[str, str]:
             f"{sha256!r} does not begin the SHA-256 of the app that was refused last "
             f"({refused['sha256']}); give 12 digits of it or more"
         )
-    if not _plain(by):
-        raise AppsError("--by: the name of who approves it is needed")
-    listed = approved(state)
-    entry = {k: refused[k] for k in ("sha256", "version")} | {"by": _plain(by), "time": _now()}
-    if all(app["sha256"] != entry["sha256"] for app in listed):
-        _write(state / APPROVED, [*listed, entry])
+    entry = {k: refused[k] for k in ("sha256", "version")} | _signed(by, "approves")
+    if all(app["sha256"] != entry["sha256"] for app in approved(state)):
+        _write(state / APPROVED, [*_decided(state), entry])
     return entry
+
+
+def withdraw(state: Path, sha256: str, by: str, pinned: str) -> dict[str, str]:
+    """Take an approval back; returns the entry that says so.
+
+    ``sha256``: at least the app's first 12 digits. ``pinned``: that of the site's own app.
+
+    Raises:
+        AppsError: it is the site's own, or not approved, or nobody's name is given; OSError.
+    """
+    if len(sha256) >= 12 and pinned.startswith(sha256):
+        raise AppsError(
+            f"{sha256} is the app that this site is pinned to, which needs no approval; to run "
+            "nothing, pause (supernode.site pause)"
+        )
+    listed = approved(state)
+    found = [app for app in listed if len(sha256) >= 12 and app["sha256"].startswith(sha256)]
+    if len(found) != 1:
+        there = ", ".join(app["sha256"] for app in listed) or "none"
+        raise AppsError(
+            f"{sha256!r} does not begin the SHA-256 of one approved app ({there}); give 12 digits "
+            "of it or more"
+        )
+    entry = {"withdrawn": found[0]["sha256"], "version": found[0]["version"]}
+    entry |= _signed(by, "withdraws")
+    _write(state / APPROVED, [*_decided(state), entry])
+    return entry
+
+
+def _signed(by: str, does: str) -> dict[str, str]:
+    if not _plain(by):
+        raise AppsError(f"--by: the name of who {does} it is needed")
+    return {"by": _plain(by), "time": _now()}
 
 
 def _plain(text: str) -> str:

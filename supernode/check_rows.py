@@ -16,6 +16,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from supernode.apps import AppsError, approved
 from supernode.entrypoint import pinned_app
 from supernode.keygen import fingerprint, loaded
 from supernode.reach import direct, parsed, proxy_for, reached
@@ -76,7 +77,11 @@ def app(site: Site) -> str:
     pin = pinned_app(site.env)
     if not pin:
         return Doubt("any: ALLOW_APP_UPDATES=1 lets every run bring its own code; take it out")
-    return f"{pin[:12]} and no other"
+    try:
+        others = ", ".join(listed["sha256"][:12] for listed in approved(site.folder / "state"))
+    except AppsError as err:
+        raise BadError(str(err)) from None
+    return f"{pin[:12]}, and approved here {others}" if others else f"{pin[:12]} and no other"
 
 
 def key(site: Site) -> str:

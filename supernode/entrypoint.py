@@ -22,7 +22,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from pathlib import Path
 from supernode import verify
 from supernode.gpus import set_gpu
 from supernode.node_log import QUIET, Joining, plain
+from supernode.own_folder import own_folder
 from supernode.pinned import ANY, UNCHECKED
 from supernode.reach import direct, parsed, why_not
 from supernode.site_env import read_site
@@ -121,7 +121,7 @@ def warm_client_apps(env: dict[str, str]) -> Iterator[None]:
     if seconds == "0" or sys.platform != "linux":
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="supernode-") as folder:  # mode 0700
+    with own_folder() as folder:
         env["PATH"] = f"{WARM_PROGRAMS}{os.pathsep}{env['PATH']}"
         env |= {"WARM_S": seconds, "WARM_SOCKET": f"{folder}/warm.socket"}
         yield

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,8 +46,9 @@ def app_sha256(fab: bytes) -> str:
 def install(pinned: str, site: str, state: Path) -> None:
     """Let this process's SuperNode accept the app of this SHA-256 only, and those approved.
 
-    With ANY it accepts every app, and says so of each. ``state``: the site's; APPS_SEEN names the
-    file that tells the ClientApps which app a run brought.
+    Of each message: an approval may be withdrawn while a run goes on. With ANY it accepts every
+    app, and says so of each. ``state``: the site's; APPS_SEEN names the file that tells the
+    ClientApps which app a run brought.
     """
     from flwr.app import Error
     from flwr.common.constant import ErrorCode
@@ -80,11 +82,17 @@ def install(pinned: str, site: str, state: Path) -> None:
 
         # Any trusted entity makes Flower verify; who they are does not matter to `verify`.
         changed = {"receive": note, "get_fab": fetch_unsigned, "trusted_entities": {"": ""}}
-        return receive(**given | changed)
+        return receive(**given | changed | {"state": _Verified(given["state"], still_runs)})
+
+    def runs(app: str) -> bool:
+        return pinned in (ANY, app) or app in _approved(state)
+
+    def still_runs(of_run: int) -> bool:
+        return runs(seen.get(str(of_run), ""))
 
     def verify(fab: Fab, trusted_entities: dict[str, str]) -> bool:
         found = app_sha256(fab.content)
-        if pinned in (ANY, found) or found in _approved(state):
+        if runs(found):
             if pinned == ANY:
                 print(f"supernode: WARNING: {UNCHECKED}: app {found[:12]} is run", flush=True)
             seen[str(run_id)] = found or "unknown"
@@ -97,6 +105,20 @@ def install(pinned: str, site: str, state: Path) -> None:
     flower._pull_and_store_message = receive_pinned  # type: ignore[assignment]
     flower._verify_fab = verify
     flower.FAB_VERIFICATION_ERROR = Error(ErrorCode.INVALID_FAB, refusal)
+
+
+class _Verified:
+    """A SuperNode's state that knows no run whose app may not run: Flower then verifies it anew."""
+
+    def __init__(self, state: Any, still_runs: Callable[[int], bool]) -> None:
+        self._state, self._still_runs = state, still_runs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+    def get_run(self, run_id: int) -> Any:
+        run = self._state.get_run(run_id)
+        return run if run and self._still_runs(run_id) else None
 
 
 def _approved(state: Path) -> set[str]:

@@ -10,14 +10,14 @@ import atexit
 import hashlib
 import json
 import os
-import shutil
 import sys
-import tempfile
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
+
+from supernode.own_folder import own_folder
 
 LOOK_AGAIN_S = 5.0
 LOWEST_PRIORITY = 19
@@ -25,9 +25,9 @@ LOWEST_PRIORITY = 19
 
 def start(models: Path) -> Path:
     """Begin to verify, now and at every change; returns the file with the outcome."""
-    folder = Path(tempfile.mkdtemp(prefix="supernode-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    outcome = folder / "models-verified.json"
+    until_the_end = ExitStack()
+    atexit.register(until_the_end.close)
+    outcome = until_the_end.enter_context(own_folder()) / "models-verified.json"
     threading.Thread(target=_keep_verified, args=(models, outcome), daemon=True).start()
     return outcome
 

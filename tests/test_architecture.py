@@ -15,6 +15,7 @@ OURS = ("app", "superlink", "supernode", "eval")
 # code runs at the site, the server's beside the SuperLink: neither has the other's.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "app/": (),
+    "app/config.py": ("app.allowed",),
     "app/wire/": ("app.wire", "app.config"),
     "app/server/": ("app.server", "app.wire", "app.config"),
     "app/server_app.py": ("app.server", "app.wire", "app.config"),

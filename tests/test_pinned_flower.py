@@ -52,7 +52,7 @@ REPLACED = [
 CALLED = [
     (
         "flwr.supernode.start_client_internal:_pull_and_store_message",
-        ["get_fab", "trusted_entities"],
+        ["state", "get_fab", "trusted_entities"],
     ),
     ("flwr.supernode.start_client_internal:_verify_fab", ["fab", "trusted_entities"]),
     (

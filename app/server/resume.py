@@ -35,10 +35,6 @@ class Earlier:
     checkpoint: Path
     lines: list[dict[str, Any]]  # of metrics.jsonl, one a round
 
-    def name(self, run_id: str) -> str:
-        """What the run of this id, which goes on from the chain, is called at the sites."""
-        return " ".join([*(f"{c['run_id']}:{c['last_round']}" for c in self.chain), run_id])
-
     def adapter(self, layout: Layout, fingerprint: str) -> Vector:
         """The adapter [layout.size] of its last round.
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from app.config import MIB, RunConfig
@@ -22,6 +22,7 @@ from app.server.exchange import REFUSED, exchange, uploaded_bytes
 from app.server.fedavgopt import Floats
 from app.server.guards import Change, Gathered, number, usable
 from app.server.held_out import believable, held_out
+from app.server.orders import order, upload_name
 from app.server.preflight import Sites
 from app.server.site_list import site_name
 from app.wire.adapter import Layout, Vector, initial_adapter
@@ -45,13 +46,13 @@ class Strategy:
     """Samples, sends, collects and aggregates with seeds and deadlines of its own.
 
     Attributes:
-        run: its id, which the sites keep its rests by; of a resumed one behind those of the runs
-            that it goes on from, oldest first, each with the last round of it: "11:2 12:3 13".
+        run: its id.
         bytes_sent: adapter bytes of this run so far, both ways, evaluation included; also those of
             rounds that failed or were cut off.
         keep: called with bytes_sent whenever it changes, so that a killed run's are not lost.
         changes: those that took part so far.
         holdout_tokens: by partition id, answer tokens at a site's first evaluation.
+        taken: by partition id, the site's last upload that the adapter is made of.
     """
 
     grid: Grid
@@ -63,6 +64,7 @@ class Strategy:
     keep: Callable[[int], None] = lambda _: None
     changes: list[Change] = field(default_factory=list)
     holdout_tokens: dict[int, int] = field(default_factory=dict)
+    taken: dict[int, str] = field(default_factory=dict)
 
     def take_up(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Go on behind the rounds of these lines of metrics.jsonl."""
@@ -123,7 +125,7 @@ class Strategy:
                 "[round %d/%d] training at %s", server_round, total, ", ".join(names),
                 extra=event("training", round=server_round, attempt=attempt, sites=names),
             )  # fmt: skip
-            gathered = self._ask(MessageType.TRAIN, partitions, server_round, adapter)
+            gathered = self._ask(MessageType.TRAIN, partitions, server_round, adapter, attempt)
             down += gathered.bytes_down
             up += gathered.bytes_up
             updates, products, bad = usable(
@@ -144,6 +146,7 @@ class Strategy:
             )
 
         new, line = self._aggregate(server_round, adapter, gathered.replies, updates, products)
+        self.taken |= dict.fromkeys(updates, upload_name(self.run, server_round, attempt))
         return new, line | {
             "bytes_down": down,
             "bytes_up": up,
@@ -184,7 +187,7 @@ class Strategy:
         weights = capped(used, config.max_share)
         new, alphas = aggregate(
             config.strategy_name, list(updates.values()), weights, adapter, self.layout,
-            config.solver,
+            config.solver, config.server_lr,
         )  # fmt: skip
         norms = np.sqrt(np.diag(products))
         shares = np.array(weights) / sum(weights)
@@ -250,20 +253,17 @@ class Strategy:
         return {"mb_sent": sent, "mb_left": self.config.budget_mb - sent}
 
     def _ask(
-        self, kind: str, partitions: list[int], server_round: int, adapter: Vector
+        self, kind: str, partitions: list[int], server_round: int, adapter: Vector, attempt: int = 0
     ) -> Gathered:
         """Send the adapter to these sites and wait for all replies or round-timeout-s."""
         codec = self.config.down
         payload = encode(codec, adapter, self._initial)
         record = ArrayRecord({"payload": Array(np.frombuffer(payload, np.uint8))})
-        job = ConfigRecord({"round": server_round, "layout": self.layout.hash, "run": self.run})
+        upload = upload_name(self.run, server_round, attempt)
+        job = {"round": server_round, "layout": self.layout.hash, "upload": upload}
         messages = {
-            partition_id: Message(
-                RecordDict({"adapter": record, "job": job}),
-                dst_node_id=self.sites.node_of[partition_id],
-                message_type=kind,
-            )
-            for partition_id in partitions
+            p: order(kind, self.sites.node_of[p], record, job, self.taken.get(p))
+            for p in partitions
         }
         # Before they are sent: whatever happens now, a site may have got them.
         self._count(len(payload) * len(messages))

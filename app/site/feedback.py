@@ -2,6 +2,13 @@
 
 Seide et al., Interspeech 2014; Karimireddy et al., arXiv 1901.09847. Quantising loses a little
 of every change, always the small ones; what is lost is added to the next change instead.
+
+A site sends Q(change + rest), and what this leaves out is its new rest. It is in step with the
+server if its next upload starts from the rest behind the last of its uploads that the adapter which
+it gets then is made of. One that was lost, late or refused, or whose round was repeated or cut off,
+is in no adapter: the rest that it started from is still the right one. Only the server knows, so
+its orders name the upload that they ask for and the last one that was taken. Where the rest behind
+that is not here any more, the site starts anew, from zeros, and its log says so.
 """
 
 import re
@@ -19,75 +26,76 @@ RUNS_KEPT = 4
 
 
 class Feedback:
-    """One run's rests at one site: a file in the site's own folder, lost without harm.
+    """The rests before and after one upload, in the file of its run in the site's own folder.
 
-    The one of the round before stays too: a round that is repeated, in this run or in one that
-    resumes it, starts from the rest that it started from the first time.
+    Attributes:
+        before: the rest [layout.size] that the upload starts from, which is the one behind
+            ``taken``: zeros where nothing was taken yet; None where it is not here.
     """
 
     def __init__(
-        self, folder: Path, run: str, layout: Layout, privacy: tuple[float, float] = (0.0, 0.0)
+        self,
+        folder: Path,
+        upload: str,
+        taken: str | None,
+        layout: Layout,
+        privacy: tuple[float, float] = (0.0, 0.0),
     ) -> None:
-        """``run`` as in ``Strategy.run``. Raises ValueError if it is no such name.
+        """``upload``, ``taken``: names as in ``app.server.orders``.
 
         ``privacy``: what the changes are clipped to, and their noise. A rest of a change that was
-        less private is not added to one that is more so, whatever run a message names.
+        less private is not added to one that is more so, whatever upload a message names.
+
+        Raises:
+            ValueError: one of them is no such name.
         """
-        if not re.fullmatch(r"(\d+:\d+ )*\d+", run):
-            raise ValueError(f"run {run!r} is no run id")
-        *before, own = (part.partition(":") for part in run.split())
+        for name in (upload,) if taken is None else (upload, taken):
+            if not re.fullmatch(r"([0-9]{1,20}:){2}[0-9]{1,20}", name):
+                raise ValueError(f"{name!r} is no name of an upload")
         self._folder, self._size = folder, layout.size
+        self._upload, self._taken = upload, taken
         self._key = layout.hash + (f"-{privacy[0]!r}-{privacy[1]!r}" if any(privacy) else "")
-        self._path = self._of(own[0])
-        self._before = [(self._of(run_id), int(last)) for run_id, _, last in reversed(before)]
+        zeros = np.zeros(layout.size, np.float32)
+        self.before = zeros if taken is None else self._rest(taken)
 
-    def _of(self, run_id: str) -> Path:
-        return self._folder / f"feedback-{run_id}.safetensors"
+    def _path(self, upload: str) -> Path:
+        return self._folder / f"feedback-{upload.partition(':')[0]}.safetensors"
 
-    def read(self, server_round: int) -> Vector:
-        """The rest [layout.size] before this round; zeros where there is none of this layout."""
-        earlier = self._earlier(server_round)
-        return earlier[max(earlier)] if earlier else np.zeros(self._size, np.float32)
+    def _rest(self, taken: str) -> Vector | None:
+        # A run that goes on after another has taken the rest over, since the other may go on too.
+        for path in (self._path(self._upload), self._path(taken)):
+            try:
+                stored: dict[str, Vector] = load(path.read_bytes())
+            except (OSError, SafetensorError):
+                continue
+            rest = stored.get(f"{self._key}.{taken}")
+            if rest is None or rest.shape != (self._size,) or rest.dtype != np.float32:
+                continue
+            if np.isfinite(rest).all():
+                return rest
+        return None
 
-    def _earlier(self, server_round: int) -> dict[int, Vector]:
-        """By round: this run's or, while it has none, of the run that it goes on from."""
-        for path, last in ((self._path, server_round - 1), *self._before):
-            if found := self._stored(path, last):
-                return found
-        return {}
+    def write(self, rest: Vector) -> None:
+        """Keep what the upload leaves out and, since it may not be taken, what it started from.
 
-    def _stored(self, path: Path, last: int) -> dict[int, Vector]:
-        try:
-            stored = load(path.read_bytes())
-        except (OSError, SafetensorError):
-            return {}
-        found = {}
-        for name, rest in stored.items():
-            key, _, number = name.rpartition(".")
-            ours = key == self._key and number.isdecimal()
-            whole = rest.shape == (self._size,) and rest.dtype == np.float32
-            if ours and whole and int(number) <= last and np.isfinite(rest).all():
-                found[int(number)] = rest
-        return found
-
-    def write(self, server_round: int, rest: Vector) -> None:
-        """Keep what this round left out; of other runs only the RUNS_KEPT - 1 that wrote last.
+        Of other runs only the RUNS_KEPT - 1 that wrote last are kept.
 
         Raises:
             OSError: the folder cannot be written.
         """
-        earlier = self._earlier(server_round)
-        kept = {n: earlier[n] for n in [max(earlier)]} if earlier else {}
-        named = {f"{self._key}.{n}": v for n, v in (kept | {server_round: rest}).items()}
+        named = {f"{self._key}.{self._upload}": rest}
+        if self._taken is not None and self.before is not None:
+            named[f"{self._key}.{self._taken}"] = self.before
         self._folder.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_suffix(".part")
+        path = self._path(self._upload)
+        part = path.with_suffix(".part")
         part.write_bytes(save(named))
-        part.replace(self._path)
-        self._forget()
+        part.replace(path)
+        self._forget(path)
 
-    def _forget(self) -> None:
+    def _forget(self, own: Path) -> None:
         found = {p: p.stat().st_mtime_ns for p in self._folder.glob("feedback-*.safetensors")}
-        others = sorted(found.keys() - {self._path}, key=lambda p: found[p], reverse=True)
+        others = sorted(found.keys() - {own}, key=lambda p: found[p], reverse=True)
         # A SuperNode has one ClientApp at a time: another's .part was left by one that was killed.
         torn = self._folder.glob("feedback-*.part")
         for old in (*others[RUNS_KEPT - 1 :], *torn):

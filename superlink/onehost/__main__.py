@@ -133,7 +133,7 @@ def demo(args: argparse.Namespace) -> int:
         say(f"3/5 SuperLink and {args.sites} SuperNodes; logs in {args.work / 'logs'}")
         control = federation.start()
         say("4/5 the run")
-        code = submit(REPOSITORY, config, control, federation.public)
+        code = submit(REPOSITORY, config, control, federation.public, federation.check_enough_run)
     if code == 0:
         ended = args.results.glob("*/run.json")
         run = max(ended, key=lambda facts: facts.stat().st_mtime).parent.resolve()

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -93,9 +93,8 @@ class LocalFederation:
             except ControlError as err:
                 ended = self.processes["superlink"].poll() is not None
                 if ended or time.monotonic() > deadline:
-                    log = (self.work / "logs" / "superlink.log").read_text(errors="replace")
                     why = "the SuperLink ended" if ended else str(err)
-                    raise ControlError(f"{why}; end of its log:\n{log[-1500:]}") from None
+                    raise ControlError(f"{why}; {self._log_end('superlink')}") from None
 
     def start_node(self, number: int, **settings: str) -> None:
         """The SuperNode of one site; ``settings`` override its environment."""
@@ -111,6 +110,21 @@ class LocalFederation:
             "APP_SHA256": self._app_sha256,
         }
         self._spawn(name, **env | settings)
+
+    def check_enough_run(self, sites: Collection[str], needed: int) -> None:
+        """Raises: ControlError: so many of the sites' SuperNodes have ended that fewer are left."""
+        codes = {s: process.poll() for s, process in self.processes.items() if s in sites}
+        ended = [site for site, code in codes.items() if code is not None]
+        if ended and len(codes) - len(ended) < needed:
+            others = f"ended as well: {', '.join(ended[1:])}; " if ended[1:] else ""
+            raise ControlError(
+                f"the SuperNode of {ended[0]} has ended with exit code {codes[ended[0]]}; "
+                f"{others}{self._log_end(ended[0])}"
+            )
+
+    def _log_end(self, name: str) -> str:
+        log = self.work / "logs" / f"{name}.log"
+        return f"end of its log, {log}:\n{log.read_text(errors='replace')[-1500:].strip()}"
 
     def _spawn(self, name: str, **settings: str) -> None:
         logs = self.work / "logs"

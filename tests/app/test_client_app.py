@@ -58,7 +58,7 @@ def message(payload: bytes, layout_hash: str) -> Message:
     content = RecordDict(
         {
             "adapter": ArrayRecord({"payload": Array(np.frombuffer(payload, np.uint8))}),
-            "job": ConfigRecord({"round": 1, "layout": layout_hash, "run": "7"}),
+            "job": ConfigRecord({"round": 1, "layout": layout_hash, "upload": "7:1:0"}),
         }
     )
     return Message(content, dst_node_id=NODE_ID, message_type="train")

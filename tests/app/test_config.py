@@ -93,6 +93,7 @@ def test_an_unknown_key_is_refused_and_a_known_one_is_suggested(key: str, hint: 
         ("strategy_name", list(STRATEGIES), ["FedAvg", "fedavg ", "fedyogi"]),
         ("solver", ["nelder-mead", "bfgs"], ["Nelder-Mead", "newton"]),
         ("proximal_mu", [0.0, 0, 1, 1e9], [-1e-9, -1]),
+        ("server_lr", [1e-9, 1, 1.4, 10, 10.0], [0.0, 0, -1.0, 10.001, math.nan, math.inf, True]),
         ("min_replies", [1], [0]),
         ("max_retries", [0, 1, 100], [-1]),
         ("max_share", [1e-9, 0.5, 1.0, 1], [0.0, 0, 1.001]),
@@ -152,6 +153,7 @@ def test_the_strategy_and_transfer_keys_have_these_names_and_defaults() -> None:
         "strategy.name": "fedavgopt",
         "strategy.solver": "nelder-mead",
         "strategy.proximal-mu": 0.01,
+        "strategy.server-lr": 1.0,
         "strategy.min-replies": 2,
         "strategy.max-retries": 2,
         "strategy.max-share": 0.5,
@@ -168,7 +170,7 @@ def test_the_strategy_and_transfer_keys_have_these_names_and_defaults() -> None:
     assert {k for k in KEYS if k.startswith("communication.")} == {
         k for k in expected if k.startswith("communication.")
     }
-    assert set(STRATEGIES) == {"fedavgopt", "fedavg", "fedavgopt-delta", "fedprox"}
+    assert set(STRATEGIES) == {"fedavgopt", "fedavg", "fedavgopt-delta", "fedprox", "rda"}
     assert set(CODECS) == {"fp32", "bf16", "int8", "int4"}
 
 

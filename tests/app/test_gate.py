@@ -27,13 +27,15 @@ from tests.full_disk import full_disk
 from tests.samples import ROWS, run_config, write_jsonl
 
 
-def order(models_dir: Path, config: RunConfig, kind: str = "train", run: str = "7") -> Message:
-    """Round 1 of this run, from the initial adapter."""
+def order(
+    models_dir: Path, config: RunConfig, kind: str = "train", upload: str = "7:1:0", **taken: str
+) -> Message:
+    """Round 1 of a run, from the initial adapter."""
     layout = Layout.of(find(models_dir, config.model_name, 0).linear_layers, config)
     start = initial_adapter(layout, config.seed)
     made = message(encode(config.down, start, start), layout.hash)
     made.content.config_records["job"] = ConfigRecord(
-        {"round": 1, "layout": layout.hash, "run": run}
+        {"round": 1, "layout": layout.hash, "upload": upload, **taken}
     )
     made.metadata.message_type = kind
     return made
@@ -76,14 +78,21 @@ FITS: dict[str, Any] = {
     max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
 )  # fmt: skip
-@given(drawn=st.lists(st.sampled_from(CHANGES), max_size=2), run=st.sampled_from(["7", "1:1 7"]))
+@given(
+    drawn=st.lists(st.sampled_from(CHANGES), max_size=2),
+    taken=st.sampled_from([{}, {"taken": "1:1:0"}]),
+)
 def test_whatever_a_run_asks_what_is_sent_obeys_the_policy(
-    site: Path, models_dir: Path, base: dict[str, Any], drawn: list[dict[str, Any]], run: str
+    site: Path,
+    models_dir: Path,
+    base: dict[str, Any],
+    drawn: list[dict[str, Any]],
+    taken: dict[str, str],
 ) -> None:
-    """Also where the server names an earlier run, whose rests are of unclipped changes."""
+    """Also where the server names an earlier upload, whose rest is of an unclipped change."""
     rules(site, "")
     careless = run_config(**base | {"codec_up": "int4", "lr_max": 1.0})
-    answered(models_dir, careless, run="1")
+    answered(models_dir, careless, upload="1:1:0")
     rules(
         site,
         'strategies = ["fedavg"]\ncodecs = ["bf16", "int8", "int4"]\nmax-clip-norm = 0.1\n'
@@ -92,7 +101,7 @@ def test_whatever_a_run_asks_what_is_sent_obeys_the_policy(
     config = run_config(**reduce(or_, drawn, base | FITS))
     before = len(audited(site))
     try:
-        reply, refusal = answered(models_dir, config, run=run), ""
+        reply, refusal = answered(models_dir, config, **taken), ""
     except SiteError as err:
         refusal = str(err)
     (line,) = audited(site)[before:]

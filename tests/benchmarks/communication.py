@@ -45,6 +45,8 @@ CONDITIONS = {
     "fedavg fp32": 'strategy.name="fedavg"',
     "fedavgopt-delta fp32": 'strategy.name="fedavgopt-delta"',
     "fedprox fp32": 'strategy.name="fedprox"',
+    "rda fp32": 'strategy.name="rda"',
+    "fedavg fp32, server-lr 1.4": 'strategy.name="fedavg" strategy.server-lr=1.4',
 }
 
 

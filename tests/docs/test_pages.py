@@ -9,6 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from app.site import check
+from superlink import status
+from supernode import check_rows
 from tests.docs import settings
 from tests.docs.checks import CHECKS, services
 from tests.docs.pages import Page, all_pages
@@ -69,7 +72,7 @@ RUN_BY = {
         "superlink/onehost/processes.py", '"supernode.pinned", "hash"',  # of each local federation
     ),
     r"SITE_DIR=\$PWD/site-07 \.venv/bin/python -m supernode\.site "
-    r"(pause|resume|apps|approve SHA256 --by NAME)": (
+    r"(pause|resume|apps|(approve|withdraw) SHA256 --by NAME)": (
         "tests/federation/test_policy.py", '"-m", "supernode.site"',
     ),
     r"\.venv/bin/python -m eval --data-dir DIR": ("tests/eval/test_cli.py", '"--data-dir"'),
@@ -205,6 +208,18 @@ def test_the_operators_table_has_every_service() -> None:
     rows = re.findall(r"^\| (`.*?`) \|", section("operator.md", "What runs where"), re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`([\w-]+)`", row)}
     assert named | {f"supernode-{n:02d}" for n in range(1, 19)} == services()
+
+
+def test_the_check_on_the_hospitals_page_has_every_row() -> None:
+    text = section("hospital.md", "The first day")
+    shown = re.findall(r"^(?:ok     |WARNING|ERROR  )  (.{14})  \S", text, re.MULTILINE)
+    assert [row.rstrip() for row in shown] == [*check_rows.ROWS, *check.ROWS]
+
+
+def test_the_status_on_the_operators_page_has_every_column() -> None:
+    (header,) = re.findall(r"^site  .*", section("operator.md", "Status"), re.MULTILINE)
+    wanted = status.text(status.Report(0, [], None, [])).splitlines()[0]
+    assert re.split(r" {2,}", header) == re.split(r" {2,}", wanted)
 
 
 def section(file: str, title: str) -> str:

@@ -188,6 +188,18 @@ def test_an_unknown_base_model_is_named_with_what_to_do(tmp_path: Path, name: st
     message = str(caught.value)
     assert "\n" not in message
     assert all(part in message for part in (name, "--quantization 4", str(tmp_path / "models")))
+    says = "the hub has no such names, only" if name[0] == "/" else "HF_HUB_OFFLINE forbids to ask"
+    assert f", and {says}" in message
+
+
+def test_what_the_hubs_cache_holds_is_loaded_where_nobody_can_be_asked(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    kept = tmp_path / "cache" / "hub" / f"models--{HUB_ID.replace('/', '--')}"
+    shutil.copytree(tiny_model, kept / "snapshots" / "abc")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("abc")
+    assert load(HUB_ID, "0", tmp_path).fingerprints == set(fingerprints(tiny_model).values())
 
 
 def test_a_source_without_safetensors_is_refused(tiny_model: Path, tmp_path: Path) -> None:

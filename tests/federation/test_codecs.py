@@ -27,6 +27,7 @@ PAIRS = [
     ("bf16", "fedavgopt-delta"),
     ("int8", "fedprox"),
     ("int4", "fedavgopt"),
+    ("fp32", "rda"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Sites with a policy of their own in real runs: each key once, a pause, an approved app."""
+"""Sites with a policy of their own in real runs: each key once, a pause, an app approved there."""
 
 import json
 import shutil
@@ -187,4 +187,10 @@ def test_an_app_that_a_site_has_approved_is_run_there_and_nowhere_else(
     assert code == 0
     assert sorted(facts["sites"]) == ["site-03", "site-07"]
     assert all("runs app" in why for why in facts["left_out"].values())
+    assert decide(local, 3, "withdraw", shown[1], "--by", "Dr. Rot").startswith("withdrawn: ")
+    code, facts, _ = submit(federation, tiny_model, app=tmp_path)
+    assert code == 1
+    assert "site-03: site-03 runs app" in facts["error"]
+    assert "site-07 runs app" not in facts["error"]
+    assert decide(local, 3, "apps").splitlines()[1].startswith(f"withdrawn {shown[1]}  ")
     print((site(local, 1) / "state" / "audit.jsonl").read_text())

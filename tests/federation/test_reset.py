@@ -30,7 +30,7 @@ def test_after_a_reset_no_old_key_certificate_or_registration_is_good_for_anythi
         reset(federation.federation)
         federation.stop_node(0)
         federation.kill("superlink")
-        for file in (tmp_path / "superlink").glob("superlink.db*"):  # as docs/operator.md says
+        for file in (tmp_path / "superlink").glob("superlink.db*"):  # as docs/security.md says
             file.unlink()
         scene.control = federation.start_superlink()
         done = register(scene.control, federation.public, federation.sites_dir)

@@ -141,6 +141,9 @@ def test_a_run_cut_off_twice_ends_with_the_adapters_of_one_that_was_not(
     assert [c["last_round"] for c in facts["resumed_from"]] == [1, 2]
     assert facts["status"] == "completed"
     assert setting.adapters(last) == setting.adapters(left)
+    logs = [log.read_text() for log in (setting.federation.work / "logs").glob("site-*.log")]
+    assert sum("rows, loaded in" in log for log in logs) == SITES  # a ClientApp's lines are there
+    assert not any("error feedback starts anew" in log for log in logs)
     lines = [json.loads(line) for line in (last / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == list(range(1, ROUNDS + 1))
     # Each counts on from what the one before had sent, the round that was cut off as well.

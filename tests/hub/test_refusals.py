@@ -14,6 +14,7 @@ TOKEN = "hf_thisIsNobodysToken"  # noqa: S105  # pragma: allowlist secret
 PASSWORD = "pa55word"  # noqa: S105  # pragma: allowlist secret
 DOWNLOAD = ("supernode.download", "--source", "bundled")
 FETCH = ("eval", "fetch", "--datasets", "medqa")
+SCORE = ("eval", "--peft-path", "none", "--base-model-name-path", MODEL, "--datasets", "demo-yesno")
 SET = "bigbio/med_qa"
 GATED = "Access to model X is restricted. You must have access to it and be authenticated."
 Refuse = Callable[[Asked], Refusal | None]
@@ -91,6 +92,17 @@ def test_a_refusal_is_one_line_with_the_hubs_words_and_the_way_out(
     assert case.advice.format(page=f"{front.address}/{name}") in line
     assert line.endswith("; or give --data-dir") == (case.command == FETCH)
     assert TOKEN not in line
+
+
+def test_the_base_model_of_an_evaluation_is_refused_in_the_same_words(
+    front: Front, run: Command
+) -> None:
+    front.refuse = files(401, "GatedRepo", GATED)
+    done = run(front.address, *SCORE)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"eval: ERROR: base model {MODEL} is neither prepared for ")
+    assert f", and {front.address} says 401 ({GATED}): accept the licence at " in line
 
 
 def test_a_gated_model_is_given_to_the_token_whose_account_was_let_in(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import sys
 import threading
@@ -14,8 +15,9 @@ import pytest
 from superlink.audit import AuditError, recorded
 from superlink.provision import main
 from tests.full_disk import full_disk
+from tests.samples import REPOSITORY
 
-FIELDS = ["v", "time", "act", "subject", "app", "by", "outcome", "reason"]
+FIELDS = ["schema", "time", "act", "subject", "app", "by", "outcome", "reason"]
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -37,6 +39,20 @@ def test_a_line_has_all_its_fields_whatever_became_of_the_act(tmp_path: Path) ->
     assert (failed["outcome"], failed["reason"]) == ("failed", "why [31mnot")
     assert (left["outcome"], left["reason"]) == ("failed", "KeyboardInterrupt")
     assert stat.S_IMODE((tmp_path / "audit" / "audit.jsonl").stat().st_mode) == 0o600
+
+
+def test_the_page_for_operators_has_every_field_and_lines_that_have_them() -> None:
+    page = (REPOSITORY / "docs" / "security.md").read_text(encoding="utf-8")
+    section = page[page.index("## Record of acts") : page.index("## Certificates and keys")]
+    told = [
+        name
+        for row in re.findall(r"^\| (`.*?) \|", section, re.M)
+        for name in re.findall(r"`(\w+)`", row)
+    ]
+    assert told == FIELDS
+    shown = [json.loads(x) for x in section.splitlines() if x.startswith("{")]
+    assert len(shown) >= 5
+    assert all(list(x) == told for x in shown)
 
 
 def test_an_act_that_cannot_be_recorded_fails_and_earlier_lines_stay(tmp_path: Path) -> None:

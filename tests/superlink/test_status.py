@@ -222,6 +222,23 @@ def test_whatever_a_serverapp_has_written_is_shown_as_plain_lines(
     assert of(report, "site-00").rows is None
 
 
+def test_in_json_it_names_its_schema_as_the_records_do(
+    public: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("superlink.status.connected", lambda *_: SuperLink({}))
+    monkeypatch.setattr(sys, "argv", ["superlink.status", "--format", "json"])
+    monkeypatch.setenv("PUBLIC_DIR", str(public))
+    monkeypatch.setenv("RESULTS_DIR", str(tmp_path))
+    code = main()
+    said = json.loads(capsys.readouterr().out)
+    fields = ["schema", "time", "superlink", "exit_code", "sites", "newest_run", "notes"]
+    assert sorted(said) == sorted(fields)
+    assert (said["schema"], said["exit_code"]) == (1, code)
+
+
 def test_no_keys_and_a_superlink_that_is_down_are_one_line_each(
     public: Path,
     tmp_path: Path,

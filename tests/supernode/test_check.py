@@ -18,6 +18,7 @@ from superlink import certificates, site_keys
 from superlink.onehost.processes import free_port
 from superlink.provision import provision
 from supernode import check, check_rows
+from supernode.apps import APPROVED, approve, note_refused, withdraw
 from supernode.check_rows import Site
 from tests.samples import REPOSITORY, ROWS, write_jsonl
 from tests.supernode.test_reach import moved_clock
@@ -186,6 +187,16 @@ def test_which_app_is_run_and_whether_state_can_be_written(
     assert of_this_host(env)["app"].what == f"{PIN[:12]} and no other"
     assert of_this_host(env | {"ALLOW_APP_UPDATES": "1"})["app"].status == "warning"
     assert "is no SHA-256" in of_this_host(env | {"APP_SHA256": "7"})["app"].what
+    state = Path(env["SITE_DIR"]) / "state"
+    note_refused(state, "b" * 64, "", 7)
+    approve(state, "b" * 64, "Dr. Weiss")
+    assert of_this_host(env)["app"].what == f"{PIN[:12]}, and approved here {'b' * 12}"
+    withdraw(state, "b" * 64, "Dr. Rot", PIN)
+    assert of_this_host(env)["app"].what == f"{PIN[:12]} and no other"
+    (state / APPROVED).write_text("[{}]")
+    assert "is no list of approved apps" in of_this_host(env)["app"].what
+    shutil.rmtree(state)
+    state.mkdir()
     for free, status in ((2048, "ok"), (500, "warning"), (100, "error")):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, f=free: SimpleNamespace(free=f << 20))
         assert of_this_host(env)["disk"].status == status

@@ -2,22 +2,41 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from flwr.app import MessageType
+from flwr.app import Message, MessageType, RecordDict
 from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.run import Run
 from flwr.supernode import start_client_internal as flower
+from flwr.supernode.nodestate import NodeStateFactory
 
 from app.site import audit
 from supernode import site
-from supernode.apps import APPROVED, AppsError, approve, approved, last_refused, note_refused
+from supernode.apps import (
+    APPROVED,
+    AppsError,
+    approve,
+    approved,
+    last_refused,
+    note_refused,
+    withdraw,
+    withdrawn,
+)  # fmt: skip
 from supernode.pinned import ANY, app_sha256, install
 from tests.supernode.test_pinned import packed
 
 PIN, OTHER = "a" * 64, "b" * 64
-APP = packed([("pyproject.toml", b'[project]\nversion = "0.2.0\\u001b[31m"\n'), ("app/x.py", b"1")])
+PROJECT = b"""
+[project]
+name = "app"
+version = "0.2.0\\u001b[31m"
+[tool.flwr.app]
+publisher = "x"
+components = {serverapp = "app.x:server", clientapp = "app.x:client"}
+"""
+APP = packed([("pyproject.toml", PROJECT), ("app/x.py", b"1")])
 
 
 @pytest.fixture
@@ -80,37 +99,95 @@ def test_only_the_app_that_was_refused_last_can_be_approved_and_by_somebody(
     )
 
 
-@pytest.mark.parametrize("text", ["[{}]", "{", "[1]", '{"sha256": "x"}'])
+def test_only_what_is_approved_can_be_withdrawn_and_by_somebody(
+    state: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*words: str) -> str:
+        assert run(monkeypatch, *words) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert f"'{OTHER}' does not begin the SHA-256 of one approved app (none)" in said(
+        "withdraw", OTHER, "--by", "Dr. Rot"
+    )
+    note_refused(state, OTHER, "0.2.0", 77)
+    assert run(monkeypatch, "approve", OTHER, "--by", "Dr. Weiss") == 0
+    for digits in ("c" * 64, "b" * 11, "b" * 12 + "c", ""):
+        assert f"approved app ({OTHER}); give 12 digits" in said("withdraw", digits, "--by", "x")
+    assert "is the app that this site is pinned to" in said("withdraw", PIN[:12], "--by", "x")
+    assert "the name of who withdraws it is needed" in said("withdraw", OTHER, "--by", " ")
+    assert len(approved(state)) == 1
+    capsys.readouterr()
+    assert run(monkeypatch, "withdraw", "b" * 12, "--by", "Dr. Rot") == 0
+    assert capsys.readouterr().out == (
+        f"withdrawn: app {OTHER} is not run from the next message on\n"
+    )
+    assert approved(state) == []
+    assert "(none)" in said("withdraw", OTHER, "--by", "Dr. Rot")
+    assert run(monkeypatch, "apps") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in shown] == ["pinned", "withdrawn", "refused"]
+    assert shown[1].startswith(f"withdrawn {OTHER}  version 0.2.0, by Dr. Rot, 20")
+    # Approved anew it is the one that runs; who said what before is still in the file.
+    assert run(monkeypatch, "approve", OTHER, "--by", "Dr. Weiss") == 0
+    (entry,) = approved(state)
+    assert (entry["sha256"], entry["by"], withdrawn(state)) == (OTHER, "Dr. Weiss", [])
+    assert [x["by"] for x in json.loads((state / APPROVED).read_text())] == [
+        "Dr. Weiss", "Dr. Rot", "Dr. Weiss",
+    ]  # fmt: skip
+
+
+def test_whoever_withdraws_hears_that_any_app_is_run(
+    state: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note_refused(state, OTHER, "0.2.0", 77)
+    approve(state, OTHER, "x")
+    monkeypatch.setenv("ALLOW_APP_UPDATES", "1")
+    assert run(monkeypatch, "withdraw", OTHER, "--by", "x") == 0
+    assert "WARNING: ALLOW_APP_UPDATES=1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["[{}]", "{", "[1]", '{"sha256": "x"}', '[{"withdrawn": "x"}]'])
 def test_a_damaged_list_approves_nothing_and_is_named(state: Path, text: str) -> None:
     (state / APPROVED).write_text(text)
     note_refused(state, OTHER, "", 1)
-    with pytest.raises(AppsError, match=r"approved-apps\.json is no list of approved apps"):
+    said = r"approved-apps\.json is no list of approved apps"
+    with pytest.raises(AppsError, match=said):
         approve(state, OTHER, "x")
+    with pytest.raises(AppsError, match=said):
+        withdraw(state, OTHER, "x", PIN)
 
 
 class Arriving:
-    """Flower's receiving of a message, as the SuperNode calls it: fetch the app, then verify it."""
+    """Flower's SuperNode, as far as a message that arrives is taken up or refused."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, pin: str, state: Path) -> None:
         for name in ("_pull_and_store_message", "_verify_fab", "FAB_VERIFICATION_ERROR"):
             monkeypatch.setattr(flower, name, getattr(flower, name))  # to be put back
-        monkeypatch.setattr(flower, "_pull_and_store_message", self._receive)
         install(pin, "site-07", state)
+        objects = ObjectStoreFactory()
+        self.node, self.objects = NodeStateFactory(objects).state(), objects.store()
+        self.node.set_node_id(7)
 
-    def _receive(self, receive: Any, get_fab: Any, trusted_entities: Any) -> bool:
-        receive()
-        return flower._verify_fab(get_fab("hash", 77), trusted_entities)
-
-    def allowed(self, fab: bytes) -> bool:
-        arrived = SimpleNamespace(metadata=SimpleNamespace(message_type=MessageType.QUERY))
-        receive: Any = flower._pull_and_store_message
-        return bool(
-            receive(
-                receive=lambda: (arrived, None),
-                get_fab=lambda fab_hash, run_id: Fab(fab_hash, fab, {}),
-                trusted_entities=None,
-            )
+    def allowed(self, fab: bytes, run: int = 77) -> bool:
+        """A message of this run comes, whose app this is: whether the ClientApp is given it."""
+        message = Message(RecordDict(), dst_node_id=7, message_type=MessageType.QUERY)
+        message.metadata.__dict__["_run_id"] = run
+        message.metadata.__dict__["_message_id"] = message.object_id
+        sent = {key: part.deflate() for key, part in get_all_nested_objects(message).items()}
+        flower._pull_and_store_message(
+            state=self.node,
+            object_store=self.objects,
+            node_config={},
+            receive=lambda: (message, get_object_tree(message)),
+            get_run=Run.create_empty,
+            get_fab=lambda fab_hash, _: Fab(fab_hash, fab, {}),
+            pull_object=lambda _, key: sent[key],
+            confirm_message_received=lambda *_: None,
+            trusted_entities=None,
         )
+        replies = self.node.get_messages(is_reply=True)
+        return message.metadata.message_id not in {m.metadata.reply_to_message_id for m in replies}
 
 
 def test_a_refused_app_is_noted_and_once_approved_it_is_run(
@@ -129,9 +206,26 @@ def test_a_refused_app_is_noted_and_once_approved_it_is_run(
     approve(state, sha256, "Dr. Weiss")
     assert node.allowed(APP)
     assert json.loads((state.parents[1] / "apps-seen.json").read_text()) == {"77": sha256}
-    assert not node.allowed(packed([("app/x.py", b"2")]))
+    assert not node.allowed(packed([("app/x.py", b"2")]), run=78)
     (state / APPROVED).write_text("damaged")
     assert not node.allowed(APP)
+
+
+def test_a_withdrawn_app_is_not_run_from_the_next_message_of_its_run_on(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, sha256 = Arriving(monkeypatch, PIN, state), app_sha256(APP)
+    note_refused(state, sha256, "", 1)
+    approve(state, sha256, "Dr. Weiss")
+    assert node.allowed(APP)
+    assert node.allowed(APP)
+    withdraw(state, sha256, "Dr. Rot", PIN)
+    assert not node.allowed(APP)
+    (line,) = map(json.loads, (state / "audit.jsonl").read_text().splitlines())
+    assert (line["app"], line["outcome"]) == (sha256, audit.REFUSED)
+    assert not node.allowed(APP, run=78)
+    approve(state, sha256, "Dr. Weiss")
+    assert node.allowed(APP)
 
 
 def test_what_is_no_app_can_neither_be_approved_nor_run(

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.config import CODECS, MIB, RunConfig
+from app.config import CODECS, MIB, STRATEGIES, RunConfig
 from app.wire.adapter import Vector, initial_adapter
 from app.wire.codec import decode, encode
 from tests.app.server.stand_in_sites import (
@@ -68,7 +68,7 @@ def far_from_the_start() -> Vector:
 COARSE = ("bf16", "int8", "int4")
 
 
-@pytest.mark.parametrize("name", ["fedavgopt", "fedavg", "fedavgopt-delta"])
+@pytest.mark.parametrize("name", STRATEGIES)
 @pytest.mark.parametrize("up", ["fp32", "int4"])
 @pytest.mark.parametrize("down", COARSE)
 def test_sites_that_change_nothing_leave_the_adapter_as_it_was(

@@ -351,8 +351,9 @@ def test_a_changed_setting_that_may_change_is_said(
     tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     start(tmp_path, config(), 1)
-    find_earlier(tmp_path / "results", config(resume="1", batch_size=2))
+    find_earlier(tmp_path / "results", config(resume="1", batch_size=2, server_lr=1.4))
     assert "per-device-train-batch-size = 2, in run 1 16" in log.text
+    assert "strategy.server-lr = 1.4, in run 1 1.0" in log.text
 
 
 @pytest.mark.parametrize("value", ["last", "../1", "1;2", "1,", " ", "-1"])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flwr.app import RecordDict
 
+from app.config import STRATEGIES
 from app.wire.adapter import Vector, initial_adapter
 from tests.app.server.stand_in_sites import (
     ALL,
@@ -81,6 +82,7 @@ def test_every_sampled_site_gets_the_adapter_with_the_round_and_the_layout() -> 
         job = message.content.config_records["job"]
         assert job["round"] == 7
         assert job["layout"] == s.layout.hash
+        assert job["upload"] == "7:7:0"
 
 
 def test_sites_that_agree_give_what_they_agree_on() -> None:
@@ -159,7 +161,7 @@ def test_the_cosine_between_the_sites_changes(steps: list[Vector], cosine: float
         assert line["client_cosine"] == pytest.approx(cosine, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedprox", "fedavgopt", "fedavgopt-delta"])
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_says_what_the_sites_weights_add_up_to(name: str) -> None:
     s = strategy([0, 1, 2], {p: node(p) for p in range(3)}, strategy_name=name, **ALL)
     start = initial_adapter(s.layout, 1)
@@ -172,8 +174,23 @@ def test_every_strategy_says_what_the_sites_weights_add_up_to(name: str) -> None
         assert line["weight_sum"] == pytest.approx(1)
     else:
         assert line["weight_sum"] > 1.01  # it undoes what averaging shortens
-    origin = start.astype(float) if name == "fedavgopt-delta" else np.zeros(480)
-    np.testing.assert_allclose(new, origin + shares @ (vectors - origin), atol=1e-5)
+    if name != "rda":  # whose factors are those of each tensor
+        origin = start.astype(float) if name == "fedavgopt-delta" else np.zeros(480)
+        np.testing.assert_allclose(new, origin + shares @ (vectors - origin), atol=1e-5)
+
+
+def test_the_servers_step_makes_a_rounds_change_longer_and_its_line_tells_its_length() -> None:
+    rounds = []
+    for server_lr in (1.0, 1.5):
+        s = strategy([0, 1, 2], {p: node(p) for p in range(3)}, server_lr=server_lr, **ALL)
+        start = initial_adapter(s.layout, 1)
+        rounds.append(s.train_round(1, start))
+    (once, before), (further, line) = rounds
+    np.testing.assert_allclose(further - start, 1.5 * (once - start), atol=1e-6)
+    assert line["update_norm"] == pytest.approx(1.5 * before["update_norm"], rel=1e-5)
+    # What the sites did is not the server's doing.
+    for key in ("alphas", "weight_sum", "client_update_norms", "client_cosine"):
+        assert line[key] == before[key]
 
 
 def test_the_norm_of_the_weight_change_is_that_of_the_matrices_themselves() -> None:

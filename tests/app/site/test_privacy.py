@@ -76,7 +76,7 @@ def test_what_a_site_uploads_is_clipped_in_every_codec(
     trained = received + vector(2, size=layout.size)
     for number, codec in enumerate(("fp32", "bf16", "int8", "int4"), 1):
         wanted = run_config(lora_r=8, clip_norm=0.1, codec=codec)
-        job = ConfigRecord({"round": number, "run": str(number)})
+        job = ConfigRecord({"round": 1, "upload": f"{number}:1:0"})
         payload = client_app._to_send(trained, received, layout, wanted, job)
         change = decode(codec, payload, received) - received
         assert np.linalg.norm(change) == pytest.approx(0.1, rel=0.2)
