@@ -51,6 +51,24 @@ def test_the_evaluation_scores_base_and_final_adapter(federation: Federation) ->
     assert wait(lambda: "The whole report" in federation.shell("superlink", f"cat {run_page}"))
 
 
+def test_an_adapter_is_taken_home_with_the_evaluations_container(
+    federation: Federation, tmp_path: Path
+) -> None:
+    """Merged and as it is; both out of the one folder where it may write."""
+    for to, more in (("/results/latest/eval/mine", ()), ("/results/latest/eval/one", ("--merge",))):
+        words = ("eval", "export", "--round", "best", "--to", to, *more)
+        done = _eval(federation, "--no-deps", *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        copied = federation.compose("cp", f"superlink:{to}", str(tmp_path))
+        assert copied.returncode == 0, copied.stderr
+    assert "by several sites: a LoRA adapter" in (tmp_path / "mine" / "README.md").read_text()
+    assert (tmp_path / "mine" / "adapter_model.safetensors").is_file()
+    assert {"model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "one").iterdir()}
+    refused = _eval(federation, "--no-deps", "eval", "export", "--to", "/results/mine")
+    assert refused.returncode == 1
+    assert "cannot write /results/mine: Permission denied" in refused.stderr
+
+
 def test_the_results_can_be_copied_out(federation: Federation, tmp_path: Path) -> None:
     done = federation.compose("cp", "superlink:/results", str(tmp_path / "results"))
     assert done.returncode == 0, done.stderr

@@ -79,6 +79,15 @@ RUN_BY = {
         "tests/federation/test_policy.py", '"-m", "supernode.site"',
     ),
     r"\.venv/bin/python -m eval --data-dir DIR": ("tests/eval/test_cli.py", '"--data-dir"'),
+    r"\.venv/bin/python -m eval export (--run \d+ )?--round \w+ (--merge )?--to \S+": (
+        "tests/eval/taken_home.py", 'main(["export"',
+    ),
+    r"docker compose( -f \S+)* run --rm --no-deps eval export --round best --to \S+": (
+        "tests/containers/test_up.py", '"eval", "export", "--round", "best"',
+    ),
+    r"docker compose cp superlink:/results/latest/eval/mine \./mine": (
+        "tests/containers/test_up.py", '("cp", f"superlink:{to}"',
+    ),
     r"\.venv/bin/python -m eval score \S+": ("tests/eval/test_cli.py", 'main(["score"'),
 }  # fmt: skip
 

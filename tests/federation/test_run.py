@@ -262,6 +262,34 @@ def test_peft_loads_every_checkpoint_name_for_name(done: Done, tiny_model: Path)
             np.testing.assert_array_equal(loaded[name].numpy(), array)
 
 
+def test_the_round_of_the_lowest_held_out_loss_goes_home_and_loads(
+    done: Done, tmp_path: Path
+) -> None:
+    """The link, run.json and the export mean the same."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    losses = np.array([line["eval_loss_median"] for line in metrics(done)])
+    facts = json.loads((done.run / "run.json").read_text())
+    assert facts["best"]["round"] == losses.argmin() + 1
+    assert (done.run / "best").resolve() == rounds(done.run)[facts["best"]["round"]]
+    places = ["--results", str(done.work / "results"), "--models", str(done.models)]
+    for name, more in (("adapter", []), ("merged", ["--merge"])):
+        command = [sys.executable, "-m", "eval", "export", *places, "--round", "best", *more]
+        ended = subprocess.run(
+            [*command, "--to", str(tmp_path / name)], cwd=REPOSITORY, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr[-2000:]
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert MARKER not in card
+    assert f"| sites | {SITES}, with " in card
+    weights = [f / "adapter_model.safetensors" for f in (tmp_path / "adapter", done.run / "best")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("Which cells", return_tensors="pt")
+    assert np.isfinite(merged(**ids).logits.float().detach().numpy()).all()
+
+
 def test_training_moved_the_adapter_in_every_round(done: Done) -> None:
     first, second = (load_file(f / "adapter_model.safetensors") for f in rounds(done.run).values())
     b_sides = [n for n in first if "lora_B" in n]
