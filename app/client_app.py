@@ -25,6 +25,7 @@ from app.site.base_model import BaseModel, find
 from app.site.device import device, look, take_turn, turn
 from app.site.feedback import Feedback
 from app.site.gate import GuardedApp, Visit, guarded
+from app.site.last_lines import travels
 from app.site.partition import SiteError
 from app.site.privacy import privatise
 from app.site.rows_used import rows_used
@@ -167,7 +168,8 @@ def _to_send(
     try:
         feedback.write(wanted - decode(config.up, payload, received))
     except OSError as err:
-        logger.warning("no error feedback: state/ cannot be written: %s", err.strerror)
+        told = "no error feedback: state/ cannot be written: %s"
+        logger.warning(told, err.strerror, extra=travels())
         return encode(config.up, trained, received)  # or the old rest would be added again
     return payload
 
@@ -196,7 +198,9 @@ def train(message: Message, context: Context, visit: Visit) -> RecordDict:
         raise SiteError(f"no row keeps an answer within {config.seq_length} tokens")
     visit.policy.check_round(config, len(examples))
     load_s = time.monotonic() - started
-    logger.info("round %d: %d rows, loaded in %.1f s", server_round, len(examples), load_s)
+    logger.info(
+        "round %d: %d rows, loaded in %.1f s", server_round, len(examples), load_s, extra=travels()
+    )
     seed = int(
         np.random.SeedSequence([config.seed, server_round, partition_id]).generate_state(1)[0]
     )

@@ -18,6 +18,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from app.config import GIVEN_UP, MIB, SILENT, ConfigError, RunConfig
+from app.server.best import name_best
 from app.server.checkpoint import ResultsError, RunFolder
 from app.server.events import EventFile, event
 from app.server.orders import taken_before
@@ -116,8 +117,10 @@ def run(grid: Grid, config: RunConfig, folder: RunFolder, facts: dict[str, Any])
         strategy.taken = taken_before(earlier.chain, earlier.lines)
     else:
         before = _before(strategy, adapter)
-    _rounds(strategy, folder, done, adapter, before)
+    _rounds(strategy, folder, facts, adapter, before)
     facts["seconds"] = time.monotonic() - started
+    if best := facts.get("best"):
+        logger.info("[best] round %d, held-out loss %.4f", best["round"], best["held_out_loss"])
     logger.info("[done] %s", folder.path / f"peft_{config.num_server_rounds}")
 
 
@@ -130,6 +133,7 @@ def _taken_up(config: RunConfig, folder: RunFolder, facts: dict[str, Any]) -> Ea
     folder.write_run(facts)  # before the rounds: a run that has some can be resumed
     if earlier:
         adopt(folder, earlier)
+        name_best(folder, facts)
         logger.info(
             "[resume] after round %d of run %s", earlier.server_round, earlier.chain[-1]["run_id"]
         )
@@ -213,13 +217,17 @@ def _before(strategy: Strategy, adapter: Vector) -> dict[str, Any]:
 
 
 def _rounds(
-    strategy: Strategy, folder: RunFolder, done: int, adapter: Vector, before: dict[str, Any]
+    strategy: Strategy,
+    folder: RunFolder,
+    facts: dict[str, Any],
+    adapter: Vector,
+    before: dict[str, Any],
 ) -> None:
-    """The rounds after ``done``, each with a checkpoint, a line of figures and one of the log.
+    """The rounds that ``folder`` lacks, each with a checkpoint, a line of figures, one of the log.
 
     ``before``: the figures of ``adapter``, with which they begin.
     """
-    started, total = time.monotonic(), strategy.config.num_server_rounds
+    started, total, done = time.monotonic(), strategy.config.num_server_rounds, len(folder.lines)
     for server_round in range(done + 1, total + 1):
         adapter, line = strategy.train_round(server_round, adapter)
         manifest = {
@@ -232,6 +240,7 @@ def _rounds(
         logger.debug("[round %d] %s is complete", server_round, kept.name, extra=extra)
         before = _measure(strategy, server_round, adapter, line, before)
         folder.add_metrics(line)
+        name_best(folder, facts)
         per_round = (time.monotonic() - started) / (server_round - done)
         _say(line, total, per_round * (total - server_round))
 

@@ -6,6 +6,7 @@
     python -m eval score FILE...              re-score generation files
     python -m eval fetch                      benchmark data into the cache, for hosts without hub
     python -m eval pack > benchmarks.tar      what the cache has of them, to be brought along
+    python -m eval export --round best --to FOLDER      take it home, with a model card
 
 From the environment: RESULTS_DIR, MODELS_DIR, MODEL_CACHE, DEVICE (cuda or cpu),
 EVAL_DATASETS.
@@ -23,7 +24,8 @@ from typing import TYPE_CHECKING
 from app.site.partition import SiteError
 from eval import EvalError
 from eval.benchmarks import BENCHMARKS, LEADERBOARD, Question, benchmark, load
-from eval.fetch import cached, fetch, pack
+from eval.fetch import default_cache, fetch
+from eval.pack import pack
 from eval.scoring import score_file
 from supernode.hub import find_the_way
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"score": _score, "fetch": _fetch, "pack": _pack}
+    commands = {"score": _score, "fetch": _fetch, "pack": pack, "export": _export}
     command = commands[given.pop(0)] if given and given[0] in commands else _evaluate
     find_the_way()
     try:
@@ -66,23 +68,26 @@ def _fetch(arguments: list[str]) -> int:
     return 0
 
 
-def _pack(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval pack", description="Pack questions.")
-    _cache(parser)
-    cache = parser.parse_args(arguments).cache
-    files = {
-        name: cached(known.repository, known.file, known.revision, cache)
-        for name, known in BENCHMARKS.items()
-        if known.repository
-    }
-    pack(filter(None, files.values()), cache, sys.stdout.buffer)
-    if missing := [name for name, path in files.items() if not path]:
-        print(
-            f"eval: not packed, since not in {cache}: {', '.join(missing)}; where the hub can be "
-            "reached `python -m eval fetch` (compose: docker compose run --rm fetch) brings them, "
-            "then again",
-            file=sys.stderr,
-        )
+def _export(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval export", description="A run's adapter with a model card, to pass on."
+    )
+    _of_results(parser)
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new one")
+    parser.add_argument(
+        "--merge", action="store_true",
+        help="the base model with the adapter merged in, in 16 bits, in the adapter's place; in "
+        "memory 4 bytes a parameter",
+    )  # fmt: skip
+    parser.add_argument("--models", type=Path, default=os.environ.get("MODELS_DIR", "models"))
+    args = parser.parse_args(arguments)
+    _quiet()
+    from eval.export import export
+
+    models = args.models if args.merge else None
+    print(
+        "eval:", export(args.results, args.run or "latest", args.round or "last", args.to, models)
+    )
     return 0
 
 
@@ -94,15 +99,23 @@ def _datasets_and_cache(parser: argparse.ArgumentParser) -> None:
         default=env("EVAL_DATASETS") or ",".join(LEADERBOARD),
         help=f"comma-separated, of {', '.join(BENCHMARKS)}; default: %(default)s",
     )
-    _cache(parser)
+    parser.add_argument("--cache", type=Path, default=default_cache())
 
 
-def _cache(parser: argparse.ArgumentParser) -> None:
-    env = os.environ.get
-    home_cache = Path(env("XDG_CACHE_HOME") or Path.home() / ".cache")
+def _of_results(parser: argparse._ActionsContainer) -> None:
+    default = os.environ.get("RESULTS_DIR", "results")
+    parser.add_argument("--results", type=Path, default=default)
+    parser.add_argument("--run", help="a run of the results folder; default: latest, the newest")
     parser.add_argument(
-        "--cache", type=Path, default=env("MODEL_CACHE", home_cache / "fedllm-medical")
-    )
+        "--round", type=_round, metavar="best|last|N",
+        help="best: of the lowest held-out loss at the sites; default: last",
+    )  # fmt: skip
+
+
+def _round(text: str) -> str:
+    if text in ("best", "last") or text.isdecimal():
+        return text
+    raise EvalError(f"--round {text}: best, last, or the number of a round")
 
 
 def _names(text: str) -> list[str]:
@@ -120,9 +133,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     which = parser.add_argument_group("what is scored")
-    which.add_argument("--results", type=Path, default=env("RESULTS_DIR", "results"))
-    which.add_argument("--run", help="a run of the results folder; default: the newest")
-    which.add_argument("--round", type=int, help="default: the run's last")
+    _of_results(which)
     which.add_argument("--all-rounds", action="store_true")
     which.add_argument("--wait", type=float, default=0, metavar="MINUTES")
     which.add_argument("--peft-path", help="any PEFT folder, or 'none' for the base model alone")
@@ -260,14 +271,14 @@ def _adapters(args: argparse.Namespace) -> "tuple[Path | None, list[Adapter]]":
     from dataclasses import replace
 
     from eval.model import Adapter
-    from eval.results import adapters, choose_run
+    from eval.results import adapters, choose_run, round_number
 
     if args.peft_path:
         if args.peft_path == "none":
             return None, []
         return None, [Adapter(Path(args.peft_path), args.run_name or "fl")]
     run = choose_run(args.results, args.run, args.wait * 60)
-    found = adapters(run, args.round, args.all_rounds)
+    found = adapters(run, round_number(run, args.round), args.all_rounds)
     if args.run_name:
         suffix = len(found) > 1
         found = [

@@ -1,11 +1,10 @@
 """What others hold: the questions, at a pinned revision, and a base model's original weights."""
 
+import os
 import sys
-import tarfile
-from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from eval import EvalError
 from supernode.hub import HubError, OfflineError, asking, hub_token
@@ -40,6 +39,12 @@ def fetch(dataset: str, repository: str, file: str, revision: str, cache: Path) 
         ) from None
 
 
+def default_cache() -> Path:
+    """Where the hub's files are kept, unless ``--cache`` says otherwise."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("MODEL_CACHE", home / "fedllm-medical"))
+
+
 def cached(repository: str, file: str, revision: str, cache: Path) -> Path | None:
     """The hub's file of a set, if the cache has it."""
     from huggingface_hub import try_to_load_from_cache
@@ -50,20 +55,6 @@ def cached(repository: str, file: str, revision: str, cache: Path) -> Path | Non
 
 def _where(revision: str, cache: Path) -> dict[str, Any]:
     return {"repo_type": "dataset", "revision": revision, "cache_dir": cache / "hub"}
-
-
-def pack(files: Iterable[Path], cache: Path, out: IO[bytes]) -> None:
-    """Write a tar of these files of ``cache``; unpacked over another cache, that one has them.
-
-    Raises:
-        OSError: one cannot be read, or the archive not written.
-    """
-    with tarfile.open(fileobj=out, mode="w|") as tar:
-        for path in files:
-            with path.open("rb") as file:  # through the cache's link, to what it leads to
-                entry = tar.gettarinfo(arcname=str(path.relative_to(cache)), fileobj=file)
-                entry.mode, entry.uname, entry.gname = 0o644, "", ""
-                tar.addfile(entry, file)
 
 
 def original_weights(name: str, quantization: str, models: Path, cache: Path) -> Path:

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from app.server.best import best_round
 from app.server.checkpoint import newest, rounds, sha256
 from eval import EvalError
 from eval.model import Adapter
@@ -32,7 +33,7 @@ def choose_run(results: Path, run: str | None, wait_s: float) -> Path:
     deadline = time.monotonic() + wait_s
     while True:
         try:
-            if run is None:
+            if run in (None, "latest"):  # a link, where the file system has links
                 return newest_run(results)
             if rounds(results / run):
                 return (results / run).resolve()
@@ -42,6 +43,25 @@ def choose_run(results: Path, run: str | None, wait_s: float) -> Path:
             if time.monotonic() >= deadline:
                 raise
             time.sleep(min(5, max(0.1, deadline - time.monotonic())))
+
+
+def round_number(run: Path, asked: str | None) -> int | None:
+    """A round's number; None: the last, as ``adapters`` takes it.
+
+    Args:
+        asked: best (of the lowest held-out loss at the sites), last, or a number.
+
+    Raises:
+        EvalError: best is asked for, and no round has a held-out loss.
+    """
+    if asked != "best":
+        return None if asked in (None, "last") else int(asked)
+    if best := best_round(metrics(run)):
+        return int(best["round"])
+    raise EvalError(
+        f"--round best: no round of run {run.name} has a held-out loss (the run config's "
+        "strategy.fraction-evaluate is 0, or no site answered); give --round last or a number"
+    )
 
 
 def adapters(run: Path, number: int | None, every: bool) -> list[Adapter]:

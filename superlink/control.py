@@ -20,6 +20,7 @@ from flwr.proto.control_pb2 import (
     ListNodesRequest,
     ListRunsRequest,
     RegisterNodeRequest,
+    StreamRunEventsRequest,
     UnregisterNodeRequest,
 )
 from flwr.proto.control_pb2_grpc import ControlStub
@@ -194,6 +195,10 @@ class Control:
             )
             for r in sorted(reply.run_dict.values(), key=lambda r: r.pending_at, reverse=True)
         ]
+
+    def events(self, run_id: int) -> Any:
+        """A call that yields the run's events, from the first on, until the run has ended."""
+        return self._stub.StreamRunEvents(StreamRunEventsRequest(run_id=run_id))
 
     def _error(self, err: grpc.RpcError) -> ControlError:
         return ControlError(f"SuperLink at {self.address}: {err.code().name}: {err.details()}")

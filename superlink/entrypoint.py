@@ -126,10 +126,11 @@ def main() -> None:
     from flwr.supercore.constant import SQLITE_PRAGMAS
     from flwr.superlink.cli import flower_superlink
 
-    from superlink import control_acts, fleet_door, runtime_door
+    from superlink import control_acts, fleet_door, run_events, runtime_door
 
     link_log.set_up()
     fleet_door.install(Path(os.environ["RESULTS_DIR"]))
+    run_events.install(Path(os.environ["RESULTS_DIR"]))
     runtime_door.install()
     beside = Path(os.environ["SUPERLINK_DIR"]).parent / "audit"  # where provision has it too
     control_acts.install(Path(os.environ.get("AUDIT_DIR") or beside))

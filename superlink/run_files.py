@@ -34,8 +34,8 @@ def opened(folder: Path, *inner: str) -> Iterator[int]:
         os.close(handle)
 
 
-def read(folder: Path, name: str) -> bytes | None:
-    """A file's bytes; None where there is none, or something else: a link, a pipe, too much."""
+def read(folder: Path, name: str, after: int = 0) -> bytes | None:
+    """A file's bytes from ``after`` on; None where there is none, or a link, a pipe, too much."""
     *inner, last = name.split("/")
     try:
         with opened(folder, *inner) as at:
@@ -47,6 +47,7 @@ def read(folder: Path, name: str) -> bytes | None:
         if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_BYTES:
             return None
         with os.fdopen(handle, "rb", closefd=False) as file:
+            file.seek(after)
             return file.read(MOST_BYTES)
     except OSError:
         return None

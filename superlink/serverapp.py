@@ -9,7 +9,8 @@
 | HEALTH_PORT     | 9195       | liveness, on 127.0.0.1 only                            |
 
 A ServerApp is code that somebody submitted. Here it sees neither the SuperLink's key nor its
-database, and reaches nothing but the SuperLink.
+database, and reaches nothing but the SuperLink. Whoever may write results is here, so the page of a
+run that has ended (report.html) is written here as well.
 """
 
 import os
@@ -18,8 +19,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Thread
 
 from superlink import link_log
+from superlink.page.reports import Reports
 from supernode.reach import AddressError, direct, parsed
 
 STOP_AFTER_S = 10
@@ -86,6 +89,8 @@ def main() -> int:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
         }
     )
+    reports = Reports(Path(os.environ["RESULTS_DIR"]))
+    Thread(target=reports.keep, daemon=True).start()
     superexec = subprocess.Popen(argv, env=env)
 
     def stop(*_: object) -> None:
@@ -101,7 +106,9 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    return superexec.wait()
+    code = superexec.wait()
+    reports.write()  # of what has ended with it
+    return code
 
 
 if __name__ == "__main__":

@@ -143,6 +143,7 @@ def submit(
                 run_id, resume = _start(app_dir, flat, Path(home), env), flat.get("resume")
                 _say(f"run {run_id} started")
             state = _follow(control, run_id, env, config.node_timeout_s)
+            run_view.ended(state.status)
             _say(f"run {run_id} {state.status}{': ' + state.details if state.details else ''}")
             if not _cut_off(state) or resumes == MAX_RESUMES:
                 break
@@ -194,7 +195,8 @@ def _follow(control: Control, run_id: int, env: dict[str, str], timeout_s: float
     """
     while True:
         _wait_until_taken_up(control, run_id)
-        _print_log(run_id, env | {"PYTHONUNBUFFERED": "1"})
+        with run_view.followed(control, run_id):
+            _print_log(run_id, env | {"PYTHONUNBUFFERED": "1"})
         # The log ends a moment before the run's status is written; or it broke off, and the run
         # goes on, or died with its SuperLink.
         deadline = time.monotonic() + DEAD_AFTER_S

@@ -31,9 +31,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "supernode/data_source.py": ("supernode", "app.site.rows", "app.site.row_files"),
     "supernode/pinned.py": ("supernode", "app.site.audit"),
     "eval/": (
-        "eval", "app.config", "app.server.checkpoint", "app.site.base_model",
-        "app.site.partition.SiteError", "app.site.row_files", "app.site.verified",
-        "supernode.hub", "supernode.source",
+        "eval", "app.config", "app.server.best", "app.server.checkpoint", "app.site.base_model",
+        "app.site.partition.SiteError", "app.site.prompts", "app.site.row_files",
+        "app.site.verified", "supernode.hub", "supernode.source",
     ),
 }  # fmt: skip
 # A whole federation on one host is made of the rest of superlink/, which does not know of it.

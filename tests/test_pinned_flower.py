@@ -64,6 +64,10 @@ CALLED = [
         ["self", "message_ins_ids"],
     ),
     (
+        "flwr.server.superlink.linkstate.sql_linkstate:SqlLinkState.get_task_events",
+        ["self", "run_id", "task_ids", "after_task_event_id"],
+    ),
+    (
         "flwr.supernode.nodestate.in_memory_nodestate:InMemoryNodeState."
         "_cleanup_expired_task_tokens_locked",
         ["self"],

@@ -6,7 +6,7 @@ from typing import Any
 
 from app.server.site_list import CURE, site_name
 from app.server.site_rows import PARTS, row_counts
-from app.server.untrusted import UnfitError, count, linear_layers, one_line, table
+from app.server.untrusted import Reason, UnfitError, count, linear_layers, one_line, table
 
 UNLISTED = f"a node that is not in the operator's list of sites; {CURE}"
 
@@ -32,7 +32,7 @@ class Answer:
         """Check a site's answer. Raises: UnfitError, KeyError and others: it is no such answer."""
         partition_id = count(facts["partition-id"], "partition-id")
         if "error" in facts:
-            return cls(partition_id, one_line(str(facts["error"])) or "an error")
+            return cls(partition_id, Reason.of(str(facts["error"])) or "an error")
         used = {part: count(facts[name], name) for part, name in PARTS.items()}
         return cls(
             partition_id,

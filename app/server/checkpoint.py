@@ -1,8 +1,8 @@
 """The results folder: one folder a run, one PEFT folder a round, each complete or invisible.
 
 results/<run-id>/run.json, metrics.jsonl, peft_<round>/{adapter_model.safetensors,
-adapter_config.json, round.json}, eval/ (written by the evaluation); results/latest -> the newest
-run with an adapter
+adapter_config.json, round.json}, eval/ (written by the evaluation), best -> the round of the lowest
+held-out loss; results/latest -> the newest run with an adapter
 """
 
 import errno
@@ -39,6 +39,7 @@ class RunFolder:
         """
         self.results, self._told = results, False
         self.path = results / str(run_id)
+        self.lines: list[dict[str, Any]] = []  # of metrics.jsonl
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _probe(self.path)
@@ -88,6 +89,7 @@ class RunFolder:
     def write_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Replace metrics.jsonl, a line a round. Raises ResultsError if it cannot be written."""
         self._replace("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        self.lines = list(lines)
 
     def _replace(self, name: str, text: str) -> None:
         with self.writing(name):
@@ -102,6 +104,7 @@ class RunFolder:
             with (self.path / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
             _fsync(self.path / "metrics.jsonl")
+        self.lines.append(line)
 
     def save_round(
         self,
@@ -154,19 +157,28 @@ class RunFolder:
         Raises:
             OSError: the disk is full, or fails.
         """
-        link, latest = self.results / f".latest-{self.path.name}", self.results / "latest"
+        self._point(self.results / "latest", self.path.name)
+
+    def point_best(self, server_round: int) -> None:
+        """Make ``best`` name this round, as ``latest`` its run. Raises ResultsError."""
+        with self.writing("best"):
+            self._point(self.path / "best", f"peft_{server_round}")
+
+    def _point(self, link: Path, name: str) -> None:
+        """``link`` leads to what has this name beside it, at every moment. Raises OSError."""
+        part = link.with_name(f".{link.name}-{self.path.name}")
         try:
-            link.unlink(missing_ok=True)
-            link.symlink_to(self.path.name)  # relative: holds wherever the volume is mounted
-            if latest.exists() and not latest.is_symlink():
-                raise FileExistsError(errno.EEXIST, "it is there, and no link", str(latest))
-            link.replace(latest)
+            part.unlink(missing_ok=True)
+            part.symlink_to(name)  # relative: holds wherever the volume is mounted
+            if link.exists() and not link.is_symlink():
+                raise FileExistsError(errno.EEXIST, "it is there, and no link", str(link))
+            part.replace(link)
         except OSError as err:
-            link.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             if err.errno in _REAL:
                 raise
             if not self._told:
-                logger.warning("[results] no link %s to this run: %s", latest, err.strerror)
+                logger.warning("[results] no link %s to %s: %s", link, name, err.strerror)
             self._told = True
 
 

@@ -19,7 +19,8 @@ Each line of the run's log is an event, and so is what the log leaves out for be
 |            | losses, shares, alphas; bytes_down, bytes_up, mb_sent, mb_left (MiB), seconds,    |
 |            | left_s (of the run)                                                               |
 | end        | status (completed or failed), error                                               |
-| log        | none: any other line                                                              |
+| log        | none: any other line; each of the last in a failing site's log is one, below its  |
+|            | left-out, or in the preflight above the error                                     |
 
 A line is written at once, as a whole: a reader that finds one without an end reads it later.
 """
@@ -51,6 +52,13 @@ def tell_left_out(where: str, server_round: int, of: str, sites: Mapping[str, st
     for name, why in sites.items():
         extra = event("left-out", round=server_round, site=name, of=of, why=why)
         logger.warning("[%s] without %s: %s", where, name, why, extra=extra)
+        tell_last_lines(where, name, why)
+
+
+def tell_last_lines(where: str, name: str, why: str) -> None:
+    """Of the site's own log, where they came with why it fails (``untrusted.Reason``)."""
+    for line in getattr(why, "lines", ()):
+        logger.info("[%s]   last in the log of %s: %s", where, name, line)
 
 
 class EventFile(logging.Handler):

@@ -15,7 +15,7 @@ import httpx
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from app.server.untrusted import one_line
+from app.server.untrusted import Reason
 
 K = TypeVar("K")
 # Between two looks: at least POLL_S, and POLL_EACH_S for every site still waited for, since each is
@@ -73,7 +73,7 @@ def exchange(
             elif over or (reply is not None and time.monotonic() >= started + lives_s[key]):
                 late.add(key)
             elif reply is not None:
-                failed[key] = one_line(reply)
+                failed[key] = Reason.of(reply)
         left -= contents.keys() | failed.keys() | late
         if not left:
             return contents, failed

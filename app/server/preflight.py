@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 
 from app.config import RunConfig
 from app.server.answer import UNLISTED, Answer, believed
-from app.server.events import tell_waiting
+from app.server.events import tell_last_lines, tell_waiting
 from app.server.exchange import exchange
 from app.server.site_list import CURE, read_site_list, site_name
 
@@ -211,6 +211,8 @@ def compare(
             usable[answer.partition_id] = answer
     usable, groups = _of_the_most(dict(sorted(usable.items())), left_out)
     problems = "".join(f"\n  {site}: {why}" for site, why in sorted(left_out.items()))
+    for site, why in sorted(left_out.items()):
+        tell_last_lines("preflight", site, why)
     if left_out and (config.require_all_nodes or len(usable) < config.min_nodes):
         silence = set(left_out.values()) == {NO_ANSWER}
         error = SilenceError if silence else PreflightError

@@ -5,6 +5,9 @@ Every text of a site passes here before it reaches a log, run.json or a comparis
 
 import json
 import re
+from typing import Self
+
+from app.wire import failure
 
 LINE = 500  # characters of a text that is shown
 ENTRIES, ENTRY = 32, 100  # of a table such as the versions; characters of a key or a value
@@ -20,6 +23,24 @@ def one_line(text: str, most: int = LINE) -> str:
     """At most so many printable characters on one line: no line ends, no escape codes."""
     shown = "".join(c if c.isprintable() else " " for c in text[: 2 * most])
     return " ".join(shown.split())[:most]
+
+
+class Reason(str):
+    """Why a site has failed, on one line.
+
+    Attributes:
+        lines: the last of its log, as it has sent them with that; none where its policy keeps them.
+    """
+
+    lines: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """``text``: of ``failure.joined``, or whatever a site has put in its place."""
+        why, lines = failure.parted(text)
+        made = cls(one_line(why))
+        made.lines = tuple(filter(None, (one_line(line, failure.LINE) for line in lines)))
+        return made
 
 
 def count(value: object, what: str) -> int:

@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from app.site.last_lines import travels
 from app.site.partition import SiteError
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def wait_for(lock: int, deadline: float, say: str = "") -> bool:
         if now >= deadline:
             return False
         if say and (said == started or now - said >= SAY_EVERY_S):
-            logger.info("%s (for %.0f s now)", say, now - started)
+            logger.info("%s (for %.0f s now)", say, now - started, extra=travels())
             said = now
         time.sleep(POLL_S)
 

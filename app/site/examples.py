@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.site.last_lines import travels
 from app.site.prompts import training_prompt
 from app.site.rows import Row
 
@@ -97,7 +98,10 @@ def encode_rows(rows: Sequence[Row], tokenizer: Any, seq_length: int) -> list[Ex
     wholes = _ids([t + a for t, a in zip(texts, answers, strict=True)], tokenizer)
     apart = [n for n, p in enumerate(prompts) if wholes[n][: len(p)] != p]
     if apart:  # a token of both: the prompt is kept as at inference
-        logger.info("%d of %d prompts and answers are tokenised apart", len(apart), len(rows))
+        logger.info(
+            "%d of %d prompts and answers are tokenised apart", len(apart), len(rows),
+            extra=travels(),
+        )  # fmt: skip
         space = slice(1, None) if _puts_a_space(tokenizer) else slice(None)
         for n, ids in zip(apart, _ids([answers[n][space] for n in apart], tokenizer), strict=True):
             wholes[n] = prompts[n] + ids

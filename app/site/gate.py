@@ -1,14 +1,14 @@
 """The site's gate: each message that comes in, and each reply that goes out, passes here.
 
 In: the site's policy is asked. Out: no text of the site's data, and a line in its audit file
-before anything leaves.
+before anything leaves; with an error the last lines of the log, where the policy lets errors out.
 """
 
 import json
 import logging
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from flwr.clientapp import ClientApp
 
 from app.config import ConfigError
 from app.site import audit
+from app.site.last_lines import LastLines, places, travels
 from app.site.partition import SiteError
 from app.site.policy import Policy, PolicyFileError, RefusedError
+from app.wire.failure import joined
 
 logger = logging.getLogger("app")
 Work = Callable[[Message, Context, "Visit"], RecordDict]
@@ -32,7 +34,8 @@ class Visit:
     """One message at this site: the policy that it meets, and its line of the audit file."""
 
     def __init__(self, message: Message, context: Context, site: Path) -> None:
-        self.state, self.policy = site / "state", Policy()
+        self.state = site / "state"
+        self.policy = Policy(error_lines=False)  # until it has been read: nobody knows what it says
         kind = message.metadata.message_type
         self.line = audit.entry(context.run_id, _app(context.run_id), kind)
 
@@ -58,11 +61,12 @@ class Visit:
             kinds = [line["kind"] for line in lines if line["outcome"] != audit.REFUSED]
         self.policy.check_day(now, self.line["kind"], kinds)
 
-    def told(self, err: Exception) -> str:
+    def told(self, err: Exception, lines: Iterable[str] = ()) -> str:
         """What others hear of an error: worded by us, or its type alone, if the policy allows.
 
         A library's message may quote what it was given: a row of this site. Its type and the
-        places in the code are enough to find the fault.
+        places in the code are enough to find the fault. ``lines``: the last of the log, which go
+        with it.
         """
         if isinstance(err, PolicyFileError):
             logger.error("ERROR: %s", err)
@@ -72,14 +76,15 @@ class Visit:
             told = str(err)
         else:
             frames = "".join(traceback.format_tb(err.__traceback__))
-            logger.error("%s in\n%s", type(err).__name__, frames)
+            logger.error("%s in\n%s", type(err).__name__, frames, extra=travels(places(err)))
             told = f"{type(err).__name__} (the site's log says where)"
             if type(err).__name__ == "OutOfMemoryError":
                 told += "; lower train.max-tokens-per-pass"
         logger.error("ERROR: %s", told)
         self.note(reason=told)
-        # A rule is no error: who runs the federation has to know it.
-        return told if self.policy.error_lines or isinstance(err, RefusedError) else WITHHELD
+        if isinstance(err, RefusedError):  # no error: who runs the federation has to know the rule
+            return told
+        return joined(told, lines) if self.policy.error_lines else WITHHELD
 
     def leave(self, content: RecordDict | None, err: Exception | None) -> None:
         """Put the line into the audit file. Raises SiteError: it is not on the disk."""
@@ -106,12 +111,13 @@ def guarded(failed: Failed = lambda *_: None) -> Callable[[Work], Callable[..., 
             site = Path(os.environ["SITE_DIR"])
             visit, error, told = Visit(message, context, site), None, ""
             content: RecordDict | None
-            try:
-                visit.enter(message, site)
-                content = work(message, context, visit)
-            except Exception as err:
-                error, told = err, visit.told(err)
-                content = failed(context, told)
+            with LastLines() as last:
+                try:
+                    visit.enter(message, site)
+                    content = work(message, context, visit)
+                except Exception as err:
+                    error, told = err, visit.told(err, last.kept)
+                    content = failed(context, told)
             try:
                 visit.leave(content, error)
             except SiteError as err:

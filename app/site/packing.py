@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from app.site.base_model import mixed_precision
 from app.site.examples import IGNORED
+from app.site.last_lines import travels
 
 logger = logging.getLogger(__name__)
 # bitsandbytes' layers give no gradients any more once they have been evaluated on a CPU.
@@ -85,7 +86,9 @@ def can_pack(model: Any) -> bool:
         base = model.get_base_model()
         _asked[model] = not (reason := _obstacle(base))
         if reason:
-            logger.info("%s has %s: its batches are padded", type(base).__name__, reason)
+            logger.info(
+                "%s has %s: its batches are padded", type(base).__name__, reason, extra=travels()
+            )
     return _asked[model]
 
 

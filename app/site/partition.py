@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.site.last_lines import travels
 from app.site.row_files import RowsError, suffix
 from app.site.rows import Row as Row
 from app.site.rows import Table, read
@@ -83,7 +84,10 @@ def part_of(site_dir: Path, part: str, columns: str = "") -> Part:
         if not rows:
             raise SiteError(f"{_name(path)}: no row with a question and an answer")
         if train.left_out:
-            logger.info("%s: the instruction of all rows is no part of the questions", _name(path))
+            logger.info(
+                "%s: the instruction of all rows is no part of the questions", _name(path),
+                extra=travels(),
+            )  # fmt: skip
     else:
         path = data_file(site_dir, part)
         if not path:
@@ -95,7 +99,7 @@ def part_of(site_dir: Path, part: str, columns: str = "") -> Part:
     if known:
         logger.warning(
             "%s: %d of %d rows ask what %s asks too; they are not scored as held-out",
-            _name(path), known, len(table.rows), _name(trained_on),
+            _name(path), known, len(table.rows), _name(trained_on), extra=travels(),
         )  # fmt: skip
     return Part(
         _name(path), rows, table.read, table.empty, table.repeated, known, tuple(table.columns)

@@ -126,6 +126,10 @@ class Policy:
             raise PolicyFileError(f"{FILE} is not UTF-8; save it as that") from None
         except tomllib.TOMLDecodeError as err:
             raise PolicyFileError(f"{FILE} is no TOML: {err}") from None
+        except (ValueError, RecursionError):
+            raise PolicyFileError(
+                f"{FILE} cannot be read: it has a number of too many digits, or too many brackets"
+            ) from None
         lines = {key: _line(key, content.decode()) for key in given}
         known = {f.metadata["key"]: f for f in fields(cls) if f.metadata}
         checked: dict[str, Any] = {}

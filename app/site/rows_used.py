@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from app.config import RunConfig
 from app.site.base_model import BaseModel
+from app.site.last_lines import travels
 from app.site.partition import Part, SiteError
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,6 @@ def rows_used(
         check_positions(part, sizes, base, config)
         if part.name:
             told = ", ".join(f"{n} {key.replace('_', ' ')}" for key, n in found[name].items())
-            logger.info("%s: %s", part.name, told)
+            logger.info("%s: %s", part.name, told, extra=travels())
     check_some_used(parts["train"], found["train"], config)
     return found

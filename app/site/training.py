@@ -16,6 +16,7 @@ from app.config import MIB, RunConfig
 from app.site import memory
 from app.site.base_model import BaseModel, device_and_dtype, mixed_precision
 from app.site.examples import Example, collate
+from app.site.last_lines import travels
 from app.site.packing import can_pack, passes
 
 logger = logging.getLogger(__name__)
@@ -45,18 +46,20 @@ def settled(config: RunConfig, base: BaseModel, device: str) -> RunConfig:
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         free = torch.cuda.mem_get_info()[0] + unused
         on, why = memory.checkpointing(weights, base.linear_layers, config, free)
-        logger.info("%s", why)
+        logger.info("%s", why, extra=travels())
     return replace(config, gradient_checkpointing=on)
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]
-    """One line a step: number, loss, seconds. The loss is a mean over tokens, no text."""
+    """One line a step: number and loss, a mean over tokens. No loss leaves the site with an error:
+
+    in a batch of one it is that row's.
+    """
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
-            logger.info(
-                "step %d of %d: loss %.4f", state.global_step, state.max_steps, logs["loss"]
-            )
+            step = f"step {state.global_step} of {state.max_steps}"
+            logger.info("%s: loss %.4f", step, logs["loss"], extra=travels(step))
 
 
 class _InPasses(Trainer):  # type: ignore[misc]

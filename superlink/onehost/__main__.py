@@ -18,7 +18,8 @@ from pathlib import Path
 from app.config import MIB, ConfigError, merged_config
 from superlink.control import ControlError
 from superlink.onehost.processes import REPOSITORY, LocalFederation
-from superlink.page.document import write_standalone
+from superlink.page.document import REPORT
+from superlink.page.reports import Reports
 from superlink.provision import ProvisionError
 from superlink.submit import submit
 
@@ -113,6 +114,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("demo: stopped; every process it started has ended", file=sys.stderr)
         return 130
+    finally:
+        Reports(args.results).write()  # of a run that failed, or was stopped, as well
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -141,7 +144,8 @@ def demo(args: argparse.Namespace) -> int:
         say(f"final adapter: {run / max(run.glob('peft_*'), key=_round_of).name}")
         say("5/5 evaluation: base model and final adapter on the bundled questions")
         code = _evaluate(args, run)
-        say(f"the run on one page: {write_standalone(args.results, run.name)}")
+        Reports(args.results).write()
+        say(f"the run on one page: {run / REPORT}")
     say(f"{'done' if code == 0 else 'failed'} after {time.monotonic() - started:.0f} s")
     return code
 

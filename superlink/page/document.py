@@ -8,11 +8,12 @@ from pathlib import Path
 from time import time
 
 from superlink.page import sections
-from superlink.page.runs import Run, folder_of, read_run, run_ids, taken_over, version
+from superlink.page.runs import Run, changed, folder_of, read_run, run_ids, taken_over, version
 from superlink.page.state import state_of
 from superlink.run_files import opened
 
 ASSETS = Path(__file__).parent / "assets"
+REPORT = "report.html"  # in a run's folder
 MOST_RUNS = 100  # that the list shows
 # The file runs nothing and loads nothing, so it can be mailed, archived and opened anywhere.
 _POLICY = (
@@ -111,17 +112,22 @@ def standalone(results: Path, run_id: str) -> str:
 def write_standalone(results: Path, run_id: str) -> Path:
     """Write report.html into the run's folder; returns its path. Whole, or as it was before.
 
+    It is as old as the newest of the files that it shows.
+
     Raises:
         UnknownRunError: there is no such run.
         OSError: the folder cannot be written.
     """
-    folder, page = folder_of(results, run_id), standalone(results, run_id)
-    name, part = "report.html", ".report.html"
+    folder = folder_of(results, run_id)
+    shown_ns, page = changed(folder), standalone(results, run_id)
+    part = f".{REPORT}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW  # over no link, whoever made it
     with opened(folder) as at:
         with suppress(FileNotFoundError):
             os.unlink(part, dir_fd=at)
         with os.fdopen(os.open(part, flags, 0o644, dir_fd=at), "w", encoding="utf-8") as file:
             file.write(page)
-        os.rename(part, name, src_dir_fd=at, dst_dir_fd=at)
-    return folder / name
+            file.flush()
+            os.utime(file.fileno(), ns=(shown_ns, shown_ns))
+        os.rename(part, REPORT, src_dir_fd=at, dst_dir_fd=at)
+    return folder / REPORT

@@ -52,11 +52,15 @@ class Run:
 
 def run_ids(results: Path) -> list[str]:
     """Every run's id, the newest first."""
+    return [p.name for p in sorted(folders(results), key=_began, reverse=True)]
+
+
+def folders(results: Path) -> list[Path]:
+    """Every run's folder, in no order."""
     try:
-        folders = [p for p in results.iterdir() if _RUN_ID.fullmatch(p.name) and _is_folder(p)]
+        return [p for p in results.iterdir() if _RUN_ID.fullmatch(p.name) and _is_folder(p)]
     except OSError:
         return []
-    return [p.name for p in sorted(folders, key=_began, reverse=True)]
 
 
 def _is_folder(path: Path) -> bool:
@@ -88,16 +92,24 @@ def folder_of(results: Path, run_id: str) -> Path:
 
 def version(results: Path, run_id: str) -> str:
     """Changes with the run's files. Raises UnknownRunError."""
-    folder, seen = folder_of(results, run_id), []
-    for name in _FILES:
-        *inner, last = name.split("/")
-        try:
-            with opened(folder, *inner) as handle:
-                facts = os.lstat(last, dir_fd=handle)
-            seen.append((facts.st_mtime_ns, facts.st_size))
-        except OSError:
-            seen.append((0, 0))
-    return sha256(repr((run_id, seen)).encode()).hexdigest()[:16]
+    folder = folder_of(results, run_id)
+    return sha256(repr((run_id, [_seen(folder, n) for n in _FILES])).encode()).hexdigest()[:16]
+
+
+def changed(folder: Path, *names: str) -> int:
+    """When the newest of these files of a run, or of all that are shown, was written: ns, or 0."""
+    return max(_seen(folder, name)[0] for name in names or _FILES)
+
+
+def _seen(folder: Path, name: str) -> tuple[int, int]:
+    """When the file was written, in ns, and its bytes."""
+    *inner, last = name.split("/")
+    try:
+        with opened(folder, *inner) as handle:
+            facts = os.lstat(last, dir_fd=handle)
+        return facts.st_mtime_ns, facts.st_size
+    except OSError:
+        return 0, 0
 
 
 def read_run(results: Path, run_id: str) -> Run:

@@ -71,7 +71,7 @@ def state_of(run: Run, now: datetime | None = None, *, taken_over: bool = False)
     state.started = moment(run.facts, "started")
     _known(state, run.facts)
     for event in run.events:
-        _take(state, event)
+        take(state, event)
     for line in run.rounds:
         _count(state, line)
     _end(state, run, now or datetime.now(UTC))
@@ -97,13 +97,15 @@ def _leave_out(state: State, left_out: Json) -> None:
         site.state, site.why = "left out", text(left_out, name)
 
 
-def _take(state: State, event: Json) -> None:
+def take(state: State, event: Json) -> None:
     """Fold one event in."""
     kind, number_of = text(event, "event"), whole(event, "round") or 0
     state.heard = moment(event, "time") or state.heard
     if kind in ("waiting", "ready") and not state.over:
         state.status = "waiting" if kind == "waiting" else "running"
-    if kind == "waiting":
+    if kind == "start":
+        state.total = whole(event, "rounds") or state.total
+    elif kind == "waiting":
         online, needed = (whole(event, k) or 0 for k in ("online", "needed"))
         state.phase = f"{online} of {needed} sites are online"
     elif kind == "ready":
@@ -118,10 +120,13 @@ def _take(state: State, event: Json) -> None:
         _answer(state.site(text(event, "site")), event)
     elif kind == "round":
         _ask(state, "", [])
+        state.done = max(state.done, number_of)
         left_s, told = seconds(event, "left_s"), moment(event, "time")
         if left_s is not None and told:
             state.ready_in = told + timedelta(seconds=left_s)
         state.phase = f"round {number_of} of {state.total} is complete"
+    elif kind == "end":
+        state.phase, state.ready_in = f"the run has {text(event, 'status')}", None
 
 
 def _ask(state: State, work: str, names: list[str]) -> None:

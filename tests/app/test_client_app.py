@@ -183,7 +183,7 @@ def test_the_preflight_says_what_becomes_of_each_row_and_training_uses_as_many(
     new, line = s.train_round(1, initial_adapter(s.layout, config.seed))
     assert (line["num_examples"], line["rejected"]) == ([8], {})
     assert s.evaluate(1, new)["eval_partitions"] == [PARTITION]
-    assert asked(run_config(**base, seq_length=16))["error"] == (
+    assert Answer.of(asked(run_config(**base, seq_length=16))).error == (
         "data/train.jsonl: no row keeps an answer within train.seq-length = 16 tokens"
     )
 
@@ -207,7 +207,7 @@ def test_rows_that_are_longer_than_the_model_takes_are_found_before_training(
     path = next((site / "data").glob(f"{part}.*"), site / "data" / f"{part}.jsonl")
     row = {"instruction": "", "input": "Long?", "output": "long " * 100}
     path.write_text((path.read_text() if path.exists() else "") + json.dumps(row) + "\n")
-    assert asked(run_config(**base, seq_length=512))["error"] == (
+    assert Answer.of(asked(run_config(**base, seq_length=512))).error == (
         f"data/{path.name}: 1 rows are longer than the 300 tokens that {made.name} takes; "
         "lower train.seq-length = 512 to that"
     )
@@ -227,7 +227,7 @@ def test_too_little_memory_is_an_error_of_the_site_that_says_what_to_lower(
 
     wrong = run_config(**base | {"target_modules": "x_proj"})
     assert seen(23.5)["device"] == "NVIDIA Stand-in, 23.5 GB free of 24.0"
-    refused = str(seen(6.25)["error"])
+    refused = Answer.of(seen(6.25)).error
     assert re.fullmatch(
         r"GPU 1 \(NVIDIA Stand-in\) has 6\.2 GB free of 24\.0, this run needs about \d+\.\d GB; "
         r"train\.max-tokens-per-pass = \d+ needs \d\.\d GB and trains the same",

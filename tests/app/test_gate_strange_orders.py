@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from app import client_app
 from app.config import RunConfig
 from app.site.audit import FAILED, OTHER, REFUSED
+from app.site.gate import WITHHELD
 from app.site.partition import SiteError
 from tests.app.test_client_app import NODE_ID
 from tests.app.test_gate import audited, order
@@ -59,9 +60,13 @@ def test_a_round_that_is_no_number_is_not_recorded_and_costs_no_line(
     assert (site / "state" / "audit.jsonl").stat().st_size < 2000
 
 
-def test_a_message_without_content_has_its_line(site: Path, base: dict[str, Any]) -> None:
+def test_a_message_without_content_has_its_line_and_hears_nothing(
+    site: Path, base: dict[str, Any]
+) -> None:
+    """It is given up before the policy has been read: that may forbid it."""
     question = Message(RecordDict(), dst_node_id=1, message_type="train")
     empty = Message(Error(0, "x"), reply_to=question)
-    with pytest.raises(SiteError):
+    with pytest.raises(SiteError) as caught:
         given(run_config(**base), empty)
+    assert str(caught.value) == WITHHELD
     assert [line["outcome"] for line in audited(site)] == [FAILED]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.containers.conftest import NODES, Federation
+from tests.containers.conftest import NODES, Federation, wait
 
 
 def test_the_job_succeeds_and_its_container_says_so(federation: Federation) -> None:
@@ -47,6 +47,26 @@ def test_the_evaluation_scores_base_and_final_adapter(federation: Federation) ->
         }  # fmt: skip
     assert report["model"]["kind"] == "fp4"
     assert [line["round"] for line in report["rounds"]] == [1]
+    run_page = page.replace("/eval/", "/")  # written again by itself, with what was scored
+    assert wait(lambda: "The whole report" in federation.shell("superlink", f"cat {run_page}"))
+
+
+def test_an_adapter_is_taken_home_with_the_evaluations_container(
+    federation: Federation, tmp_path: Path
+) -> None:
+    """Merged and as it is; both out of the one folder where it may write."""
+    for to, more in (("/results/latest/eval/mine", ()), ("/results/latest/eval/one", ("--merge",))):
+        words = ("eval", "export", "--round", "best", "--to", to, *more)
+        done = _eval(federation, "--no-deps", *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        copied = federation.compose("cp", f"superlink:{to}", str(tmp_path))
+        assert copied.returncode == 0, copied.stderr
+    assert "by several sites: a LoRA adapter" in (tmp_path / "mine" / "README.md").read_text()
+    assert (tmp_path / "mine" / "adapter_model.safetensors").is_file()
+    assert {"model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "one").iterdir()}
+    refused = _eval(federation, "--no-deps", "eval", "export", "--to", "/results/mine")
+    assert refused.returncode == 1
+    assert "cannot write /results/mine: Permission denied" in refused.stderr
 
 
 def test_the_results_can_be_copied_out(federation: Federation, tmp_path: Path) -> None:
@@ -56,7 +76,7 @@ def test_the_results_can_be_copied_out(federation: Federation, tmp_path: Path) -
     assert (tmp_path / "results" / latest / "peft_1" / "adapter_model.safetensors").is_file()
 
 
-def test_this_host_sees_the_run_on_its_page_and_a_command_writes_it_as_a_file(
+def test_this_host_sees_the_run_on_its_page_which_is_a_file_by_itself_and_by_a_command(
     federation: Federation,
 ) -> None:
     run_id = federation.shell("superlink", "readlink /results/latest").strip()
@@ -66,9 +86,11 @@ def test_this_host_sees_the_run_on_its_page_and_a_command_writes_it_as_a_file(
     assert "fine-tuned by 20 sites together" in html
     assert "1 of 1" in html
     assert "site-19</th>" in html
+    file = f"/results/{run_id}/report.html"
+    assert wait(lambda: "site-19</th>" in federation.shell("superlink", f"cat {file}"))
     report = ("run", "--rm", "--no-deps", "-T", "serverapp", "python3", "-m")
     done = federation.compose(*report, "superlink.page", "report", run_id)
-    assert done.stdout.strip() == f"/results/{run_id}/report.html", done.stderr
+    assert done.stdout.strip() == file, done.stderr
     refused = federation.shell("page", f"touch /results/{run_id}/x")
     assert "Read-only file system" in refused
 

@@ -62,6 +62,9 @@ RUN_BY = {
     r"docker compose run --rm --no-deps serverapp python3 -m superlink\.page report \d+": (
         "tests/containers/test_up.py", '"superlink.page", "report"',
     ),
+    r"\.venv/bin/python -m superlink\.tensorboard results/\d+": (
+        "tests/superlink/test_tensorboard.py", '"superlink.tensorboard", str(folder)',
+    ),
     r"\.venv/bin/python -m superlink\.connection localhost:9093 ca\.crt": (
         "tests/superlink/test_connection.py", '"superlink.connection", "localhost:9093"',
     ),
@@ -78,6 +81,15 @@ RUN_BY = {
     r"\.venv/bin/python -m eval --data-dir DIR": ("tests/eval/test_cli.py", '"--data-dir"'),
     r"\.venv/bin/python -m eval pack > benchmarks\.tar": (
         "tests/hub/test_fetch.py", '"-m", "eval", "pack"',
+    ),
+    r"\.venv/bin/python -m eval export (--run \d+ )?--round \w+ (--merge )?--to \S+": (
+        "tests/eval/taken_home.py", 'main(["export"',
+    ),
+    r"docker compose( -f \S+)* run --rm --no-deps eval export --round best --to \S+": (
+        "tests/containers/test_up.py", '"eval", "export", "--round", "best"',
+    ),
+    r"docker compose cp superlink:/results/latest/eval/mine \./mine": (
+        "tests/containers/test_up.py", '("cp", f"superlink:{to}"',
     ),
     r"\.venv/bin/python -m eval score \S+": ("tests/eval/test_cli.py", 'main(["score"'),
 }  # fmt: skip

@@ -604,6 +604,8 @@ def error(capsys: pytest.CaptureFixture[str]) -> str:
         (["--peft-path", "none", "--all-rounds"], ["--peft-path", "--all-rounds"]),
         (["--round", "1", "--all-rounds"], ["--round", "--all-rounds"]),
         (["--round", "4"], ["--round 4", "1, 2, 3"]),
+        (["--round", "worst"], ["--round worst", "best, last"]),
+        (["--round", "best"], ["--round best", "run 7", "strategy.fraction-evaluate"]),
         (["--run", "8"], ["--run 8", "7"]),
         (["--results", "/no/such/results"], ["/no/such/results", "--wait"]),
         (["--run-name", "a/b"], ["--run-name a/b"]),

@@ -62,7 +62,7 @@ def test_without_the_link_time_says_which_is_the_newest(tmp_path: Path, link: st
     (tmp_path / "empty").mkdir()
     if link != "none":
         (tmp_path / "latest").symlink_to("gone" if "deleted" in link else "empty")
-    assert newest_run(tmp_path) == runs[1]
+    assert newest_run(tmp_path) == choose_run(tmp_path, "latest", 0) == runs[1]
 
 
 def test_the_newest_run_is_the_one_whose_last_round_is(tmp_path: Path) -> None:

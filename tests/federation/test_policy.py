@@ -18,7 +18,7 @@ from superlink.control import Control
 from superlink.onehost.processes import REPOSITORY, LocalFederation
 from supernode.partitions import Split, prepare_data
 from tests.federation.drill import until
-from tests.samples import ROWS
+from tests.samples import ROWS, write_jsonl
 
 pytestmark = pytest.mark.faults
 SITES = 8
@@ -34,7 +34,8 @@ SECOND = {
     1: "max-messages-per-day = 5", 2: 'codecs = ["int4"]', 3: "max-clip-norm = 0.5",
     4: "min-noise-multiplier = 1.0", 6: "error-lines = false",
 }  # fmt: skip
-BROKEN, PAUSED = 6, 7
+OPEN, BROKEN, PAUSED = 0, 6, 7
+MARKER = "patient Wilhelmina Zwetschge of ward 13"
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,7 @@ def submit(
     model: Path,
     app: Path = REPOSITORY,
     rounds: int = 1,
+    changes: str = "",
 ) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
     """Exit code, run.json and metrics.jsonl of the newest run."""
     local, control = federation
@@ -80,7 +82,7 @@ def submit(
         f'num-server-rounds={rounds} strategy.name="fedavg" communication.codec="int8"',
         "strategy.min-nodes=2 strategy.require-all-nodes=false strategy.fraction-train=1.0",
         "strategy.min-replies=1 strategy.min-evaluate-nodes=2 strategy.node-timeout-s=240",
-        'train.training-arguments.max-steps=2 resume="0"',
+        f'train.training-arguments.max-steps=2 resume="0" {changes}',
     ]
     before = {p.resolve() for p in local.results.glob("*/run.json")}
     code = superlink.submit.submit(app, overrides, control, local.public)
@@ -162,6 +164,48 @@ def test_a_pause_and_the_other_rules_are_told_and_error_lines_stay_at_home(
     assert "data/train.jsonl, line 1" in log
     assert said[f"site-{PAUSED:02d}"].startswith("the site has paused, since 20")
     decide(local, PAUSED, "resume")
+
+
+def test_a_failing_sites_last_lines_reach_the_operator_if_its_policy_lets_errors_out(
+    federation: tuple[LocalFederation, Control], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that diverges, on a patient's rows, at a site without a policy and one with."""
+    local, _ = federation
+    monkeypatch.setattr(superlink.submit, "MAX_RESUMES", 0)
+    put_in_force(local, {BROKEN: SECOND[BROKEN]})
+    for number in (OPEN, BROKEN):
+        told = [r | {"output": f"{r['output']} As {MARKER} knows."} for r in ROWS[:8]]
+        write_jsonl(site(local, number) / "data" / "train.jsonl", told)
+    others = ",".join(f"site-{n:02d}" for n in set(range(SITES)) - {OPEN, BROKEN})
+    changes = f'strategy.exclude-sites="{others}" strategy.max-retries=0 '
+    changes += "train.learning-rate-max=1e38 train.learning-rate-min=1e38"
+    code, facts, _ = submit(federation, tiny_model, changes=changes)
+    assert code == 1
+    told_by = "<class 'app.site.partition.SiteError'>:<'{}'>".format
+    why = told_by("FloatingPointError (the site's log says where)")
+    assert f"site-{OPEN:02d}: {why}; site-{BROKEN:02d}: {told_by(WITHHELD)}" in facts["error"]
+
+    text = (local.results / facts["run_id"] / "events.jsonl").read_text()
+    events = [json.loads(line) for line in text.splitlines()]
+    at = [event.get("why") for event in events].index(why)
+    texts = [event["text"] for event in events[at + 1 :]]
+    below = [text for text in texts if "last in the log of" in text]
+    print("\n".join(event["text"] for event in events[at - 1 : at + 8]))
+    assert below == texts[: len(below)]
+    begins = f"[round 1/1]   last in the log of site-{OPEN:02d}: "
+    assert all(line.startswith(begins) for line in below)
+    assert below[-3].endswith(": step 1 of 2")
+    assert below[-2].endswith(": step 2 of 2")
+    assert "FloatingPointError in app.client_app line " in below[-1]
+    for number in (OPEN, BROKEN):
+        log = (local.work / "logs" / f"site-{number:02d}.log").read_text()
+        assert "step 2 of 2: loss nan" in log
+        reason = audited(local, number)[-1]["reason"]
+        assert reason == "FloatingPointError (the site's log says where)"
+    assert f"log of site-{BROKEN:02d}" not in text
+    seen = [p for p in local.work.rglob("*") if p.is_file() and "data" not in p.parts]
+    assert any(p.suffix == ".db" for p in seen)
+    assert [p for p in seen if MARKER.encode() in p.read_bytes()] == []
 
 
 def test_an_app_that_a_site_has_approved_is_run_there_and_nowhere_else(

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.numpy import load_file
 
 from app.config import MIB, RunConfig, merged_config
@@ -31,7 +32,7 @@ from superlink.run_view import Status
 from superlink.submit import submit
 from supernode.entrypoint import REFUSED
 from supernode.partitions import Split, prepare_data
-from tests.samples import REPOSITORY, ROWS
+from tests.samples import REPOSITORY, ROWS, write_jsonl
 from tests.terminal import Terminal
 
 SITES = 3
@@ -48,6 +49,7 @@ class Done:
     exit_code: int
     failed_exit_code: int
     printed: str
+    streamed: list[str]
     processes: list[int]
 
     def log(self, name: str) -> str:
@@ -130,16 +132,21 @@ def done(models_dir: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
         control = federation.start()
         with held_until_somebody_waits(work), redirect_stdout(StringIO()) as printed:
             exit_code = submit(REPOSITORY, overrides, control, federation.public)
+        (run,) = control.runs()
+        streamed = [reply.task_event.data for reply in control.events(run.run_id)]
         row = {"instruction": "", "input": MARKER, "output": [MARKER]}
         bad = federation.federation / "site-01" / "data" / "train.jsonl"
         bad.write_text(bad.read_text() + json.dumps(row) + "\n")
+        long = {"instruction": "", "input": f"{MARKER} " * 400, "output": MARKER}
+        write_jsonl(federation.federation / "site-02" / "data" / "train.jsonl", [long])
         failed_exit_code = submit(REPOSITORY, overrides, control, federation.public)
         processes = [p.pid for p in federation.processes.values()]
     _, config = merged_config(REPOSITORY, overrides)
     print(printed.getvalue())
     return Done(
-        work, models_dir, config, exit_code, failed_exit_code, printed.getvalue(), processes
-    )
+        work, models_dir, config, exit_code, failed_exit_code, printed.getvalue(), streamed,
+        processes,
+    )  # fmt: skip
 
 
 def metrics(done: Done) -> list[dict[str, object]]:
@@ -161,21 +168,24 @@ def test_sites_of_one_device_take_turns_and_their_logs_say_who_waits(done: Done)
     assert any(waits(done.work))
 
 
-def test_what_a_terminal_shows_of_a_run_is_read_from_what_is_printed(done: Done) -> None:
-    lines = done.printed.splitlines()
-    assert len([line for line in lines if line.startswith("[round 1/2] ")]) == 2
-    status, last = Status(), metrics(done)[-1]
-    for line in lines:
-        status.read(line)
-    assert status.said == {
-        "phase": f"run {done.run.name} finished:completed",
-        "sites": "training at " + ", ".join(f"site-{p:02d}" for p in last["partitions"]),  # type: ignore[attr-defined]
-        "done": "2/2",
-        "loss": "train loss {train_loss:.4f}, held-out loss {eval_loss_median:.4f}".format(**last),  # type: ignore[str-format]
-        "sent": f"{last['mb_sent']:.1f} MiB sent, {last['mb_left']:.0f}",
-        "left_s": "",
-    }
+def test_who_follows_a_run_at_the_control_port_gets_its_events_as_they_stand_in_its_file(
+    done: Done,
+) -> None:
+    assert done.streamed == (done.run / "events.jsonl").read_text().splitlines()
+    assert len([line for line in done.printed.splitlines() if line[:11] == "[round 1/2]"]) == 2
     assert "\x1b" not in done.printed
+
+
+def test_a_terminal_shows_of_a_run_what_its_events_say(done: Done) -> None:
+    status, last = Status(), metrics(done)[-1]
+    for line in done.streamed:
+        status.take(json.loads(line))
+    screen = Console(file=StringIO(), width=120)
+    screen.print(status)
+    _, first, figures = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert first.startswith("the run has completed, 0:00:0")
+    form = "train loss {train_loss:.4f}, held-out loss {eval_loss_median:.4f}, {mb_sent:.1f} MiB"
+    assert figures.startswith(form.format(**last))  # type: ignore[str-format]
 
 
 def test_the_logs_hold_what_happened_and_neither_polling_nor_colours(done: Done) -> None:
@@ -252,6 +262,34 @@ def test_peft_loads_every_checkpoint_name_for_name(done: Done, tiny_model: Path)
             np.testing.assert_array_equal(loaded[name].numpy(), array)
 
 
+def test_the_round_of_the_lowest_held_out_loss_goes_home_and_loads(
+    done: Done, tmp_path: Path
+) -> None:
+    """The link, run.json and the export mean the same."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    losses = np.array([line["eval_loss_median"] for line in metrics(done)])
+    facts = json.loads((done.run / "run.json").read_text())
+    assert facts["best"]["round"] == losses.argmin() + 1
+    assert (done.run / "best").resolve() == rounds(done.run)[facts["best"]["round"]]
+    places = ["--results", str(done.work / "results"), "--models", str(done.models)]
+    for name, more in (("adapter", []), ("merged", ["--merge"])):
+        command = [sys.executable, "-m", "eval", "export", *places, "--round", "best", *more]
+        ended = subprocess.run(
+            [*command, "--to", str(tmp_path / name)], cwd=REPOSITORY, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr[-2000:]
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert MARKER not in card
+    assert f"| sites | {SITES}, with " in card
+    weights = [f / "adapter_model.safetensors" for f in (tmp_path / "adapter", done.run / "best")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("Which cells", return_tensors="pt")
+    assert np.isfinite(merged(**ids).logits.float().detach().numpy()).all()
+
+
 def test_training_moved_the_adapter_in_every_round(done: Done) -> None:
     first, second = (load_file(f / "adapter_model.safetensors") for f in rounds(done.run).values())
     b_sides = [n for n in first if "lora_B" in n]
@@ -265,6 +303,20 @@ def test_a_bad_row_at_one_site_stops_the_run_by_site_and_line_number(done: Done)
     assert facts["status"] == "failed"
     lines = (done.work / "federation/site-01/data/train.jsonl").read_text().count("\n")
     assert f"site-01: data/train.jsonl, line {lines}: no text in column 'output'" in facts["error"]
+
+
+def test_what_a_site_that_is_not_ready_logged_last_is_told_below_and_no_word_of_its_data(
+    done: Done,
+) -> None:
+    text = (done.failed_run / "events.jsonl").read_text()
+    said = [json.loads(line)["text"] for line in text.splitlines()]
+    print("\n".join(said))
+    last = [line for line in said if "  last in the log of " in line]
+    counts = "data/train.jsonl: 1 read, 0 empty, 0 repeated, 0 known, 1 too long, 0 cut, 0 used"
+    assert last[0] == f"[preflight]   last in the log of site-02: {counts}"
+    assert all("log of site-02: data/" in line for line in last)
+    facts = json.loads((done.failed_run / "run.json").read_text())
+    assert "site-02: data/train.jsonl: no row keeps an answer" in facts["error"]
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -312,7 +364,7 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_no_process_behind(
         "--results", str(tmp_path / "results"), "--run-config", "num-server-rounds=99",
     ]  # fmt: skip
     terminal = Terminal(command)
-    terminal.read_until("[round 1/99] training at")
+    terminal.read_until("round 1 of 99: training at")
     assert terminal.process.poll() is None, "the demo ended before its first round"
     assert len(_processes_of(tmp_path)) >= 5  # itself, SuperLink, SuperNodes, ServerApp
     terminal.type(b"\x03")
@@ -320,8 +372,9 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_no_process_behind(
     screen = terminal.screen()
     print("\n".join(screen))
     state = screen.index("demo: stopped; every process it started has ended") - 3
-    assert re.fullmatch(r"round 1/99, 0:0\d:\d\d", screen[state])
-    assert screen[state + 1].startswith("training at site-0")
+    assert re.fullmatch(r"round 1 of 99: training at 2 sites, 0:0\d:\d\d", screen[state])
+    assert screen[state + 1].startswith("site-0")
     assert _processes_of(tmp_path) == []
     (run,) = (tmp_path / "results").glob("*/run.json")
     assert json.loads(run.read_text())["status"] == "failed"  # not "running" for ever
+    assert '<span class="chip failed">' in run.with_name("report.html").read_text()

@@ -116,8 +116,9 @@ SUPEREXEC = """\
 #!{python}
 import os, subprocess, sys, time
 app = "import signal, sys, time; from pathlib import Path\\n"
-app += "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), sys.exit(Path('{told}').touch())))"
-app += "\\nPath('{up}').touch()\\ntime.sleep(60)"
+app += "def stop(*_):\\n time.sleep(1)\\n Path('{ended}').rename('{told}')\\n sys.exit()\\n"
+app += "signal.signal(signal.SIGTERM, stop)\\n"
+app += "Path('{up}').touch()\\ntime.sleep(60)"
 subprocess.Popen([sys.executable, "-c", app])
 time.sleep(60)
 """
@@ -126,12 +127,21 @@ time.sleep(60)
 def test_when_stopped_a_serverapp_has_its_time_to_write_down_how_it_ended(
     env: dict[str, str], tmp_path: Path
 ) -> None:
-    """A container ends with its first process: the ServerApp has to end before."""
+    """A container ends with its first process: the ServerApp has to end before.
+
+    And of a run that has ended, now or before, there is the page.
+    """
     programs = tmp_path / "bin"
     programs.mkdir()
-    told, up = tmp_path / "told", tmp_path / "up"
+    told, up = Path(env["RESULTS_DIR"]) / "5" / "run.json", tmp_path / "up"
+    told.parent.mkdir()
+    ended = tmp_path / "ended.json"
+    ended.write_text('{"status": "failed", "error": "stopped by its operator"}')
+    before = told.parent.with_name("4")
+    before.mkdir()
+    (before / "run.json").write_text('{"status": "completed"}')
     superexec = programs / "flower-superexec"
-    superexec.write_text(SUPEREXEC.format(python=sys.executable, told=told, up=up))
+    superexec.write_text(SUPEREXEC.format(python=sys.executable, ended=ended, told=told, up=up))
     superexec.chmod(0o755)
     code = "import sys; from pathlib import Path; from superlink import link_log, serverapp; "
     code += f"link_log.PROGRAMS = Path({str(programs)!r}); sys.exit(serverapp.main())"
@@ -141,12 +151,13 @@ def test_when_stopped_a_serverapp_has_its_time_to_write_down_how_it_ended(
     )
     try:
         deadline = time.monotonic() + 60
-        while not up.exists():
+        while not (up.exists() and (before / "report.html").exists()):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert not told.exists()
         process.send_signal(signal.SIGTERM)
         process.wait(30)
         assert told.exists()
+        assert "stopped by its operator" in told.with_name("report.html").read_text()
     finally:
         process.kill()

@@ -1,8 +1,9 @@
-"""A run that is followed in a terminal: the lines of a real one (2026-11-30), printed anew."""
+"""A run that is followed in a terminal: a real one (2026-11-30), its lines and its events anew."""
 
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -28,12 +29,59 @@ submit: run 16379072472962782269 finished:completed
 """.splitlines()
 ALL = len(LINES)
 AMID = LINES.index("[round 2/2] training at site-00, site-01") + 1
+BOTH = ["site-00", "site-01"]
+
+
+def figures(server_round: int, **more: float) -> dict[str, Any]:
+    return {"event": "round", "round": server_round, "sites": BOTH, **more}
+
+
+# What stands in events.jsonl with some of the lines, by their beginning.
+EVENTS: dict[str, list[dict[str, Any]]] = {
+    "[preflight]": [
+        {"event": "start", "rounds": 2},
+        {"event": "ready", "sites": {n: {"num_examples": 198} for n in BOTH}, "left_out": {}},
+        {"event": "evaluating", "round": 0, "sites": BOTH},
+    ],
+    "[before]": [{"event": "before", "held_out_loss": 4.0606}],
+    "[round 1/2] training": [{"event": "training", "round": 1, "sites": BOTH}],
+    "[round 1/2] without": [
+        {"event": "left-out", "round": 1, "site": "site-01", "why": "no reply within 9 s"},
+    ],
+    "[round 1/2] train loss": [
+        figures(
+            1, train_loss=3.7537, held_out_loss=3.8838, mb_sent=28.1, mb_left=199972.0,
+            left_s=34.0,
+        )
+    ],
+    "[round 2/2] training": [
+        {"event": "training", "round": 2, "sites": BOTH},
+        {"event": "arrived", "round": 2, "site": "site-00", "of": "train"},
+        {"event": "left-out", "round": 2, "site": "site-01", "why": "no reply within 9 s"},
+    ],
+    "[round 2/2] train loss": [
+        figures(
+            2, train_loss=3.7247, held_out_loss=3.8581, mb_sent=49.2, mb_left=199951.0, left_s=0.0
+        )
+    ],
+    "[done]": [{"event": "end", "status": "completed"}],
+}  # fmt: skip
 
 
 def follow(count: int, then: str = "") -> list[str]:
-    """A process that prints so many of the lines, and then does something else."""
-    code = "import time\nfrom superlink.run_view import shown\nwith shown():\n"
-    code += "".join(f" print({line!r}, flush=True)\n" for line in LINES[:count])
+    """A process that prints so many of the lines, is told their events, and does something else."""
+    code = """
+import time
+from datetime import UTC, datetime
+from superlink.run_view import shown
+def told(event):
+    view and view.take({"time": datetime.now(UTC).isoformat(), **event})
+with shown() as view:
+"""
+    for line in LINES[:count]:
+        code += f" print({line!r}, flush=True)\n"
+        for event in (e for start, some in EVENTS.items() if line.startswith(start) for e in some):
+            code += f" told({event!r})\n"
     return [sys.executable, "-c", f"{code} {then or 'pass'}"]
 
 
@@ -57,11 +105,10 @@ def test_at_the_end_there_are_the_lines_and_below_them_the_last_state() -> None:
     assert terminal.end() == 0
     screen = terminal.screen()
     assert screen[:ALL] == LINES
-    bar, first, sites, figures, *rest = screen[ALL:]
+    bar, first, said, *rest = screen[ALL:]
     assert re.fullmatch("━+", bar)
-    assert re.fullmatch(r"run 16379072472962782269 finished:completed, 0:00:\d\d", first)
-    assert sites == "training at site-00, site-01"
-    assert figures == (
+    assert re.fullmatch(r"the run has completed, 0:00:\d\d", first)
+    assert said == (
         "train loss 3.7247, held-out loss 3.8581, 49.2 MiB sent, 199951 of the budget left"
     )
     assert not any(rest)
@@ -71,12 +118,16 @@ def test_at_the_end_there_are_the_lines_and_below_them_the_last_state() -> None:
 def test_amid_a_run_it_says_how_long_it_will_take_and_ctrl_c_leaves_that_readable() -> None:
     terminal = Terminal(follow(AMID, "print('waiting', flush=True); time.sleep(60)"))
     terminal.read_until("waiting")
-    terminal.read_until("round 2/2, 0:00:02")  # nothing is printed any more, but the clock goes on
+    terminal.read_until(
+        "training at 2 sites, 0:00:02"
+    )  # nothing is printed any more, but the clock goes on
     terminal.type(b"\x03")
     assert terminal.end() == -2  # Python's own end by this signal
     screen = terminal.screen()
     where = screen.index("waiting") + 1
-    assert re.fullmatch(r"round 2/2, 0:00:\d\d, about 0:00:3\d left", screen[where + 1])
+    first = r"round 2 of 2: training at 2 sites, 0:00:\d\d, about 0:00:3\d left"
+    assert re.fullmatch(first, screen[where + 1])
+    assert screen[where + 2] == "site-00 answered, site-01 late"
     assert "KeyboardInterrupt" in screen
     assert terminal.output.rindex("\x1b[?25h") > terminal.output.rindex("\x1b[?25l")
 
@@ -87,7 +138,7 @@ def test_in_a_narrow_terminal_the_state_is_cut_and_the_lines_are_whole() -> None
     screen = terminal.screen()
     assert screen[:ALL] == LINES  # the terminal's own business to break
     assert [len(line) <= 24 for line in screen[ALL:]] == [True] * len(screen[ALL:])
-    assert screen[ALL + 3] == "train loss 3.7247, held…"
+    assert screen[ALL + 2] == "train loss 3.7247, held…"
 
 
 def test_who_wants_no_colours_gets_none() -> None:

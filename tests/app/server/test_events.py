@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from flwr.app import Error, Message
 
 from app.server import events
 from app.server.events import EventFile, event
 from app.wire.adapter import initial_adapter
+from app.wire.failure import joined
 from tests.app.server.stand_in_sites import ALL, node, strategy
 from tests.full_disk import full_disk
 
@@ -96,3 +98,23 @@ def test_a_round_tells_who_trains_who_has_answered_and_who_was_left_out(written:
     late = of_training[3]
     assert (late["site"], str(late["why"])[:15]) == ("site-02", "no reply within")
     assert "evaluating" in [line["event"] for line in told]
+
+
+def test_a_failing_sites_last_lines_stand_below_why_it_was_left_out(written: Path) -> None:
+    text = joined("no\x07room", [f"step {n} of 12\x1b[31m" for n in range(1, 13)])
+
+    def failing(message: Message) -> Message:
+        return Message(Error(2, f"<class 'SiteError'>:<'{text}'>"), reply_to=message)
+
+    s = strategy([0, 1], {0: node(0), 1: failing}, **ALL, fraction_evaluate=1.0)
+    _, line = s.train_round(1, initial_adapter(s.layout, 1))
+    assert line["rejected"] == {"site-01": "<class 'SiteError'>:<'no room'>"}
+    told = lines(written)
+    at = [line["event"] for line in told].index("left-out")
+    assert told[at]["why"] == "<class 'SiteError'>:<'no room'>"
+    below = told[at + 1 : at + 11]
+    assert [line["text"] for line in below] == [
+        f"[round 1/10]   last in the log of site-01: step {n} of 12 [31m" for n in range(1, 11)
+    ]
+    assert {line["event"] for line in below} == {"log"}
+    assert "log of site-01" not in str(told[at + 11 :])

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from app.server import preflight as module
 from app.server.answer import UNLISTED
 from app.server.preflight import PreflightError, SilenceError, Sites, preflight
 from app.server.site_list import SiteListError
+from app.wire.failure import joined
 from tests.samples import run_config, write_site_list
 from tests.stand_in_grid import Clock, Node, StandInGrid
 
@@ -114,6 +116,27 @@ def test_without_require_all_nodes_min_nodes_must_still_be_ready() -> None:
     answers = {1: answer(0), 2: answer(1), 3: broken(2, "no base model")}
     with pytest.raises(PreflightError, match="site-02: no base model"):
         compare(answers, {}, config(min_nodes=3, strict=False))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_last_lines_of_a_site_that_is_not_ready_are_told_and_its_reason_is_as_without_them(
+    site_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    monkeypatch.setattr(logging.getLogger("app"), "propagate", False)  # else each comes twice
+    site_log.set_level(logging.INFO, logger="app")
+    why = joined("no base model", ["data/train.jsonl: 8 read", "x\x1b[2J" * 1_000_000])
+    answers = {1: answer(0), 2: answer(1), 3: broken(2, why)}
+    if strict:
+        with pytest.raises(PreflightError) as caught:
+            compare(answers, {}, config())
+        assert str(caught.value) == "1 sites are not ready:\n  site-02: no base model"
+    else:
+        sites = compare(answers, {}, config(strict=False))
+        assert sites.left_out == {"site-02": "no base model"}
+    first, second = (r.getMessage() for r in site_log.records if "log of" in r.getMessage())
+    assert first == "[preflight]   last in the log of site-02: data/train.jsonl: 8 read"
+    assert second.isprintable()
+    assert len(second) < 300
 
 
 def test_all_sites_failing_is_an_error_of_the_preflight() -> None:

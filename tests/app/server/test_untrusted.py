@@ -7,7 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.server.untrusted import ENTRIES, ENTRY, UnfitError, count, linear_layers, one_line, table
+from app.server.untrusted import (
+    ENTRIES,
+    ENTRY,
+    LINE,
+    Reason,
+    UnfitError,
+    count,
+    linear_layers,
+    one_line,
+    table,
+)
+from app.wire import failure
+from app.wire.failure import BEGINS
 
 # JSON of any form, not too deep.
 VALUES = st.recursive(
@@ -22,6 +34,35 @@ def test_whatever_a_site_says_fits_on_one_short_line(text: str, most: int) -> No
     line = one_line(text, most)
     assert len(line) <= most
     assert line.isprintable()
+
+
+# What a site may put in the place of a reason and the last lines of its log.
+OVERFULL = {
+    "10 MB of a reason": "x" * 10_000_000,
+    "10 MB in one line": f"why{BEGINS}{'x' * 10_000_000}\n",
+    "a million lines": f"why{BEGINS * 1_000_000}\n",
+    "a million lines, each of a letter": "why" + f"{BEGINS}x" * 1_000_000 + "\n",
+    "control characters": f"w\x1b[2Jy{BEGINS}a\x1b[1mb\x07{BEGINS}c\r\nd\u202ee\x9bf\ud800\n'>",
+    "line ends, and no end": f"w\r\n\n{BEGINS}\n\n\n{BEGINS}|\n|",
+    "nothing": f"{BEGINS}\n",
+}
+
+
+@pytest.mark.parametrize("text", OVERFULL.values(), ids=OVERFULL)
+def test_of_a_sites_last_lines_few_are_kept_each_short_and_printable(text: str) -> None:
+    reason = Reason.of(text)
+    assert len(reason.lines) <= failure.LINES
+    assert all(0 < len(line) <= failure.LINE for line in reason.lines)
+    assert all(said.isprintable() for said in (reason, *reason.lines))
+    assert len(reason) <= LINE
+
+
+def test_a_reason_is_the_text_that_it_was_and_its_lines_come_beside_it() -> None:
+    reason = Reason.of(f"<class 'E'>:<'no  room{BEGINS}first{BEGINS}a\x1b[31mb\n'>")
+    assert reason == "<class 'E'>:<'no room'>"
+    assert reason.lines == ("first", "a [31mb")
+    assert json.dumps({"why": reason}) == json.dumps({"why": "<class 'E'>:<'no room'>"})
+    assert Reason.of("two\nlines").lines == ()
 
 
 def test_escape_codes_and_what_turns_the_writing_around_are_gone() -> None:

@@ -186,6 +186,14 @@ def test_what_is_no_toml_is_an_error_of_one_line(tmp_path: Path, content: bytes)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 100_000])
+def test_what_the_reader_of_toml_gives_up_on_is_an_error_of_one_line(
+    tmp_path: Path, value: str
+) -> None:
+    with pytest.raises(PolicyFileError, match=r"^policy\.toml cannot be read: it has a number of"):
+        Policy.read(written(tmp_path, f"error-lines = false\nmin-rows = {value}\n"))
+
+
 def test_a_file_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path) -> None:
     (tmp_path / "policy.toml").mkdir()
     with pytest.raises(PolicyFileError, match=r"policy\.toml cannot be read: Is a directory"):
