@@ -68,13 +68,16 @@ test-containers: install
 images:
 	docker compose --profile eval build
 
-# For a site that reaches nothing but the SuperLink: the SuperNode's image, the base models that
-# `prepare` has made here, checksums. Never over another one.
+# For a host that reaches nothing but the SuperLink: the images of SuperNode and evaluation, the base
+# models that `prepare` has made here, the questions that `fetch` has brought, checksums. Never over
+# another one.
 bundle:
 	mkdir $(BUNDLE)
-	docker save --output $(BUNDLE)/supernode.tar fedllm-medical/supernode:$${TAG:-0.1.0}
 	docker compose $(CPU) run --rm -T --no-deps prepare tar -C /models -c . > $(BUNDLE)/models.tar
-	cd $(BUNDLE) && sha256sum models.tar supernode.tar > SHA256SUMS
+	docker compose $(CPU) run --rm -T --no-deps eval pack > $(BUNDLE)/benchmarks.tar
+	docker save --output $(BUNDLE)/images.tar \
+		fedllm-medical/supernode:$${TAG:-0.1.0} fedllm-medical/eval:$${TAG:-0.1.0}
+	cd $(BUNDLE) && sha256sum benchmarks.tar images.tar models.tar > SHA256SUMS
 
 up:
 	docker compose up

@@ -5,6 +5,7 @@
     python -m eval --base-model-name-path M --peft-path P --datasets medqa --run-name fl
     python -m eval score FILE...              re-score generation files
     python -m eval fetch                      benchmark data into the cache, for hosts without hub
+    python -m eval pack > benchmarks.tar      what the cache has of them, to be brought along
     python -m eval export --round best --to FOLDER      take it home, with a model card
 
 From the environment: RESULTS_DIR, MODELS_DIR, MODEL_CACHE, DEVICE (cuda or cpu),
@@ -23,7 +24,8 @@ from typing import TYPE_CHECKING
 from app.site.partition import SiteError
 from eval import EvalError
 from eval.benchmarks import BENCHMARKS, LEADERBOARD, Question, benchmark, load
-from eval.fetch import fetch
+from eval.fetch import default_cache, fetch
+from eval.pack import pack
 from eval.scoring import score_file
 from supernode.hub import find_the_way
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"score": _score, "fetch": _fetch, "export": _export}
+    commands = {"score": _score, "fetch": _fetch, "pack": pack, "export": _export}
     command = commands[given.pop(0)] if given and given[0] in commands else _evaluate
     find_the_way()
     try:
@@ -97,10 +99,7 @@ def _datasets_and_cache(parser: argparse.ArgumentParser) -> None:
         default=env("EVAL_DATASETS") or ",".join(LEADERBOARD),
         help=f"comma-separated, of {', '.join(BENCHMARKS)}; default: %(default)s",
     )
-    home_cache = Path(env("XDG_CACHE_HOME") or Path.home() / ".cache")
-    parser.add_argument(
-        "--cache", type=Path, default=env("MODEL_CACHE", home_cache / "fedllm-medical")
-    )
+    parser.add_argument("--cache", type=Path, default=default_cache())
 
 
 def _of_results(parser: argparse._ActionsContainer) -> None:

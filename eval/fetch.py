@@ -1,5 +1,6 @@
 """What others hold: the questions, at a pinned revision, and a base model's original weights."""
 
+import os
 import sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -16,15 +17,11 @@ def fetch(dataset: str, repository: str, file: str, revision: str, cache: Path) 
         EvalError: neither has it.
         OSError: HF_TOKEN_FILE cannot be read.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
 
-    where: dict[str, Any] = {
-        "repo_type": "dataset",
-        "revision": revision,
-        "cache_dir": cache / "hub",
-    }
-    if isinstance(there := try_to_load_from_cache(repository, file, **where), str):
-        return Path(there)
+    if there := cached(repository, file, revision, cache):
+        return there
+    where = _where(revision, cache)
     try:
         token = hub_token()
         with asking(repository, "dataset", token):
@@ -40,6 +37,24 @@ def fetch(dataset: str, repository: str, file: str, revision: str, cache: Path) 
             f"{dataset}: {repository}@{revision[:12]} is not in {cache}, and {err}; or give "
             "--data-dir"
         ) from None
+
+
+def default_cache() -> Path:
+    """Where the hub's files are kept, unless ``--cache`` says otherwise."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("MODEL_CACHE", home / "fedllm-medical"))
+
+
+def cached(repository: str, file: str, revision: str, cache: Path) -> Path | None:
+    """The hub's file of a set, if the cache has it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    there = try_to_load_from_cache(repository, file, **_where(revision, cache))
+    return Path(there) if isinstance(there, str) else None
+
+
+def _where(revision: str, cache: Path) -> dict[str, Any]:
+    return {"repo_type": "dataset", "revision": revision, "cache_dir": cache / "hub"}
 
 
 def original_weights(name: str, quantization: str, models: Path, cache: Path) -> Path:

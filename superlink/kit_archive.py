@@ -88,7 +88,7 @@ def _settings(path: Path, address: str) -> bytes:
 
 def _archive(site: str, files: dict[str, bytes]) -> bytes:
     packed = io.BytesIO()
-    folders = dict.fromkeys(("", "site", "site/data", "site/state"))
+    folders = dict.fromkeys(("", "eval", "site", "site/data", "site/state"))
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, content in sorted((folders | files).items()):
             entry = tarfile.TarInfo(f"{site}/{name}".rstrip("/"))

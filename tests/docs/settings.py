@@ -32,7 +32,10 @@ OF_CHILDREN = (
     "app/site/check.py",
 )  # fmt: skip
 # A module of several commands.
-SHARED = {"supernode/hub.py": ("supernode.download", "supernode.prepare", "eval")}
+SHARED = {
+    "supernode/hub.py": ("supernode.download", "supernode.prepare", "eval"),
+    "eval/fetch.py": ("eval",),
+}
 CODE = ("app", "superlink", "supernode", "eval")
 
 HEAD = """# Settings

@@ -25,7 +25,7 @@ MARKS = ("needs GPU", "needs hub", "needs another host")
 RUN_BY = {
     r"make (install|lint|test)": (".ci/run", "make lint\n"),
     r"make test-faults": (".ci/run", "make test-faults"),
-    r"make bundle": ("tests/containers/test_kit.py", '"make", "bundle"'),
+    r"make bundle": ("tests/containers/hospitals.py", '"make", "bundle"'),
     r"make test-containers": (".ci/run", "make test-containers"),
     r"make demo": ("tests/federation/test_run.py", '"superlink.onehost"'),
     r"docker compose( -f \S+)* up( -d)?": ("tests/containers/conftest.py", '("up", "-d")'),
@@ -79,6 +79,9 @@ RUN_BY = {
         "tests/federation/test_policy.py", '"-m", "supernode.site"',
     ),
     r"\.venv/bin/python -m eval --data-dir DIR": ("tests/eval/test_cli.py", '"--data-dir"'),
+    r"\.venv/bin/python -m eval pack > benchmarks\.tar": (
+        "tests/hub/test_fetch.py", '"-m", "eval", "pack"',
+    ),
     r"\.venv/bin/python -m eval export (--run \d+ )?--round \w+ (--merge )?--to \S+": (
         "tests/eval/taken_home.py", 'main(["export"',
     ),

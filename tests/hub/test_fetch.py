@@ -1,5 +1,8 @@
 """``python -m eval fetch``: the pinned files, from a hub."""
 
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +13,7 @@ from eval.benchmarks import BENCHMARKS, load
 from tests.eval.test_hub_cache import GOLDS, ROWS
 from tests.hub.conftest import Command
 from tests.hub.server import Asked, Front, Refusal, repository
+from tests.samples import REPOSITORY
 
 DEAD = "http://127.0.0.1:9"
 
@@ -35,6 +39,12 @@ def test_a_set_is_fetched_by_its_name_and_read_offline_from_the_cache(
     questions, _ = load(dataset, None, tmp_path / "cache")  # offline, as tests are
     assert len(questions) == known.questions
     assert {q.gold for q in questions} == {GOLDS[dataset]}
+    with (tmp_path / "benchmarks.tar").open("wb") as file:
+        pack = [sys.executable, "-m", "eval", "pack", "--cache", str(tmp_path / "cache")]
+        subprocess.run(pack, cwd=REPOSITORY, check=True, stdout=file)
+    with tarfile.open(tmp_path / "benchmarks.tar") as tar:
+        tar.extractall(tmp_path / "another", filter="data")
+    assert load(dataset, None, tmp_path / "another")[0] == questions
 
 
 def test_a_revision_that_is_gone_is_said(front: Front, run: Command, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_the_same_files_make_the_same_archive_and_each_is_the_containers_users(
         entries = {e.name.removeprefix("site-01/"): e for e in tar}
     files = {"README", "SHA256SUMS", "compose.yaml", "compose.cpu.yaml"}
     files |= {f"site/{n}" for n in ("site.env", "superlink-ca.crt", "supernode.key", "policy.toml")}
-    assert set(entries) == files | {"site-01", "site", "site/data", "site/state"}
+    assert set(entries) == files | {"site-01", "eval", "site", "site/data", "site/state"}
     assert {(e.uid, e.gid, e.mtime) for e in entries.values()} == {(10001, 10001, 0)}
     modes = {name: e.mode for name, e in entries.items() if e.isfile()}
     assert modes.pop("site/supernode.key") == 0o600
@@ -88,7 +88,7 @@ def test_the_same_files_make_the_same_archive_and_each_is_the_containers_users(
     assert "$" not in readme
     assert site_keys.fingerprint(federation / "public" / "site-01.pub") in readme
     assert max(map(len, readme.splitlines())) <= 102
-    assert len(readme.splitlines()) < 60  # one page
+    assert len(readme.splitlines()) <= 68  # one page
 
 
 def test_the_policy_in_it_is_that_of_the_page_without_a_rule_in_force(
@@ -348,7 +348,10 @@ def test_every_service_of_a_kit_is_as_hardened_and_sees_no_more_than_it_needs() 
         for setting in ("user", "read_only", "cap_drop", "security_opt", "pids_limit", "init"):
             assert service[setting] == big["provision"][setting], (name, setting)
     assert "site" not in "".join(ours["download"]["volumes"] + ours["prepare"]["volumes"])
-    assert {n for n, s in ours.items() if s.get("network_mode") == "none"} == {"keygen", "prepare"}
+    assert {n for n, s in ours.items() if s.get("network_mode") == "none"} == {
+        "keygen", "prepare", "eval",
+    }  # fmt: skip
+    assert ours["eval"]["volumes"] == ["models:/models:ro", "cache:/cache:ro", "./eval:/eval"]
     assert ours["check"]["volumes"] == ours["supernode"]["volumes"]
     assert ours["check"]["environment"] == ours["supernode"]["environment"]
     assert [v for v in ours["check"]["volumes"] if v.startswith("./")] == [
@@ -360,7 +363,7 @@ def test_every_service_of_a_kit_is_as_hardened_and_sees_no_more_than_it_needs() 
 def test_without_a_gpu_a_kit_reserves_none() -> None:
     ours, cpu = (services(f"superlink/kit/compose{kind}.yaml") for kind in ("", ".cpu"))
     reserving = {n for n, s in ours.items() if "deploy" in s}
-    assert reserving == {"prepare", "check", "supernode"}
+    assert reserving == {"prepare", "check", "supernode", "eval"}
     for name in reserving:
         assert cpu[name]["deploy"] == {"resources": {"reservations": None}}
     assert cpu["check"]["entrypoint"] == [
