@@ -16,12 +16,12 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from superlink.onehost.processes import free_port
+from superlink.onehost.processes import REPOSITORY, free_port
 from tests.containers.conftest import CONNECT, wait
 from tests.containers.hospitals import TAG
 
 SSH_IMAGE = "fedllm-test-ssh:bookworm"
-# What .ci/base-image has made knows no mirror; the official image has Debian's own.
+# What .ci/base-image has made knows no mirror; the official image does.
 SSH_DOCKERFILE = """
 ARG BASE
 FROM $BASE
@@ -35,8 +35,10 @@ Run = Callable[..., tuple[int, str]]
 
 def _ssh_image() -> None:
     base = os.environ.get("PYTHON_IMAGE", "python:3.11-slim-bookworm")
-    mirror = "http://deb.debian.org/debian" if base.startswith("fedllm-base:") else ""
-    given = [f"BASE={base}", f"MIRROR={mirror}"]
+    given = [f"BASE={base}"]
+    if base.startswith("fedllm-base:"):
+        mirror = subprocess.check_output([REPOSITORY / ".ci/debian-mirror"], text=True)
+        given.append(f"MIRROR={mirror.strip()}")
     arguments = [part for one in given for part in ("--build-arg", one)]
     build = ["docker", "build", "--quiet", "--tag", SSH_IMAGE, *arguments, "-"]
     done = subprocess.run(build, check=False, input=SSH_DOCKERFILE, capture_output=True, text=True)
