@@ -1,5 +1,6 @@
 """``compare`` with the tiny model: real rounds and sites in this process."""
 
+import fcntl
 import json
 import os
 import signal
@@ -69,6 +70,7 @@ def test_stopped_and_resumed_is_as_in_one_go(tmp_path: Path, text: str, models_d
     file = written(tmp_path, text)
     options = [str(file), "--models", str(models_dir)]
     assert main([*options, "--out", str(tmp_path / "whole")]) == 0
+    written(tmp_path, text.replace("[3, 4]", str(list(range(3, 23)))))  # more than get done
     command = [sys.executable, "-m", "superlink.onehost.compare", *options]
     with subprocess.Popen(
         command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
@@ -78,11 +80,10 @@ def test_stopped_and_resumed_is_as_in_one_go(tmp_path: Path, text: str, models_d
         assert any("fedavg, seed 3: loss" in line for line in stopped.stdout)
         stopped.send_signal(signal.SIGTERM)
     assert stopped.returncode == 130
-    whole, part = results(tmp_path / "whole"), results(tmp_path)
-    assert part == whole[: len(part)]
-    assert 1 <= len(part) < 4
-    with (tmp_path / "tiny.jsonl").open("a") as torn:
-        torn.write(json.dumps(whole[-1])[:40])  # as of a process that was killed
+    whole, lines = results(tmp_path / "whole"), (tmp_path / "tiny.jsonl").read_text().splitlines()
+    # As if it had been killed while it wrote the second.
+    (tmp_path / "tiny.jsonl").write_text(f"{lines[0]}\n{json.dumps(whole[1])[:40]}")
+    written(tmp_path, text)
     assert main(options) == 0
     assert results(tmp_path) == whole
     for suffix in (".md", ".svg"):
@@ -194,6 +195,15 @@ def test_what_cannot_work_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"compare: ERROR: {file}")
     assert said in line
+
+
+def test_two_comparisons_do_not_write_to_one_file(
+    tmp_path: Path, text: str, models_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / "tiny.jsonl").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert main([str(written(tmp_path, text)), "--models", str(models_dir)]) == 1
+    assert "tiny.jsonl: another comparison is writing to it" in capsys.readouterr().err
 
 
 def test_too_few_rows_to_hold_one_out_are_one_line(
