@@ -4,16 +4,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from uuid import uuid4
 
-from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
+from flwr.app import Message
+
+from superlink.onehost.grid import InProcessGrid
 
 # A node's side: what it replies to a message, None for silence, or what Flower raises on reading
 # its reply.
 Node = Callable[[Message], Message | Exception | None]
 
 
-class StandInGrid(Grid):
+class StandInGrid(InProcessGrid):
     """Nodes by id; ``reverse`` hands the replies over in the opposite order.
 
     ``revoked`` nodes get no message: the SuperLink stores none for them.
@@ -61,28 +61,6 @@ class StandInGrid(Grid):
             if isinstance(reply, Exception):
                 raise reply
             yield reply
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        raise AssertionError("our code does not call this")
-
-    def set_run(self, run: Run) -> None:
-        raise AssertionError("our code does not call this")
-
-    @property
-    def run(self) -> Run:
-        raise AssertionError("our code does not call this")
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        raise AssertionError("our code does not call this")
 
 
 class Clock:

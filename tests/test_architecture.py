@@ -23,6 +23,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "app/client_app.py": ("app.site", "app.wire", "app.config"),
     "app/plan.py": ("app.site", "app.wire", "app.config"),
     "superlink/": ("superlink", "app.config", "supernode.reach"),
+    # Server and sites in one process: on one host, in no image's program.
+    "superlink/onehost/rounds.py": ("superlink.onehost", "app", "supernode"),
+    "superlink/onehost/compare.py": (
+        "superlink.onehost", "app.config", "app.server", "app.site", "app.wire", "supernode",
+    ),
+    "superlink/onehost/comparison.py": ("eval.charts",),
     "superlink/page/": (
         "superlink.page", "superlink.run_files", "app.config", "eval.charts", "eval.summary",
     ),

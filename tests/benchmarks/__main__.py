@@ -5,32 +5,16 @@
 Its output passes through; what it prints about ratios, or else its last line, is the figure.
 """
 
-import os
-import re
 import subprocess
 import sys
 from datetime import date
 from pathlib import Path
 
+from superlink.onehost.comparison import commit, machine
 from tests.samples import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "benchmarks.md"
 HEAD = "| date | commit | machine | command | figure |\n|---|---|---|---|---|\n"
-
-
-def machine() -> str:
-    """The GPU's name, or the number of cores."""
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
-        return re.sub(r"GPU 0: | \(UUID.*", "", listed.stdout.splitlines()[0])
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return f"{os.cpu_count()} cores"
-
-
-def commit() -> str:
-    """The short hash, marked where files were changed since."""
-    git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty=, changed", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def row(command: str, output: str) -> str:
@@ -39,7 +23,7 @@ def row(command: str, output: str) -> str:
     figure = "; ".join([x for x in lines if x.startswith("ratio")] or lines[-1:]).replace("|", "/")
     if not figure:
         raise IndexError(command)
-    return f"| {date.today()} | {commit()} | {machine()} | `{command}` | {figure} |\n"
+    return f"| {date.today()} | {commit(REPOSITORY)} | {machine()} | `{command}` | {figure} |\n"
 
 
 def insert(page: str, new: str) -> str:

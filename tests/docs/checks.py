@@ -15,6 +15,7 @@ import yaml
 from app.config import STRATEGIES, ConfigError, merged_config
 from app.site.policy import Policy
 from eval.benchmarks import BENCHMARKS
+from superlink.onehost.compare import KEYS
 from tests.docs.pages import Page
 from tests.docs.settings import (
     CODE,
@@ -30,11 +31,12 @@ ROOMS = (*CODE, "tests")
 KINDS = "py|md|toml|yaml|jsonl|json|html|crt|key|env|sha256|safetensors|svg|png"
 # A person's own files and hosts, in examples.
 EXAMPLES = {"rows.jsonl", "generation_medqa_fl.jsonl", "superlink.example"}
+EXAMPLES |= {"codecs.toml", "codecs.jsonl", "codecs.md", "codecs.svg"}
 # Variables of others: OpenMP's, the hub client's.
 OTHERS = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "HF_HUB_OFFLINE"}
 # Words with hyphens that are no run-config keys.
 HYPHENATED = {"fedllm-medical", "nelder-mead", "nf4-bf16", "flower-superlink"}
-HYPHENATED |= {f.metadata["key"] for f in fields(Policy) if f.metadata}
+HYPHENATED |= {f.metadata["key"] for f in fields(Policy) if f.metadata} | {*KEYS}
 OTHER_PROGRAMS = {"pytest", "ruff", "mypy", "venv"}  # of python -m
 IN_TABLE = re.compile(r"`([A-Z_]+)`").findall
 

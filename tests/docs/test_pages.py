@@ -71,6 +71,9 @@ RUN_BY = {
     r"\.venv/bin/python -m app\.plan( --run-config \S+)?": (
         "tests/app/test_plan.py", '"-m", "app.plan", "--run-config"',
     ),
+    r"\.venv/bin/python -m superlink\.onehost\.compare \S+\.toml": (
+        "tests/superlink/onehost/test_compare.py", '"superlink.onehost.compare", *options',
+    ),
     r"\.venv/bin/python -m supernode\.pinned hash \.": (
         "superlink/onehost/processes.py", '"supernode.pinned", "hash"',  # of each local federation
     ),
