@@ -50,7 +50,7 @@ def test_gpt_2_is_trained_and_a_row_that_it_has_no_place_for_is_told_at_once(
     facts = json.loads(failed.read_text())
     assert facts["status"] == "failed"
     assert "site-01: data/train.jsonl: 1 rows are longer than the 1024 tokens" in facts["error"]
-    # Its own log says it too. (What else Flower calls an error there depends on when it is stopped.)
+    # Its own log says it too. (What else is an error to Flower depends on when it is stopped.)
     logs = [(tmp_path / "logs" / f"site-{n:02d}.log").read_text() for n in (0, 1)]
     told = "ERROR: data/train.jsonl: 1 rows are longer than the 1024 tokens"
     assert [log.count(told) for log in logs] == [0, 1]
