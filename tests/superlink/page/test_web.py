@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from superlink.page.document import write_standalone
 from superlink.page.web import HOSTS
 from tests.samples import REPOSITORY
 from tests.superlink.page.asking import Elements, Page
-from tests.superlink.page.made_runs import NEWEST, OTHER, at, facts, line, write
+from tests.superlink.page.made_runs import NEWEST, OTHER, facts, line, write
 
 
 def test_a_run_is_shown_with_its_sites_figures_and_events(page: Page) -> None:
@@ -108,7 +109,8 @@ def test_a_run_that_was_cut_off_is_not_at_work_once_another_goes_on_from_it(
     page: Page, results: Path
 ) -> None:
     chain = [{"run_id": OTHER, "last_round": 10}, {"run_id": NEWEST, "last_round": 2}]
-    write(results / "11", facts("11", resumed_from=chain, started=at(3600)), [line(1), line(2)])
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")  # or it would count as silent
+    write(results / "11", facts("11", resumed_from=chain, started=now), [line(1), line(2)])
     text = Elements(page.get("/runs/11").text).text
     assert f"goes on after round 2 of run {NEWEST}" in text
     cut_off = Elements(page.get(f"/runs/{NEWEST}").text).text
