@@ -1,80 +1,84 @@
-"""SIGKILL at every step that a piece of code takes on the disk, one after the other."""
+"""What a SIGKILL would leave, at every step that a piece of code takes on the disk.
+
+A process that is killed loses what it holds; what the kernel has stays. So the folder as it is
+before a step is what a kill there leaves, and no process is needed for it: a child of a test's
+process, forked beside the threads of gRPC and torch, died of other causes now and then.
+"""
 
 import os
-import resource
-import signal
+import shutil
 import sys
-import traceback
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 # What Python reports before it does it; "open" only where it may write.
 _STEPS = {"os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink"}
-_ENOUGH = 2000
 TORN_BYTES = 10
+_watching: list["_Watch"] = []  # the hook is for good: Python takes none out
 
 
-def kills(action: Callable[[Path], object], copies: Iterator[Path]) -> Iterator[Path]:
-    """Each of ``copies`` as ``action`` leaves it when it is killed, at one step after the other.
+def kills(action: Callable[[Path], object], folder: Path) -> Iterator[Path]:
+    """``folder`` as ``action`` leaves it when it is killed, at one step after the other.
 
     Killed before its first, second, … step in that folder, until it gets to its end; and, where a
     step opens a file, also when ``TORN_BYTES`` of it are written.
     """
-    for step in range(1, _ENOUGH):
-        for torn in (False, True):
-            folder = next(copies)
-            if not _killed(action, folder, step, torn):
-                if torn:
-                    continue  # that step wrote less
-                assert step > 1, "no step on the disk at all"
-                return
-            yield folder
-    raise AssertionError(f"no end after {_ENOUGH} steps")
-
-
-def _killed(action: Callable[[Path], object], folder: Path, step: int, torn: bool) -> bool:
-    """Run in a child; False if it came to its end."""
-    child = os.fork()
-    if child == 0:
+    with tempfile.TemporaryDirectory() as states:
+        watch = _Watch(folder, Path(states))
+        first, _watching[:] = not _watching, [watch]
+        if first:
+            sys.addaudithook(lambda event, args: _watching[0].see(event, args))
         try:
-            sys.addaudithook(_hook(str(folder), step, torn))
             action(folder)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGXFSZ)
-        return True
-    assert os.WEXITSTATUS(status) == 0, "the action failed by itself"
-    return False
+        finally:
+            watch.looking = False
+        watch.tear()
+        assert watch.states, "no step on the disk at all"
+        for state in watch.states:
+            shutil.rmtree(folder, ignore_errors=True)
+            if state.exists():
+                _copy(state, folder)
+            yield folder
 
 
-def _hook(folder: str, step: int, torn: bool) -> Callable[[str, Any], None]:
-    seen = 0
+class _Watch:
+    def __init__(self, folder: Path, into: Path) -> None:
+        self.folder, self.into = folder, into
+        self.states: list[Path] = []
+        self.looking = True
+        self._opened: tuple[Path, int] | None = None  # and its size, where the step appends
 
-    def hook(event: str, args: Any) -> None:
-        nonlocal seen
+    def see(self, event: str, args: Any) -> None:
+        """Keep the folder's state if this is one of Python's reports of a step in it."""
         opens = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
-        if not opens and event not in _STEPS:
+        if not self.looking or not (opens or event in _STEPS):
             return
-        path = os.fspath(args[0]) if not isinstance(args[0], int) else ""
-        if path.startswith("/") and not path.startswith(folder):
+        path = Path("" if isinstance(args[0], int) else os.fsdecode(args[0]))
+        if path.is_absolute() and not path.is_relative_to(self.folder):
             return  # a library's cache; what is relative comes from shutil
-        seen += 1
-        if seen != step:
-            return
-        if not torn:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if not opens:
-            os._exit(0)  # nothing to tear
-        # The kernel kills whoever writes beyond the limit, behind the last byte that fits.
-        appends = args[2] & os.O_APPEND and Path(args[0]).exists()
-        limit = TORN_BYTES + (Path(args[0]).stat().st_size if appends else 0)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        self.looking = False  # its own steps
+        self.tear()
+        self._keep()
+        if opens and path.is_absolute():
+            appends = args[2] & os.O_APPEND and path.exists()
+            self._opened = path, path.stat().st_size if appends else 0
+        self.looking = True
 
-    return hook
+    def tear(self) -> None:
+        """Keep the state behind the first bytes of the file that the last step has opened."""
+        (path, size), self._opened = self._opened or (Path(), 0), None
+        if path.is_file() and path.stat().st_size > size + TORN_BYTES:
+            os.truncate(self._keep() / path.relative_to(self.folder), size + TORN_BYTES)
+
+    def _keep(self) -> Path:
+        state = self.into / str(len(self.states))
+        self.states.append(state)
+        if self.folder.exists():
+            _copy(self.folder, state)
+        return state
+
+
+def _copy(state: Path, to: Path) -> None:
+    shutil.copytree(state, to, symlinks=True)

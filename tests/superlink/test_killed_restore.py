@@ -1,18 +1,13 @@
 """A restore or backup that is killed leaves nothing that could be taken for whole, and no keys."""
 
 import fcntl
-import itertools
 import os
-import shutil
-import signal
+import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-import superlink.backup
-import superlink.restore
 from superlink.backup import BackupError, backup
 from superlink.provision import ProvisionError, main, provision
 from superlink.restore import restore
@@ -51,9 +46,8 @@ def test_killed_anywhere_a_restore_is_refused_by_provision_and_completed_by_anot
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # the kernel outlives them: no power cut
     archive = backup(parts, tmp_path / "saved")
-    copies = (tmp_path / "here" / str(n) for n in itertools.count())
     moments = 0
-    for home in kills(lambda home: restore(archive, of(home)), copies):
+    for home in kills(lambda home: restore(archive, of(home)), tmp_path / "here"):
         here = of(home)
         written = [p for p in home.rglob("*") if p.is_file() and p.parent != here["federation"]]
         if written or (here["federation"] / "unfinished-restore").exists():
@@ -69,7 +63,6 @@ def test_killed_anywhere_a_restore_is_refused_by_provision_and_completed_by_anot
             restore(archive, here)
         assert tree(here) == tree(parts)
         assert refusal(here["federation"]) == ""
-        shutil.rmtree(home)
     assert moments > len(tree(parts))
 
 
@@ -77,10 +70,9 @@ def test_killed_anywhere_a_restore_is_refused_by_provision_and_completed_by_anot
 def cut_off(parts: Parts, tmp_path: Path) -> tuple[Path, Parts]:
     """The archive, and a restore of it that was killed before the CA's key had got its mode."""
     archive, here = backup(parts, tmp_path / "saved"), of(tmp_path / "here")
-    for home in kills(lambda _: restore(archive, here), itertools.repeat(tmp_path / "here")):
+    for _ in kills(lambda _: restore(archive, here), tmp_path / "here"):
         if list(here["federation"].rglob("*.key")):
             return archive, here
-        shutil.rmtree(home, ignore_errors=True)
     raise AssertionError("no key was written")
 
 
@@ -128,45 +120,43 @@ def test_every_command_is_refused_until_then(
     assert tree(here) == before
 
 
-def stopped(program: Callable[[], int], parts: Parts, word: Path, name: str) -> int:
+_STOPPED = """
+import os, signal, sys
+name, program = sys.argv.pop(1), sys.argv.pop(1)
+def hook(event, args):
+    writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if writes and str(args[0]).endswith(name):
+        os.kill(os.getpid(), signal.SIGTERM)
+sys.addaudithook(hook)
+__import__("runpy").run_module(program, run_name="__main__")
+"""
+
+
+def stopped(program: str, parts: Parts, word: Path, name: str) -> int:
     """The exit code of a program that gets SIGTERM when it opens a file of this name to write."""
-    child = os.fork()
-    if child == 0:
-
-        def hook(event: str, args: tuple[object, ...]) -> None:
-            opened = str(args[0]) if event == "open" else ""
-            if opened.endswith(name) and int(str(args[2])) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        os.environ |= {f"{part.upper()}_DIR": str(folder) for part, folder in parts.items()}
-        sys.argv = ["program", str(word)]
-        sys.addaudithook(hook)
-        try:
-            os._exit(program())
-        except SystemExit:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    environment = {f"{part.upper()}_DIR": str(folder) for part, folder in parts.items()}
+    command = [sys.executable, "-c", _STOPPED, name, program, str(word)]
+    return subprocess.run(command, env=os.environ | environment, check=False).returncode
 
 
 def test_a_restore_that_is_stopped_takes_back_what_it_has_written(
     parts: Parts, tmp_path: Path
 ) -> None:
     archive, here = backup(parts, tmp_path / "saved"), of(tmp_path / "here")
-    assert stopped(superlink.restore.main, here, archive, "server.key") == 1
+    assert stopped("superlink.restore", here, archive, "server.key") == 1
     assert not [p for p in (tmp_path / "here").rglob("*") if p.is_file()]
 
 
 def test_a_backup_that_is_stopped_leaves_no_keys(parts: Parts, tmp_path: Path) -> None:
-    code = stopped(superlink.backup.main, parts, tmp_path / "saved", ".part.db")
+    code = stopped("superlink.backup", parts, tmp_path / "saved", ".part.db")
     assert code == 1
     assert list((tmp_path / "saved").iterdir()) == []
 
 
 def test_what_a_killed_backup_has_left_the_next_one_removes(parts: Parts, tmp_path: Path) -> None:
     """All private keys are in it. One that is at work keeps its own."""
-    copies = (tmp_path / str(n) for n in itertools.count())
     left = 0
-    for target in kills(lambda target: backup(parts, target), copies):
+    for target in kills(lambda target: backup(parts, target), tmp_path / "saved"):
         target.mkdir(exist_ok=True)
         if list(target.glob("*.tar")):
             continue  # it had come to its end

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +194,7 @@ def test_killed_at_any_step_on_the_disk_a_resumed_run_loses_no_round(tmp_path: P
     start(whole, small, 1)
     with pytest.raises(Killed):
         start(begun, small, 11, 8 + 6 + 1)  # in round 2
-    copies = (Path(shutil.copytree(begun, tmp_path / str(n), symlinks=True)) for n in count())
-    for folder in kills(lambda f: start(f, replace(small, resume="latest"), 12), copies):
+    for folder in kills(lambda f: start(f, replace(small, resume="latest"), 12), begun):
         done = max(1, whole_lines(folder / "results" / "12"))
         for resume in ("latest", "12,11,0"):  # a person's way, and superlink.submit's
             earlier = find_earlier(folder / "results", replace(small, resume=resume))
@@ -210,7 +208,6 @@ def test_killed_at_any_step_on_the_disk_a_resumed_run_loses_no_round(tmp_path: P
         assert best(folder, 13)[0]["round"] == lowest
         assert best(folder, 13)[1] == f"peft_{lowest}"
         assert (folder / "results" / "latest").readlink() == Path("13")
-        shutil.rmtree(folder)
 
 
 def whole_lines(run: Path) -> int:
