@@ -1,4 +1,4 @@
-"""A federation whose device is busy: what a test does meanwhile happens before any site computes."""
+"""A federation whose device is busy: what a test does meanwhile comes before any site computes."""
 
 import fcntl
 from collections.abc import Iterator
