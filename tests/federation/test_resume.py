@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-import psutil
 import pytest
 
 from app.config import MIB
@@ -23,7 +22,7 @@ from superlink.control import Control
 from superlink.onehost.processes import REPOSITORY, LocalFederation
 from superlink.submit import submit
 from supernode.partitions import Split, prepare_data
-from tests.federation.drill import until
+from tests.federation.drill import running, until
 from tests.federation.taken import device_taken
 from tests.samples import ROWS
 
@@ -119,10 +118,8 @@ def _kill_the_superlink(setting: Setting) -> None:
 
 def _end_the_serverapp(setting: Setting) -> None:
     """As the host does when it goes down; the run has failed at once."""
-    superlink = psutil.Process(setting.federation.processes["superlink"].pid)
-    (serverapp,) = (
-        c for c in superlink.children(recursive=True) if "flwr-serverapp" in " ".join(c.cmdline())
-    )
+    superlink = setting.federation.processes["superlink"].pid
+    (serverapp,) = running(superlink, "flwr-serverapp")
     serverapp.terminate()
     until(lambda: setting.control.runs()[0].state.status == "finished:failed", 120, "the run's end")
 
