@@ -54,7 +54,7 @@ class DeployedFederation(Federation):
             ControlError: it could not be started or followed.
         """
         local, file = self._local, self._local.work / "line.toml"
-        pairs = (f"{key} = {json.dumps(value)}\n" for key, value in config.flat().items())
+        pairs = (f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in config.flat().items())
         file.write_text("".join(pairs), encoding="utf-8")
         control, check = self._control, local.check_enough_run
         failed = submit(REPOSITORY, [str(file)], control, local.public, check)
