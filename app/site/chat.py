@@ -28,12 +28,14 @@ class Chat:
 
     Attributes:
         before, behind: those around a question; the model's answer begins behind them.
+        gap: the white space in front of an answer, which belongs to it.
         close: what ends an answer: up to the first special token there, or EOS.
         strips: the template takes off the white space around a question.
     """
 
     before: str
     behind: str
+    gap: str
     close: str
     strips: bool
 
@@ -62,14 +64,16 @@ class Chat:
         *words, close = markup.ids([self.before, self.behind, self.close])
         ours = markup.of([*words[0], *words[1], *close])
         given = zip(self._given(questions), answers, strict=True)
-        wholes = markup.ids([self.before + q + self.behind + a + self.close for q, a in given])
+        seam = self.behind + self.gap
+        wholes = markup.ids([self.before + q + seam + a + self.close for q, a in given])
         found = [(p, whole[len(p) :]) for p, whole in zip(prompts, wholes, strict=True)]
         apart = [
             n
             for n, (prompt, whole) in enumerate(zip(prompts, wholes, strict=True))
             if whole[: len(prompt)] != prompt or markup.of(whole) != ours
         ]
-        for n, ids in zip(apart, markup.text([answers[n] for n in apart]), strict=True):
+        alone = markup.text([self.gap + answers[n] for n in apart])
+        for n, ids in zip(apart, alone, strict=True):
             found[n] = (prompts[n], [*ids, *close])
         return found, len(apart)
 
@@ -143,29 +147,37 @@ def _read(folder: Path) -> Chat:
     words = {_around(render, question, answer) for question, answer in _TALKS}
     if len(words) > 1:
         raise _UnfitError("it says other words around another question")
-    ((before, behind, strips, rest),) = words
+    ((before, behind, gap, rest, strips),) = words
     tokenizer = FileTokenizer(folder)
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
     ends = [(rest.index(t.content), t.content) for t in added if t.special and t.content in rest]
     if not ends:
-        return Chat(before, behind, tokenizer.eos_token, strips)
+        return Chat(before, behind, gap, tokenizer.eos_token, strips)
     at, first = min(ends, key=lambda end: (end[0], -len(end[1])))
-    return Chat(before, behind, rest[: at + len(first)], strips)
+    return Chat(before, behind, gap, rest[: at + len(first)], strips)
 
 
-def _around(render: Callable[..., str], question: str, answer: str) -> tuple[str, str, bool, str]:
-    """The words in front of this question and behind it, are its ends taken off, and the words
-    behind this answer. Raises _UnfitError: it does not say question or answer as they are."""
+def _around(
+    render: Callable[..., str], question: str, answer: str
+) -> tuple[str, str, str, str, bool]:
+    """The words in front of this question and behind it; the white space in front of this answer,
+    and the words behind it; are the ends of a question taken off?
+
+    Raises _UnfitError: it does not say question or answer as they are.
+    """
     padded = f" {question}\n"
     said = render(padded)
     strips = said.count(padded) != 1
     before, found, behind = said.partition(question if strips else padded)
-    if not found or question in behind or render(question) != before + question + behind:
+    prompt = before + question + behind
+    if not found or question in behind or render(question) != prompt:
         raise _UnfitError("it does not say a question once and as it is")
-    *_, rest = whole = render(question, answer).split(answer)
-    if len(whole) != 2:
+    turns, found, rest = render(question, answer).partition(answer)
+    if not found or answer in rest:
         raise _UnfitError("it does not say an answer once and as it is")
-    return before, behind, strips, rest
+    # Nothing else that an answer may begin with there, as an empty thought: it is asked without.
+    gap = turns.removeprefix(prompt)
+    return before, behind, gap if gap.isspace() else "", rest, strips
 
 
 def _renderer(template: str, settings: dict[str, Any]) -> Callable[..., str]:

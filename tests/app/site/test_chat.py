@@ -74,20 +74,24 @@ def special(tokenizer: Any) -> set[int]:
     return {n for n, token in added.items() if token.special}
 
 
+def everybodys(tokenizer: Any) -> Any:
+    """The tokenizer as others use it, on the day that is stated here."""
+    day = tokenizer.chat_template.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
+    tokenizer.chat_template = day
+    return tokenizer
+
+
 def test_what_is_asked_is_what_everybody_asks_by_this_template(
     words: tuple[str, Path, Chat],
 ) -> None:
     _, folder, chat = words
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "strftime_now('%d %b %Y')", "'26 Jul 2024'"
-    )
+    tokenizer = everybodys(AutoTokenizer.from_pretrained(folder))
     questions = [row.question for row in ALL] + ["Two\n\nlines? ", "  é漢"]
     asked = chat.asked(questions, tokenizer)
     for question, ids in zip(questions, asked, strict=True):
         turn = [{"role": "user", "content": question}]
-        everybodys = tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
-        assert ids == everybodys
+        wanted = tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
+        assert ids == wanted
         example = encode(Row(question, "So."), tokenizer, LONG, chat)
         assert example.input_ids[: len(ids)] == ids
         assert example.labels[: len(ids)] == [IGNORED] * len(ids)
@@ -99,7 +103,17 @@ def test_an_answer_ends_as_the_template_ends_it(words: tuple[str, Path, Chat]) -
     for row in ALL:
         *answer, end = learned(encode(row, tokenizer, LONG, chat))
         assert tokenizer.convert_ids_to_tokens(end) == ENDS[name]
-        assert tokenizer.decode(answer).strip() == row.answer
+        assert tokenizer.decode(answer) == (" " if name == "inst" else "") + row.answer
+        if name == "plain":  # its prompt ends in a space, and stays as it is asked
+            continue
+        # And as one text with the template's own words for it.
+        ids = encode(row, tokenizer, LONG, chat).input_ids
+        turns = [
+            {"role": "user", "content": row.question},
+            {"role": "assistant", "content": row.answer},
+        ]
+        whole = everybodys(tokenizer).apply_chat_template(turns)["input_ids"]
+        assert ids[:-1] == whole[: len(ids) - 1]
     # Cut, it does not end.
     whole = encode(ALL[0], tokenizer, LONG, chat)
     cut = encode(ALL[0], tokenizer, len(whole.input_ids) - 1, chat)
@@ -129,10 +143,9 @@ def test_no_row_brings_markup_along(words: tuple[str, Path, Chat]) -> None:
     def check(question: str, answer: str) -> None:
         made = encode(Row(question, answer), tokenizer, LONG, chat)
         assert [n for n in made.input_ids if n in markup] == ours
-        assert tokenizer.decode(made.input_ids) == chat.before + question + chat.behind + answer + (
-            chat.close
-        )
-        assert tokenizer.decode(learned(made)) == answer + chat.close
+        learns = chat.gap + answer + chat.close
+        assert tokenizer.decode(made.input_ids) == chat.before + question + chat.behind + learns
+        assert tokenizer.decode(learned(made)) == learns
         (asked,) = chat.asked([question], tokenizer)
         assert made.input_ids[: len(asked)] == asked
 
@@ -156,6 +169,17 @@ def test_the_words_are_the_same_on_every_day(tiny_model: Path, tmp_path: Path) -
     assert chat
     assert "Today: 26 Jul 2024<|eot|>" in chat.before
     assert chat.strips
+
+
+def test_an_empty_thought_is_no_part_of_an_answer(tiny_model: Path, tmp_path: Path) -> None:
+    """As Qwen3's template has one in front of an answer, and none where it asks for one."""
+    thinks = CHATML.replace(
+        "{{ m['content'] }}",
+        "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}",
+    )
+    chat = chosen("chat", folder_of(tiny_model, tmp_path, thinks), "tiny")
+    assert chat
+    assert (chat.behind, chat.gap) == ("<|im_end|>\n<|im_start|>assistant\n", "")
 
 
 def test_alpaca_asks_for_no_template(tmp_path: Path) -> None:
