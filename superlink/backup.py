@@ -12,7 +12,7 @@ Writes FOLDER/fedllm-<UTC time>.tar (mode 0600: it holds all private keys) of
     results/     RESULTS_DIR, with --results
 
 and SHA256SUMS of it all, as sha256sum reads it. superlink.restore puts it back. Links (but for
-results/latest) and hidden files (what is being written) are left out.
+results/latest and each run's best) and hidden files (what is being written) are left out.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sqlite3
 import stat
 import sys
@@ -215,8 +216,11 @@ def _add_tree(archive: _Archive, part: str, top: Path, others: set[Path]) -> Non
         if any(here.match(pattern) for pattern in _LEFT_OUT if part == "federation"):
             folders.clear()
             files = [PAUSED] if here.name == "state" and PAUSED in files else []
-        if part == "results" and here == Path() and (name := latest(top)):
-            archive.add_link("results/latest", name)
+        for name in ("latest", "best"):
+            with suppress(OSError):  # it is none, or not there
+                link, target = str(part / here / name), os.readlink(name, dir_fd=handle)
+                if is_ours(link, target):
+                    archive.add_link(link, target)
         for name in filter(_wanted, sorted(files)):
             for file in _opened(name, handle):
                 facts = os.fstat(file.fileno())
@@ -225,11 +229,10 @@ def _add_tree(archive: _Archive, part: str, top: Path, others: set[Path]) -> Non
                 )
 
 
-def latest(results: Path) -> str:
-    """The run that the link of this name leads to; empty if there is none that could be saved."""
-    link = results / "latest"
-    name = str(link.readlink()) if link.is_symlink() else ""
-    return name if name.isdecimal() else ""
+def is_ours(link: str, target: str) -> bool:
+    """Whether a run makes such a link, within the results."""
+    ours = r"results/latest -> \d+|results/\d+/best -> peft_\d+"
+    return re.fullmatch(ours, f"{link} -> {target}", re.ASCII) is not None
 
 
 def _raise(err: OSError) -> None:

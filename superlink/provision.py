@@ -182,7 +182,7 @@ def _do(args: argparse.Namespace) -> str:
         key_file = args.federation / args.site / "supernode.key"
         return (
             f"{args.site} has a new key, its old one is revoked; {then}, then give the site "
-            f"{key_file} and restart its SuperNode"
+            f"{key_file}, which its SuperNode takes at its next start"
         )
     names = [n.strip() for n in args.names.split(",") if n.strip()]
     made = provision(args.federation, args.sites, args.address, names)

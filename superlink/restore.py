@@ -23,10 +23,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from superlink.audit import AuditError, recorded
-from superlink.backup import ABOUT, FORM, SUMS, BackupError, folders
+from superlink.backup import ABOUT, FORM, SUMS, BackupError, folders, is_ours
 from superlink.half_done import UNFINISHED, sync_folder, unwind_on_sigterm
-
-LATEST = "results/latest"  # the one link
 
 
 def restore(archive: Path, parts: dict[str, Path]) -> tuple[list[str], list[str]]:
@@ -61,7 +59,7 @@ def _checked(tar: tarfile.TarFile, archive: Path) -> list[str]:
     wanted, about = "", dict[str, Any]()
     for entry in tar:
         name = PurePosixPath(entry.name)
-        link = entry.issym() and entry.name == LATEST and entry.linkname.isdecimal()
+        link = entry.issym() and is_ours(entry.name, entry.linkname)
         of_a_kind = entry.isreg() or entry.isdir() or link
         if name.is_absolute() or ".." in name.parts or not of_a_kind:
             raise BackupError(f"{archive}: {entry.name!r} does not belong into a backup")

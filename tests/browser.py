@@ -75,7 +75,10 @@ class Browser:
         with urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
             tabs = json.load(answer)
         tab = next(tab for tab in tabs if tab["type"] == "page")
-        return connect(tab["webSocketDebuggerUrl"], max_size=None, compression=None)
+        # No pings: how soon a busy machine's browser answers one is no finding.
+        return connect(
+            tab["webSocketDebuggerUrl"], max_size=None, compression=None, ping_interval=None
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -73,6 +73,10 @@ CALLED = [
         ["self"],
     ),
     (
+        "flwr.supernode.nodestate.in_memory_nodestate:InMemoryNodeState.claim_task",
+        ["self", "task_id"],
+    ),
+    (
         "flwr.server.superlink.linkstate.sql_linkstate:SqlLinkState.activate_node",
         ["self", "node_id", "heartbeat_interval"],
     ),

@@ -7,7 +7,7 @@ from html import escape
 from app.config import MIB
 from eval.summary import caveat, decimals, sentence, table_rows
 from superlink.page import drawings
-from superlink.page.runs import Run, moment, table, tables, text, whole
+from superlink.page.runs import Run, moment, number, table, tables, text, whole
 from superlink.page.state import Site, State
 
 MOST_EVENTS = 200
@@ -70,6 +70,9 @@ def head(run: Run, state: State) -> str:
         change = losses[-1][1] - losses[0][1]
         more = f"{change:+.3f} since round {losses[0][0]:.0f}" if len(losses) > 1 else ""
         tiles += _tile(kind, f"{losses[-1][1]:.3f}", more)
+    best = table(run.facts, "best")
+    if (at := whole(best, "round")) and (least := number(best, "held_out_loss")) is not None:
+        tiles += _tile("best round", str(at), f"held-out loss {least:.3f}")
     if (sent := drawings.budget(run)) and sent[1] > 0:
         of = f"MiB, {100 * sent[0] / sent[1]:.2f} % of {sent[1]:,.0f}"
         tiles += _tile("sent", f"{sent[0]:,.1f}", of + drawings.meter(sent[0] / sent[1]))

@@ -176,7 +176,7 @@ def federation(images: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         print(f"job ended after {time.monotonic() - started:.0f} s")
         yield made
     finally:
-        made.compose("--profile", "eval", "down", "-v")
+        made.compose("--profile", "*", "down", "-v")
 
 
 class BySites(LoadScopeScheduling):  # type: ignore[misc]

@@ -70,8 +70,8 @@ def scene(images: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sc
         yield made
     finally:
         for hospital in made.hospitals:
-            hospital.compose("--profile", "keygen", "down", "-v")
-        operator.compose("down", "-v")
+            hospital.compose("--profile", "*", "down", "-v")
+        operator.compose("--profile", "*", "down", "-v")
         as_root("sh", "-c", "rm -rf /kit/*", mounts=(f"{made.work}:/kit",))
         next_image = ["docker", "rmi", SUPERNODE_NEXT]
         subprocess.run(next_image, check=False, capture_output=True)

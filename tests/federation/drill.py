@@ -88,7 +88,7 @@ class Drill(LocalFederation):
     def at_work(self) -> str | None:
         """A site whose ClientApp trains now, neither the poisoned nor the cut-off one."""
         for number in set(range(SITES)) - {POISONED, CUT_OFF}:
-            if client_apps(self.processes[f"site-{number:02d}"].pid):
+            if running(self.processes[f"site-{number:02d}"].pid, "flwr-clientapp"):
                 return f"site-{number:02d}"
         return None
 
@@ -155,14 +155,14 @@ class Drill(LocalFederation):
         return list(control.node_status().values()).count("online")
 
 
-def client_apps(supernode: int) -> list[psutil.Process]:
-    """The processes that are a ClientApp of the SuperNode of this process id now."""
+def running(service: int, program: str) -> list[psutil.Process]:
+    """The processes of SuperNode or SuperLink ``service`` that are Flower's program now."""
     found = []
-    for child in psutil.Process(supernode).children(recursive=True):
+    for child in psutil.Process(service).children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # or ended meanwhile
-            # Forked ones have the name, others are Flower's program.
+            # Forked ones have the name, others are the program itself.
             names = child.name(), *child.cmdline()
-            named = any("flwr-clientapp" in name for name in names)
+            named = any(program in name for name in names)
             if named and child.status() != psutil.STATUS_ZOMBIE:
                 found.append(child)
     return found

@@ -14,7 +14,7 @@ from superlink.register import register
 from superlink.site_keys import revoke
 from superlink.submit import submit
 from supernode.partitions import Split, prepare_data
-from tests.federation.drill import client_apps, until
+from tests.federation.drill import running, until
 from tests.federation.hostile import hostile
 from tests.samples import ROWS
 
@@ -56,7 +56,7 @@ def test_sites_that_fail_are_named_and_come_back_but_for_one_that_was_revoked(
         )
         follow.start()
         until((tmp_path / f"late-{KILLED}" / "waiting").is_file, 240, "a ClientApp that trained")
-        victims = client_apps(federation.processes[f"site-{KILLED:02d}"].pid)
+        victims = running(federation.processes[f"site-{KILLED:02d}"].pid, "flwr-clientapp")
         assert victims
         for victim in victims:
             victim.kill()

@@ -1,13 +1,11 @@
 """The page in a browser, on a phone and on a desk, while a real run goes on."""
 
-import fcntl
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,32 +14,12 @@ from superlink.onehost.processes import LocalFederation
 from superlink.submit import submit
 from supernode.partitions import Split, prepare_data
 from tests.browser import Browser, in_browser
+from tests.federation.taken import device_taken
 from tests.samples import REPOSITORY, ROWS
 from tests.superlink.page.served import page_of, right_at_both_widths
 
 pytestmark = [pytest.mark.faults, in_browser]  # not in the default tests: it takes a minute
 SITES = 3
-
-
-@contextmanager
-def held(work: Path) -> Iterator[threading.Event]:
-    """The device is busy until the event is set: what is seen meanwhile cannot be over already."""
-    (work / "locks").mkdir(exist_ok=True)
-    let_go = threading.Event()
-
-    def unlock() -> None:
-        let_go.wait()
-        fcntl.flock(file, fcntl.LOCK_UN)
-
-    with (work / "locks" / "device-cpu.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        holder = threading.Thread(target=unlock)
-        holder.start()
-        try:
-            yield let_go
-        finally:
-            let_go.set()
-            holder.join()
 
 
 def test_a_run_is_seen_from_its_first_site_to_its_last_figure_without_a_reload(
@@ -60,8 +38,9 @@ def test_a_run_is_seen_from_its_first_site_to_its_last_figure_without_a_reload(
         LocalFederation(tmp_path, models_dir, results, SITES) as federation,
         page_of(results) as address,
         Browser() as browser,
-        held(tmp_path) as let_go,
+        ExitStack() as until_seen,
     ):
+        until_seen.enter_context(device_taken(tmp_path))
         browser.open(address)
         assert "No run has begun yet." in browser.text()
         right_at_both_widths(browser)
@@ -80,10 +59,10 @@ def test_a_run_is_seen_from_its_first_site_to_its_last_figure_without_a_reload(
             browser.wait_for("document.querySelector('#sites .chip.evaluating')")
             assert "the start: evaluating at 1 site" in browser.text()
             right_at_both_widths(browser)
-            let_go.set()
+            until_seen.close()
             browser.wait_for("document.querySelector('#head .chip').textContent == 'completed'")
         finally:
-            let_go.set()
+            until_seen.close()
             job.join()
         assert codes == [0]
         shown_whole(browser, results / run_id)

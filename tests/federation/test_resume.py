@@ -9,11 +9,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
-import psutil
 import pytest
 
 from app.config import MIB
@@ -22,7 +22,8 @@ from superlink.control import Control
 from superlink.onehost.processes import REPOSITORY, LocalFederation
 from superlink.submit import submit
 from supernode.partitions import Split, prepare_data
-from tests.federation.drill import until
+from tests.federation.drill import running, until
+from tests.federation.taken import device_taken
 from tests.samples import ROWS
 
 pytestmark = pytest.mark.faults
@@ -71,9 +72,15 @@ def setting(
 @pytest.fixture(scope="module")
 def left(setting: Setting) -> Path:
     """A run whose submission was killed; a second one, of the same config, followed it."""
-    with submission(setting):
-        until(lambda: bool(setting.runs()), 120, "the run")
-    assert setting.submit() == 0
+    ended: list[int] = []
+    with device_taken(setting.federation.work), redirect_stdout(StringIO()) as said:
+        with submission(setting):
+            until(lambda: bool(setting.runs()), 240, "the run")
+        follow = threading.Thread(target=lambda: ended.append(setting.submit()))
+        follow.start()
+        until(lambda: "is going on; following it" in said.getvalue(), 240, "the second submission")
+    follow.join(timeout=400)
+    assert ended == [0]
     return setting.run()
 
 
@@ -111,10 +118,8 @@ def _kill_the_superlink(setting: Setting) -> None:
 
 def _end_the_serverapp(setting: Setting) -> None:
     """As the host does when it goes down; the run has failed at once."""
-    superlink = psutil.Process(setting.federation.processes["superlink"].pid)
-    (serverapp,) = (
-        c for c in superlink.children(recursive=True) if "flwr-serverapp" in " ".join(c.cmdline())
-    )
+    superlink = setting.federation.processes["superlink"].pid
+    (serverapp,) = running(superlink, "flwr-serverapp")
     serverapp.terminate()
     until(lambda: setting.control.runs()[0].state.status == "finished:failed", 120, "the run's end")
 
@@ -126,13 +131,16 @@ def test_a_run_cut_off_twice_ends_with_the_adapters_of_one_that_was_not(
     on, and behind its round 2 the SuperLink is killed.
     """
     ended: list[int] = []
-    with submission(setting):
-        first = _new_run(setting, {left}, 1)
-    _end_the_serverapp(setting)
+    with ExitStack() as until_then:
+        with submission(setting):
+            first = _new_run(setting, {left}, 1)
+            until_then.enter_context(device_taken(setting.federation.work))
+        _end_the_serverapp(setting)
     follow = threading.Thread(target=lambda: ended.append(setting.submit()))
     follow.start()
     second = _new_run(setting, {left, first}, 2)
-    _kill_the_superlink(setting)
+    with device_taken(setting.federation.work):
+        _kill_the_superlink(setting)
     follow.join(timeout=400)
     assert ended == [0]
     (last,) = setting.runs() - {left, first, second}

@@ -4,7 +4,6 @@ One SuperLink and three SuperNodes on free ports; the base model is tiny and ran
 is what a hospital would run.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -32,6 +31,7 @@ from superlink.run_view import Status
 from superlink.submit import submit
 from supernode.entrypoint import REFUSED
 from supernode.partitions import Split, prepare_data
+from tests.federation.taken import device_taken
 from tests.samples import REPOSITORY, ROWS, write_jsonl
 from tests.terminal import Terminal
 
@@ -70,13 +70,10 @@ class Done:
 @contextmanager
 def held_until_somebody_waits(work: Path) -> Iterator[None]:
     """The device is busy when the first site wants it: sites of so small a model rarely meet."""
-    lock = work / "locks" / "device-cpu.lock"
-    lock.parent.mkdir(exist_ok=True)
     over = threading.Event()
 
     def hold() -> None:
-        with lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with device_taken(work):
             while not any(waits(work)) and not over.wait(0.2):
                 pass
 

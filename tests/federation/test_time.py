@@ -17,7 +17,7 @@ from superlink.control import Control
 from superlink.onehost.processes import REPOSITORY, LocalFederation
 from superlink.submit import submit
 from supernode.partitions import Split, prepare_data
-from tests.federation.drill import client_apps, until
+from tests.federation.drill import running, until
 from tests.federation.hostile import hostile
 from tests.samples import ROWS
 
@@ -51,7 +51,8 @@ class Hanging(LocalFederation):
         return all((self.work / f"hanging-{n}" / "waiting").is_file() for n in HANGING)
 
     def client_apps(self) -> list[psutil.Process]:
-        return [p for n in HANGING for p in client_apps(self.processes[f"site-{n:02d}"].pid)]
+        services = [self.processes[f"site-{n:02d}"].pid for n in HANGING]
+        return [p for service in services for p in running(service, "flwr-clientapp")]
 
 
 @dataclass

@@ -47,6 +47,9 @@ def parts(tmp_path: Path) -> Parts:
     (run / "eval").mkdir(parents=True)
     (run / "eval").chmod(0o2775)
     (run / "run.json").write_text("{}")
+    (run / "peft_3").mkdir()
+    (run / "best").symlink_to("peft_3")
+    (found["results"] / "best").symlink_to("peft_3")  # no run's
     (run / "stolen").symlink_to(home / "federation" / "ca" / "ca.key")
     os.mkfifo(run / "pipe")
     (found["results"] / "latest").symlink_to("12")
@@ -105,7 +108,9 @@ def test_what_comes_back_is_what_was_there_but_for_the_sites_own(
     assert set(keys.values()) == {0o600}
     with open_database(of(tmp_path / "here")) as base:
         assert base.execute("SELECT id FROM node").fetchall() == [(7,)]
-    assert str((tmp_path / "here" / "results" / "latest").readlink()) == "12"
+    links = (p for p in (tmp_path / "here" / "results").rglob("*") if p.is_symlink())
+    assert {p.name: str(p.readlink()) for p in links} == {"latest": "12", "best": "peft_3"}
+    assert (tmp_path / "here" / "results" / "12" / "best").is_dir()
     database = tmp_path / "here" / "state" / "superlink.db"
     assert stat.S_IMODE(database.stat().st_mode) == 0o600
     assert b"patient" not in path.read_bytes()

@@ -1,11 +1,13 @@
 """A ClientApp that was killed, as the SuperNode's own state of Flower sees it."""
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from flwr.app import Message, RecordDict
 from flwr.common.constant import SubStatus
 from flwr.supercore.constant import TaskType
+from flwr.supercore.corestate import in_memory_corestate
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
@@ -17,8 +19,8 @@ RUN = 7
 @pytest.fixture
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InMemoryNodeState:
     """One with an order that a ClientApp has fetched."""
-    name = "_cleanup_expired_task_tokens_locked"
-    monkeypatch.setattr(InMemoryNodeState, name, getattr(InMemoryNodeState, name))
+    for name in ("_cleanup_expired_task_tokens_locked", "claim_task"):
+        monkeypatch.setattr(InMemoryNodeState, name, getattr(InMemoryNodeState, name))
     lost.install(tmp_path)
     state = InMemoryNodeState(ObjectStoreFactory().store())
     order = Message(RecordDict(), dst_node_id=1, message_type="train")
@@ -67,3 +69,32 @@ def test_one_that_was_lost_at_its_start_is_left_to_flower_which_starts_it_anew(
     lost.tell(tmp_path, token)
     assert state.get_messages(is_reply=True) == []
     assert state.activate_task(number)
+
+
+def after(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let so much time have passed, as Flower sees it."""
+    then = datetime.now(UTC) + timedelta(seconds=seconds)
+    monkeypatch.setattr(in_memory_corestate, "now", lambda: then)
+
+
+@pytest.mark.parametrize(("seconds", "waited_for"), [(290, True), (310, False)])
+def test_one_that_takes_long_to_start_is_waited_for(
+    state: InMemoryNodeState, monkeypatch: pytest.MonkeyPatch, seconds: float, waited_for: bool
+) -> None:
+    number, _ = claim(state)
+    after(seconds, monkeypatch)
+    assert state.activate_task(number) == waited_for
+    assert (state.claim_task(number) is None) == waited_for  # or another takes its place
+
+
+@pytest.mark.parametrize(("seconds", "waited_for"), [(20, True), (40, False)])
+def test_one_that_was_lost_at_its_start_is_not(
+    state: InMemoryNodeState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float,
+    waited_for: bool,
+) -> None:  # fmt: skip
+    number, token = claim(state)
+    lost.tell(tmp_path, token)
+    assert state.get_task_by_token(token)
+    after(seconds, monkeypatch)
+    assert (state.get_task_by_token(token) is not None) == waited_for
+    assert (state.claim_task(number) is None) == waited_for

@@ -119,6 +119,13 @@ def test_a_run_that_was_cut_off_is_not_at_work_once_another_goes_on_from_it(
     assert states == ["running", "cut-off", "completed"]
 
 
+def test_the_round_that_goes_home_is_named(page: Page, results: Path) -> None:
+    assert "best round" not in Elements(page.get(f"/runs/{NEWEST}").text).text
+    best = {"round": 1, "held_out_loss": 1.7, "sites": 4}
+    write(results / NEWEST, facts(NEWEST, best=best), [line(1), line(2)])
+    assert "best round1held-out loss 1.700" in Elements(page.get(f"/runs/{NEWEST}").text).text
+
+
 def test_prometheus_reads_the_newest_run(page: Page) -> None:
     answer = page.get("/metrics")
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
