@@ -180,6 +180,7 @@ def train(message: Message, context: Context, visit: Visit) -> RecordDict:
     """Fine-tune the received adapter on this site's rows; reply with the new one."""
     libraries.load()
     from app.site import base_model, training
+    from app.site.chat import chosen
     from app.site.examples import encode_all
 
     config = RunConfig.from_flat(context.run_config)
@@ -193,7 +194,8 @@ def train(message: Message, context: Context, visit: Visit) -> RecordDict:
     started = time.monotonic()
     model, tokenizer = base_model.load_with_lora(base, config, device(), layout, vector)
     config = training.settled(config, base, device())
-    examples = encode_all(rows, tokenizer, config.seq_length)
+    chat = chosen(config.prompt, base.folder, base.name)
+    examples = encode_all(rows, tokenizer, config.seq_length, chat)
     if not examples:
         raise SiteError(f"no row keeps an answer within {config.seq_length} tokens")
     visit.policy.check_round(config, len(examples))
@@ -234,6 +236,7 @@ def evaluate(message: Message, context: Context, visit: Visit) -> RecordDict:
     """Score the received adapter on this site's held-out rows."""
     libraries.load()
     from app.site import base_model, training
+    from app.site.chat import chosen
     from app.site.examples import encode_all
 
     config = RunConfig.from_flat(context.run_config)
@@ -242,7 +245,8 @@ def evaluate(message: Message, context: Context, visit: Visit) -> RecordDict:
     visit.policy.check_run(config, base.fingerprint)
     _take_turn(message, context)
     model, tokenizer = base_model.load_with_lora(base, config, device(), layout, vector)
-    examples = encode_all(_part("holdout").rows, tokenizer, config.seq_length)
+    chat = chosen(config.prompt, base.folder, base.name)
+    examples = encode_all(_part("holdout").rows, tokenizer, config.seq_length, chat)
     visit.note(rows=len(examples))
     result = training.evaluate(model, examples, config)
     metrics = MetricRecord(

@@ -28,6 +28,7 @@ from app.allowed import (
 
 STRATEGIES = ("fedavgopt", "fedavg", "fedavgopt-delta", "fedprox", "rda")
 CODECS = ("fp32", "bf16", "int8", "int4")
+PROMPTS = ("alpaca", "chat")
 # Begins the error of a run that would end the same way if it were resumed.
 GIVEN_UP = "given up: "
 # Begins that of one that ended before round 1, because sites kept silent: there is nothing of it to
@@ -75,6 +76,9 @@ class RunConfig:
     quantization: int = _key(
         "model.quantization", "4 or 8 (bits), or 0 for none", lambda v: v in (0, 4, 8)
     )
+    # The words around a question, in training and evaluation: FlowerTune's, or those of the base
+    # model's own chat template (app/site/chat.py).
+    prompt: str = _key("model.prompt", *one_of(*PROMPTS))
     # auto: on at a site whose GPU would have too little memory without it.
     gradient_checkpointing: bool | str = _key(
         "model.gradient-checkpointing", "true, false or auto", lambda v: v in (True, False, "auto")

@@ -20,6 +20,8 @@ from app.wire.noise import DELTA, epsilon, noise_norm
 # Layers, hidden size, MLP size, rows of the key and value projections, vocabulary: config.json.
 KNOWN = {
     "ContactDoctor/Bio-Medical-Llama-3-8B": (32, 4096, 14336, 1024, 128256),
+    "HPAI-BSC/Llama3.1-Aloe-Beta-8B": (32, 4096, 14336, 1024, 128256),
+    "mistralai/Mistral-7B-v0.3": (32, 4096, 14336, 1024, 32768),
     "HuggingFaceTB/SmolLM2-135M-Instruct": (30, 576, 1536, 192, 49152),
 }
 

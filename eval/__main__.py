@@ -200,6 +200,7 @@ def _score_into(
     """Answers, scores and report of base model ``name`` and adapters, into ``out``."""
     from eval.evaluation import evaluate
     from eval.model import load_base
+    from eval.prompt import trained_with, words
     from eval.report import write_report
     from eval.results import metrics, state
     from eval.summary import PUBLISHED, text_table
@@ -209,8 +210,10 @@ def _score_into(
     if run:
         print(f"eval: run {run.name}, {status}: {', '.join(a.name for a in adapters)}")
     print(f"eval: base model {name}, --quantization {args.quantization}", flush=True)
+    prompt = trained_with(adapters)
     base = load_base(name, args.quantization, _device(), args.models, args.cache)
-    subjects = evaluate(base, adapters, sets, args.batch_size, args.run_name or "base", out)
+    chat = words(prompt, base)
+    subjects = evaluate(base, adapters, sets, args.batch_size, args.run_name or "base", out, chat)
     report = {
         "run": run.name if run else None,
         "status": status,
@@ -220,6 +223,7 @@ def _score_into(
             "batch_size": args.batch_size,
             "limit": args.limit,
             "data": str(args.data_dir or "bundled, or the hub's at pinned revisions"),
+            **({"prompt": "the base model's chat template, as in training"} if chat else {}),
         },
         "versions": {
             p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "scipy")

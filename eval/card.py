@@ -28,7 +28,7 @@ def card(about: dict[str, Any]) -> str:
     what = "a merged model" if merged else "a LoRA adapter"
     sections = {
         "What it is": _facts(about),
-        "Use it": _use(name, bool(merged)),
+        "Use it": _use(name, bool(merged), about["facts"]["config"].get("model.prompt", "alpaca")),
         "How it was trained": _training(about),
         "Evaluation": _evaluation(about),
         "What was not done": _not_done(about),
@@ -88,7 +88,7 @@ def _why(about: dict[str, Any]) -> str:
     }.get(about["asked"], ", asked for by its number")
 
 
-def _use(name: str, merged: bool) -> str:
+def _use(name: str, merged: bool, prompt: str) -> str:
     load = "AutoModelForCausalLM.from_pretrained"
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if merged:
@@ -101,10 +101,16 @@ def _use(name: str, merged: bool) -> str:
         ]
     of = "THIS FOLDER" if merged else name
     lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{of}")')
-    prompt = json.dumps(training_prompt("QUESTION"))
+    text, answer = json.dumps(training_prompt("QUESTION")), "the answer behind it after a space"
+    if prompt == "chat":
+        text = (
+            'tokenizer.apply_chat_template([{"role": "user", "content": "QUESTION"}], '
+            "add_generation_prompt=True)"
+        )
+        answer = "the base model's own chat template"
     return (
-        "```python\n" + "\n".join(lines) + "\n```\n\nIt was trained on questions in this form, the "
-        f"answer behind it after a space:\n\n```python\n{prompt}\n```"
+        "```python\n" + "\n".join(lines) + "\n```\n\nIt was trained on questions in this form, "
+        f"{answer}:\n\n```python\n{text}\n```"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from app.site.chat import Chat
 from eval import EvalError
 from eval.answers import Journal, write_results
 from eval.benchmarks import Question, labels_of
@@ -25,6 +26,7 @@ def evaluate(
     batch_size: int,
     name_alone: str,
     out: Path,
+    chat: Chat | None = None,
 ) -> list[dict[str, Any]]:
     """Base model and adapters, each with its scores: the ``subjects`` of the report.
 
@@ -32,6 +34,7 @@ def evaluate(
         sets: name -> questions and where they are from.
         name_alone: the base model's name in the files, where no adapter stands beside it.
         out: folder for answers and scores; what is answered there already is kept.
+        chat: all of them are asked in its words, as the adapters were trained.
 
     Raises:
         EvalError: an adapter does not fit (before anything is answered), the disk is full, or a
@@ -56,7 +59,7 @@ def evaluate(
             "scores": {},
         }
         with attached(adapter, base) if adapter else nullcontext(base.model) as model:
-            inference = Inference(model, base.tokenizer, batch_size)
+            inference = Inference(model, base.tokenizer, batch_size, chat)
             for dataset, (questions, _) in sets.items():
                 result, correct = _answer(inference, identity, dataset, questions, name, out)
                 subject["scores"][dataset] = result

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import DynamicCache
 
+from app.site.chat import Chat
 from eval import EvalError
 from eval.benchmarks import Question, wrap
 
@@ -53,8 +54,12 @@ class Inference:
         near_tie: gap of the two best logits below which the last set's questions were repeated.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, batch_size: int, chat: Chat | None = None
+    ) -> None:
+        """``chat``: asked in its words, not in the leaderboard's."""
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.chat = chat
         self.asked_batch_size = batch_size  # a GPU that is too small for it changes no answer
         self.tokens = self.repeated = 0
         self.near_tie = NEAR_TIE
@@ -136,6 +141,8 @@ class Inference:
 
     def encoded(self, questions: Sequence[Question]) -> list[list[int]]:
         """The token ids of each question as it is asked."""
+        if self.chat:
+            return self.chat.asked([q.prompt for q in questions], self.tokenizer)
         return [self.tokenizer.encode(wrap(q.prompt)) for q in questions]
 
     def one_pass(self, questions: Sequence[Question]) -> bool:
@@ -143,7 +150,7 @@ class Inference:
         settings, eos = self.model.generation_config, self.tokenizer.eos_token_id
         stops = settings.eos_token_id
         if eos not in (stops if isinstance(stops, list) else [stops]) and any(
-            eos in self.tokenizer.encode(wrap(q.prompt)) for q in questions
+            eos in prompt for prompt in self.encoded(questions)
         ):
             return False  # its `generate` pads with EOS and then hides these tokens
         if any(len(self._ids(q.gold)) != 1 for q in questions):

@@ -45,6 +45,7 @@ class Base:
     name: str
     linear_layers: dict[str, list[int]]  # name -> [out, in]
     fingerprints: set[str]  # as a run trained on these weights could have recorded
+    folder: Path  # of its files
     facts: dict[str, Any]  # for the report
 
 
@@ -107,7 +108,7 @@ def load_base(name: str, quantization: str, device: str, models: Path, cache: Pa
         "files_sha256": settings_digest(source),
         "device": torch.cuda.get_device_name(0) if device == "cuda" else "cpu",
     }
-    return Base(model.eval(), tokenizer, name, layers, set(fingerprints.values()), facts)
+    return Base(model.eval(), tokenizer, name, layers, set(fingerprints.values()), source, facts)
 
 
 def _loaded(source: Path, kind: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:

@@ -117,6 +117,8 @@ def caveat(report: Report) -> str:
         reasons.append(f"the number of questions differs ({numbers})")
     if quantization != "4":
         reasons.append(f"the leaderboard asks for 4-bit weights, these are {quantization}")
+    if "prompt" in report["settings"]:
+        reasons.append("the questions were asked in the base model's chat template")
     text = "; ".join(reasons)
     return f"Not comparable with published figures: {text}." if text else ""
 

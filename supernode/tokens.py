@@ -36,13 +36,18 @@ def check_tokenizer(source: Path, tokenizer: Any, vocabulary: int) -> None:
 
 
 def mark_markup(tokenizer: Any) -> None:
-    """As special, wherever it is kept: in the file that is saved it decides what a site encodes."""
+    """As special, wherever it is kept: in the file that is saved it decides what a site encodes.
+
+    What the chat template writes is markup as well.
+    """
     from tokenizers import AddedToken
 
     backend, roles = tokenizer.backend_tokenizer, set(tokenizer.all_special_tokens)
+    template = str(tokenizer.chat_template or "")
     for token in backend.get_added_tokens_decoder().values():
         text = token.content
-        if not token.special and (text in roles or _MARKUP.fullmatch(text)):
+        written = text.strip() and text in template
+        if not token.special and (text in roles or _MARKUP.fullmatch(text) or written):
             backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
 
 

@@ -39,21 +39,21 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "supernode/pinned.py": ("supernode", "app.site.audit"),
     "eval/": (
         "eval", "app.config", "app.server.best", "app.server.checkpoint", "app.site.base_model",
-        "app.site.partition.SiteError", "app.site.prompts", "app.site.row_files",
-        "app.site.verified", "supernode.hub", "supernode.source",
+        "app.site.chat", "app.site.partition.SiteError", "app.site.prompts", "app.site.row_files",
+        "app.site.verified", "app.wire.adapter.PROMPT", "supernode.hub", "supernode.source",
     ),
 }  # fmt: skip
 # A whole federation on one host is made of the rest of superlink/, which does not know of it.
 ONE_HOST = "superlink.onehost"
 HEAVY = {"torch", "transformers", "peft"}
 HEAVY_FILES = {
-    "app/site/base_model.py", "app/site/examples.py", "app/site/gpu_check.py",
+    "app/site/base_model.py", "app/site/chat.py", "app/site/examples.py", "app/site/gpu_check.py",
     "app/site/packing.py", "app/site/training.py", "supernode/download.py",
     "supernode/quantise.py", "supernode/source.py", "supernode/trial.py",
 }  # fmt: skip
 # An import costs seconds in every process: in these only where it is used.
 LAZY_FILES = {
-    "app/site/base_model.py", "app/site/examples.py", "app/site/gpu_check.py",
+    "app/site/base_model.py", "app/site/chat.py", "app/site/examples.py", "app/site/gpu_check.py",
     "supernode/download.py", "supernode/quantise.py", "supernode/source.py", "supernode/trial.py",
     "eval/__main__.py",
 }  # fmt: skip

@@ -124,7 +124,8 @@ def _undamaged(checkpoint: Path) -> bool:
 def _check(run: Path, lines: list[dict[str, Any]], config: RunConfig) -> Earlier:
     facts = json.loads((run / "run.json").read_text())
     now, last = config.flat(), len(lines)
-    for key, old in facts["config"].items():
+    # Before there was a choice, all runs had this prompt.
+    for key, old in ({"model.prompt": "alpaca"} | facts["config"]).items():
         if key == "resume" or now.get(key) == old:
             continue
         if key.startswith(_SAME):

@@ -84,7 +84,7 @@ def _rows(site: Site, part: Part) -> str:
             f"{part.name}: {part.read} rows, {len(part.rows)} of them used{_told(part.counts())}; "
             f"{columns}; tokens not counted: that needs the base model"
         )
-    sizes = token_sizes(part, site.base)
+    sizes = token_sizes(part, site.base, site.config)
     counts = counted(part, sizes, site.config)
     check_positions(part, sizes, site.base, site.config)
     if part.name.startswith("data/train."):

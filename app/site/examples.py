@@ -18,6 +18,8 @@ from app.site.rows import Row
 if TYPE_CHECKING:
     import torch
 
+    from app.site.chat import Chat
+
 logger = logging.getLogger(__name__)
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 
@@ -46,20 +48,20 @@ class FileTokenizer:
         from tokenizers import Tokenizer
 
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        self.backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.backend.no_truncation()
-        self.backend.no_padding()
+        self.backend_tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.backend_tokenizer.no_truncation()
+        self.backend_tokenizer.no_padding()
         eos = settings["eos_token"]
-        content = eos["content"] if isinstance(eos, dict) else eos
-        self.eos_token_id = self.backend.token_to_id(content)
+        self.eos_token: str = eos["content"] if isinstance(eos, dict) else eos
+        self.eos_token_id = self.backend_tokenizer.token_to_id(self.eos_token)
         if self.eos_token_id is None:
             raise ValueError("no EOS")
 
     def __call__(
         self, texts: list[str], add_special_tokens: bool, split_special_tokens: bool
     ) -> dict[str, list[list[int]]]:
-        self.backend.encode_special_tokens = split_special_tokens
-        found = self.backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+        self.backend_tokenizer.encode_special_tokens = split_special_tokens
+        found = self.backend_tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
         return {"input_ids": [one.ids for one in found]}
 
 
@@ -81,53 +83,68 @@ def _puts_a_space(tokenizer: Any) -> bool:
     return two == one + one
 
 
-def encode_rows(rows: Sequence[Row], tokenizer: Any, seq_length: int) -> list[Example]:
+def encode_rows(
+    rows: Sequence[Row], tokenizer: Any, seq_length: int, chat: "Chat | None" = None
+) -> list[Example]:
     """A training example of each row, of at most ``seq_length`` tokens.
 
     The ids are those of the whole text, and those in front of the answer the prompt's own, as at
-    inference. The answer ends in EOS, and EOS is learned: its label is real, and padding is masked
-    by the attention mask, not by its id (many tokenizers pad with EOS). A row that is cut ends
-    without EOS, since its answer does not end there; if the prompt alone fills the length, no
-    label is left (``num_labels`` is 0).
+    inference. The answer ends in EOS, or as it does in the chat template ``chat``, and its end is
+    learned: its label is real, and padding is masked by the attention mask, not by its id (many
+    tokenizers pad with EOS). A row that is cut ends without it, since its answer does not end
+    there; if the prompt alone fills the length, no label is left (``num_labels`` is 0).
     """
     if not rows:
         return []
+    if chat:
+        questions, answers = [row.question for row in rows], [row.answer for row in rows]
+        parts, num_apart = chat.answered(questions, answers, tokenizer)
+    else:
+        parts, num_apart = _alpaca(rows, tokenizer)
+    if num_apart:
+        logger.info(
+            "%d of %d prompts and answers are tokenised apart", num_apart, len(rows),
+            extra=travels(),
+        )  # fmt: skip
+    examples = []
+    for prompt, answer in parts:
+        ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
+        examples.append(Example(ids[:seq_length], labels[:seq_length], len(ids) > seq_length))
+    return examples
+
+
+def _alpaca(rows: Sequence[Row], tokenizer: Any) -> tuple[list[tuple[list[int], list[int]]], int]:
+    """Ids in front of each answer and its own; and of how many rows the two are encoded apart."""
     texts = [training_prompt(row.question) for row in rows]
     answers = [f" {row.answer}" for row in rows]
     start, prompts = _start(tokenizer), _ids(texts, tokenizer)
     wholes = _ids([t + a for t, a in zip(texts, answers, strict=True)], tokenizer)
     apart = [n for n, p in enumerate(prompts) if wholes[n][: len(p)] != p]
     if apart:  # a token of both: the prompt is kept as at inference
-        logger.info(
-            "%d of %d prompts and answers are tokenised apart", len(apart), len(rows),
-            extra=travels(),
-        )  # fmt: skip
         space = slice(1, None) if _puts_a_space(tokenizer) else slice(None)
         for n, ids in zip(apart, _ids([answers[n][space] for n in apart], tokenizer), strict=True):
             wholes[n] = prompts[n] + ids
-    examples = []
-    for prompt, whole in zip(prompts, wholes, strict=True):
-        ids = [*start, *whole, tokenizer.eos_token_id]
-        answer_at = len(start) + len(prompt)
-        labels = [IGNORED] * answer_at + ids[answer_at:]
-        examples.append(Example(ids[:seq_length], labels[:seq_length], len(ids) > seq_length))
-    return examples
+    end = [tokenizer.eos_token_id]
+    parts = zip(prompts, wholes, strict=True)
+    return [([*start, *p], whole[len(p) :] + end) for p, whole in parts], len(apart)
 
 
-def encode(row: Row, tokenizer: Any, seq_length: int) -> Example:
-    return encode_rows([row], tokenizer, seq_length)[0]
+def encode(row: Row, tokenizer: Any, seq_length: int, chat: "Chat | None" = None) -> Example:
+    return encode_rows([row], tokenizer, seq_length, chat)[0]
 
 
-def encode_all(rows: Sequence[Row], tokenizer: Any, seq_length: int) -> list[Example]:
+def encode_all(
+    rows: Sequence[Row], tokenizer: Any, seq_length: int, chat: "Chat | None" = None
+) -> list[Example]:
     """Examples of the rows that keep at least one label."""
-    return [e for e in encode_rows(rows, tokenizer, seq_length) if e.num_labels]
+    return [e for e in encode_rows(rows, tokenizer, seq_length, chat) if e.num_labels]
 
 
-def sizes(rows: Sequence[Row], tokenizer: Any) -> list[tuple[int, int]]:
+def sizes(rows: Sequence[Row], tokenizer: Any, chat: "Chat | None" = None) -> list[tuple[int, int]]:
     """Of each row its tokens, however many they are, and those in front of the answer."""
     found = []
     for at in range(0, len(rows), 1000):  # not the ids of all of them at once
-        for example in encode_rows(rows[at : at + 1000], tokenizer, sys.maxsize):
+        for example in encode_rows(rows[at : at + 1000], tokenizer, sys.maxsize, chat):
             tokens = len(example.input_ids)
             found.append((tokens, tokens - example.num_labels))
     return found

@@ -14,12 +14,13 @@ from app.site.partition import Part, SiteError
 logger = logging.getLogger(__name__)
 
 
-def token_sizes(part: Part, base: BaseModel) -> list[tuple[int, int]]:
+def token_sizes(part: Part, base: BaseModel, config: RunConfig) -> list[tuple[int, int]]:
     """Of each row its tokens and those of its question, by this model's tokenizer.
 
     Raises:
-        SiteError: the model has no tokenizer of the usual form.
+        SiteError: the model has no tokenizer of the usual form, or not the prompt of the run.
     """
+    from app.site.chat import chosen
     from app.site.examples import FileTokenizer, sizes
 
     try:
@@ -29,7 +30,7 @@ def token_sizes(part: Part, base: BaseModel) -> list[tuple[int, int]]:
             f"base model {base.name}: no tokenizer.json with an EOS; run supernode.prepare again, "
             "or take another model"
         ) from None
-    return sizes(part.rows, tokenizer)
+    return sizes(part.rows, tokenizer, chosen(config.prompt, base.folder, base.name))
 
 
 def counted(part: Part, sizes: list[tuple[int, int]], config: RunConfig) -> dict[str, int]:
@@ -73,7 +74,7 @@ def rows_used(
     """
     found = {}
     for name, part in parts.items():
-        sizes = token_sizes(part, base)
+        sizes = token_sizes(part, base, config)
         found[name] = counted(part, sizes, config)
         check_positions(part, sizes, base, config)
         if part.name:

@@ -20,6 +20,7 @@ from safetensors.numpy import save
 from app.config import RunConfig
 
 Vector = NDArray[np.float32]
+PROMPT = "model.prompt"  # in the weights' metadata, as in the run config
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,14 @@ def initial_adapter(layout: Layout, seed: int) -> Vector:
 
 
 def save_peft(folder: Path, layout: Layout, vector: Vector, config: RunConfig) -> None:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT does."""
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT does.
+
+    Another prompt than FlowerTune's stands in the metadata of the weights, which go wherever the
+    adapter goes: it is to be asked in those words (eval/prompt.py).
+    """
+    about = {"format": "pt"} | ({} if config.prompt == "alpaca" else {PROMPT: config.prompt})
     # Not save_file: a full disk would be its own SafetensorError, no OSError.
-    content = save(layout.split(vector), {"format": "pt"})
+    content = save(layout.split(vector), about)
     (folder / "adapter_model.safetensors").write_bytes(content)
     settings = {
         "peft_type": "LORA",

@@ -61,7 +61,7 @@ FOLLOW = {
     "model.name", "seed", "resume", "strategy.min-nodes", "strategy.exclude-sites",
     "strategy.fraction-evaluate", "strategy.min-evaluate-nodes",
 }  # fmt: skip
-SHARED = {"model.quantization", "train.seq-length"}
+SHARED = {"model.quantization", "model.prompt", "train.seq-length"}
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,19 @@ from app import plan
 from app.config import CODECS, merged_config
 from app.wire.adapter import Layout
 from app.wire.codec import unpacked_bytes
+from supernode import source
 from tests.samples import REPOSITORY, run_config
 
 PROFILES = REPOSITORY / "app" / "profiles"
 MIB = 2**20
 LLAMA = "ContactDoctor/Bio-Medical-Llama-3-8B"
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, num_hidden_layers and
+# vocab_size of the bases that a profile names, from their published config.json.
+PUBLISHED = {
+    "HPAI-BSC/Llama3.1-Aloe-Beta-8B": (4096, 14336, 32, 8, 32, 128256),
+    "mistralai/Mistral-7B-v0.3": (4096, 14336, 32, 8, 32, 32768),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -222,6 +229,55 @@ def test_a_known_model_has_its_published_shapes(
         "all-linear": sum(shapes.values()) + shapes["gate"],  # and up
     }[target]
     assert layout.size == layers * 8 * sides
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_bases_of_the_profiles_have_their_published_layers(name: str) -> None:
+    """All of them, by the library itself: names, order, and shapes, without any weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+    hidden, mlp, heads, kv_heads, layers, vocabulary = PUBLISHED[name]
+    makes = (MistralConfig, MistralForCausalLM) if "Mistral" in name else (
+        LlamaConfig, LlamaForCausalLM
+    )  # fmt: skip
+    shape = {
+        "hidden_size": hidden, "intermediate_size": mlp, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "num_hidden_layers": layers, "vocab_size": vocabulary,
+    }  # fmt: skip
+    with torch.device("meta"):
+        model = makes[1](makes[0](**shape))
+    found = plan.linear_layers(run_config(model_name=name), Path("/nowhere"))
+    assert list(found.items()) == list(source.linear_layers(model).items())
+
+
+@pytest.mark.parametrize(("profile", "name"), [
+    ("aloe", "HPAI-BSC/Llama3.1-Aloe-Beta-8B"), ("first", "HPAI-BSC/Llama3.1-Aloe-Beta-8B"),
+    ("mistral", "mistralai/Mistral-7B-v0.3"),
+])  # fmt: skip
+def test_the_profiles_of_other_bases_cost_what_their_shapes_say(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, profile: str, name: str
+) -> None:
+    lines = printed(capsys, monkeypatch, PROFILES / f"{profile}.toml")
+    hidden, _, heads, kv_heads, layers, _ = PUBLISHED[name]
+    # Rank 32 on q (hidden x hidden) and v (hidden x its heads' part of hidden).
+    parameters = layers * 32 * ((hidden + hidden) + (hidden + hidden * kv_heads // heads))
+    assert number(lines, "adapter:") == parameters == 13_631_488
+    # 10 rounds, 2 sites, both ways, and a header of 128 bytes for each of 4 arrays a layer.
+    mb = 10 * 2 * 2 * (4 * parameters + 128 * 4 * layers) / MIB
+    assert f"communication (leaderboard counting): {mb:.2f} MB" in lines
+    assert lines[0] == f"model: {name}, 4 bits"
+
+
+def test_the_boards_first_recipe_is_the_published_one() -> None:
+    """0-1-ai/01AI-FlowerTune-LLM-Leaderboard-Medical, llama3.1-aloe-8b-v1/pyproject.toml."""
+    _, config = merged_config(REPOSITORY, [str(PROFILES / "first.toml")])
+    assert (config.strategy_name, config.num_server_rounds, config.max_steps) == ("fedavg", 10, 10)
+    assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (32, 128, 0.075)
+    assert (config.targets, config.prompt) == (["q_proj", "v_proj"], "alpaca")
+    assert (config.lr_max, config.lr_min, config.seq_length) == (1e-4, 1e-5, 512)
+    assert (config.batch_size, config.rows_per_step) == (16, 32)
+    assert (config.quantization, config.fraction_train, config.min_nodes) == (4, 0.1, 20)
 
 
 def test_a_prepared_model_is_read_from_its_base_json(

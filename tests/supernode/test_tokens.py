@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from app.site.examples import FileTokenizer, encode
 from app.site.rows import Row
 from supernode.quantise import prepare_model
 from supernode.source import SourceError
-from supernode.tokens import check_tokenizer, notes
+from supernode.tokens import check_tokenizer, mark_markup, notes
 from tests.tiny_model import VOCABULARY, build_tiny_model
 
 MARKUP = "<|im_end|>"
@@ -73,6 +74,20 @@ def test_markup_that_nobody_marked_is_text_in_rows_all_the_same(source: Path) ->
         assert (example.input_ids[0], example.input_ids[-1]) == (0, 1)
         assert not {0, 1, VOCABULARY - 1} & set(example.input_ids[1:-1])
     assert encode(Row(said, said), of_file, 512) == encode(Row(said, said), of_library, 512)
+
+
+def test_what_the_chat_template_writes_is_markup_as_well(source: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    words = ("[Q]", "other", " ")
+    tokenizer.backend_tokenizer.add_tokens([AddedToken(text, normalized=False) for text in words])
+    tokenizer.chat_template = "[Q] {{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(source)
+    made = AutoTokenizer.from_pretrained(source)
+    mark_markup(made)
+    added = made.backend_tokenizer.get_added_tokens_decoder().values()
+    assert {t.content: t.special for t in added if t.content in words} == {
+        "[Q]": True, "other": False, " ": False,
+    }  # fmt: skip
 
 
 def test_a_tokenizer_that_the_preflight_cannot_read_is_refused(source: Path) -> None:

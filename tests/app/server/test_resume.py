@@ -320,6 +320,7 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     [
         ({"resume": "latest", "seed": 8}, "seed = 8, but run 1 has"),
         ({"resume": "1", "lora_alpha": 3}, "model.lora.peft-lora-alpha = 3, but run 1 has"),
+        ({"resume": "1", "prompt": "chat"}, "model.prompt = 'chat', but run 1 has 'alpaca'"),
         ({"resume": "1", "num_server_rounds": 4}, "run 1 has 5 rounds, num-server-rounds = 4"),
         ({"resume": "2"}, "resume = '2': no complete round in .*; runs that have one: 1"),
         ({"resume": "2,77"}, "runs that have one: 1"),
@@ -332,6 +333,17 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(
     with pytest.raises(ConfigError, match=said) as caught:
         find_earlier(tmp_path / "results", config(**changes))
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_from_before_there_was_a_choice_of_prompts_had_alpaca(tmp_path: Path) -> None:
+    start(tmp_path, config(), 1)
+    path = tmp_path / "results" / "1" / "run.json"
+    facts = json.loads(path.read_text())
+    del facts["config"]["model.prompt"]
+    path.write_text(json.dumps(facts))
+    assert find_earlier(tmp_path / "results", config(resume="1"))
+    with pytest.raises(ConfigError, match=r"model\.prompt = 'chat', but run 1 has 'alpaca'"):
+        find_earlier(tmp_path / "results", config(resume="1", prompt="chat"))
 
 
 def test_another_base_model_at_the_sites_is_refused(tmp_path: Path) -> None:

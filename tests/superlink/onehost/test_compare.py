@@ -180,6 +180,7 @@ def test_what_a_training_wraps_a_model_in_is_gone_before_the_next(
         ('codec = "int4"', "codec = 4\nseed = 2", "line 'int4': seed = 2: a comparison sets it"),
         ("num-server-rounds", "strategy.min-nodes", "[config]: strategy.min-nodes = 2: a comp"),
         ('communication.codec = "int4"', "train.seq-length = 64", "set it in [config]"),
+        ('communication.codec = "int4"', 'model.prompt = "chat"', "set it in [config]"),
         ("sites = 2", "sites = 2 3", "line 4"),
         ('"q"', '"q"', ""),
     ],
@@ -195,6 +196,17 @@ def test_what_cannot_work_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"compare: ERROR: {file}")
     assert said in line
+
+
+def test_a_base_model_without_a_chat_template_is_refused_before_any_training(
+    tmp_path: Path, text: str, models_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path, text.replace("quantization = 0", 'quantization = 0\nprompt = "chat"'))
+    assert main([str(file), "--models", str(models_dir)]) == 1
+    assert "compare: ERROR: " in (said := capsys.readouterr().err)
+    assert "model.prompt = 'chat': the chat template of base model" in said
+    assert "it has none (chat_template.jinja" in said
+    assert results(tmp_path) == []
 
 
 def test_two_comparisons_do_not_write_to_one_file(
