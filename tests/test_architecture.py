@@ -25,8 +25,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "superlink/": ("superlink", "app.config", "supernode.reach"),
     # Server and sites in one process: on one host, in no image's program.
     "superlink/onehost/rounds.py": ("superlink.onehost", "app", "supernode"),
+    "superlink/onehost/deployed.py": ("superlink", "app.config", "app.server", "app.site"),
     "superlink/onehost/compare.py": (
-        "superlink.onehost", "app.config", "app.server", "app.site", "app.wire", "supernode",
+        "superlink", "app.config", "app.server", "app.site", "app.wire", "supernode",
     ),
     "superlink/onehost/comparison.py": ("eval.charts",),
     "superlink/page/": (

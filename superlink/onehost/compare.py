@@ -1,10 +1,11 @@
 """Compare strategies and settings: the same rows, sites and seeds in every line of a TOML file.
 
-    python -m superlink.onehost.compare FILE.toml [--out DIR]
+    python -m superlink.onehost.compare FILE.toml [--deployment] [--out DIR]
 
-Each line with each seed is a run in this process (superlink/onehost/rounds.py), and leaves a line
-in FILE.jsonl. Started again, it goes on with what is missing there. Then it prints means, spreads
-and paired differences, and writes them as FILE.md and FILE.svg.
+Each line with each seed is a run in this process (superlink/onehost/rounds.py), or of a SuperLink
+and SuperNodes of this machine (deployed.py), and leaves a line in FILE.jsonl. Started again, it
+goes on with what is missing there. Then it prints means, spreads and paired differences, and
+writes them as FILE.md and FILE.svg.
 """
 
 import argparse
@@ -29,10 +30,13 @@ from app.server.strategy import RoundError
 from app.site.base_model import BaseModel, find
 from app.site.partition import SiteError
 from app.wire.adapter import Layout
+from superlink.control import ControlError
 from superlink.onehost.compare_results import CompareError, Key, fitting, known
 from superlink.onehost.comparison import Results, commit, machine, plot, rows, table
+from superlink.onehost.deployed import DeployedFederation
 from superlink.onehost.processes import REPOSITORY
 from superlink.onehost.rounds import Federation, device
+from superlink.provision import ProvisionError
 from supernode.download import PrepareError
 from supernode.partitions import BUNDLED
 
@@ -151,7 +155,9 @@ def _base(plan: Plan, models: Path) -> BaseModel:
 
 def made_of(plan: Plan, federation: Federation, name: str, seed: int) -> dict[str, Any]:
     """All that a result depends on. Where one of these is another, it is another result."""
-    code = [*sorted((REPOSITORY / "app").rglob("*.py")), Path(__file__).with_name("rounds.py")]
+    deployed = isinstance(federation, DeployedFederation)
+    ours = ("rounds.py", "deployed.py") if deployed else ("rounds.py",)
+    code = [*sorted((REPOSITORY / "app").rglob("*.py")), *map(Path(__file__).with_name, ours)]
     return {
         **plan.config(name, seed).flat(),
         "every-round": plan.every_round,
@@ -160,17 +166,18 @@ def made_of(plan: Plan, federation: Federation, name: str, seed: int) -> dict[st
         "SHA-256 of the code": hashlib.sha256(b"".join(p.read_bytes() for p in code)).hexdigest(),
         "versions": {p: version(p) for p in LIBRARIES} | {"python": platform.python_version()},
         "machine": f"{device()}, {machine()}",
+        **({"deployment": True} if deployed else {}),
     }
 
 
-def compare(plan: Plan, models: Path, out: Path) -> int:
-    """Run what is missing, say and write what was found; 1 where a run has failed."""
+def compare(plan: Plan, models: Path, out: Path, way: type[Federation] = Federation) -> int:
+    """Run what is missing that way, say and write what was found; 1 where a run has failed."""
     base = _base(plan, models)
     out.mkdir(parents=True, exist_ok=True)
     path, failed = out / f"{plan.file.stem}.jsonl", 0
     with tempfile.TemporaryDirectory() as work, path.open("a", encoding="utf-8") as file:
         _alone(file, path)
-        federation = Federation(Path(work), plan.rows, plan.sites, plan.held_out_rows, base)
+        federation = way(Path(work), plan.rows, plan.sites, plan.held_out_rows, base)
         for note in federation.notes:
             say(note)
         wanted = {
@@ -180,8 +187,8 @@ def compare(plan: Plan, models: Path, out: Path) -> int:
         found, others = fitting(known(path), wanted)
         for why, results in others.items():
             say(f"{path.name}: not used: {'; '.join(results)}: {why}")
+        say(f"{len(found)} of {len(wanted)} results are there")
         if missing := [key for key in wanted if key not in found]:
-            say(f"{len(found)} of {len(wanted)} results are there")
             with federation.sites():
                 for name, seed in missing:
                     try:
@@ -237,12 +244,20 @@ def main(arguments: list[str] | None = None) -> int:
         prog="superlink.onehost.compare", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("file", type=Path, help="what is compared, as in docs/researcher.md")
+    parser.add_argument(
+        "--deployment", action="store_true",
+        help="by a SuperLink and SuperNodes of this machine, not in one process",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder of the results; by default the file's")
     parser.add_argument("--models", type=Path, default=REPOSITORY / ".demo" / "models")
     args = parser.parse_args(arguments)
+    way = DeployedFederation if args.deployment else Federation
     try:
-        return compare(Plan.read(args.file), args.models, args.out or args.file.parent)
-    except (CompareError, ConfigError, PrepareError, SiteError, PreflightError, OSError) as err:
+        return compare(Plan.read(args.file), args.models, args.out or args.file.parent, way)
+    except (
+        CompareError, ConfigError, ControlError, OSError, PrepareError, PreflightError,
+        ProvisionError, SiteError,
+    ) as err:  # fmt: skip
         print(f"compare: ERROR: {err}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
