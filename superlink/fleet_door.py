@@ -3,13 +3,11 @@
 Flower 1.36 checks that a call is signed by a registered key and names that key's node, and then
 believes the rest of it: whose message it is, which order it answers, which key is activated. So
 does its store: whoever pushes a message says how many objects it has. Here each of these is
-compared with what the SuperLink knows, before Flower works on the call.
-
-Of a call above MAX_CALL_BYTES nothing is compared: gRPC refuses it unread, and one line says so.
-
-Of the other calls, RegisterNode and UnregisterNode are off where SuperNodes authenticate;
-DeactivateNode, SendNodeHeartbeat and PullMessages name nothing but the caller's own node; GetRun
-and GetFab give what every site of a run is sent.
+compared with what the SuperLink knows, before Flower works on the call. Of a call above
+MAX_CALL_BYTES nothing is compared: gRPC refuses it unread, and one line says so. Of the other
+calls, RegisterNode and UnregisterNode are off where SuperNodes authenticate; DeactivateNode,
+SendNodeHeartbeat and PullMessages name nothing but the caller's own node; GetRun and GetFab give
+what every site of a run is sent.
 """
 
 import json
@@ -28,6 +26,7 @@ from superlink.orders_first import orders_first
 from superlink.refused import RefusedError, check_words
 from superlink.site_keys import fingerprint_of_pem
 from superlink.unread_calls import telling_unread_calls
+from superlink.whole_replies import when_whole
 
 # Flower cuts arrays into pieces of 5 MiB. Everything else of an honest reply is far smaller; the
 # largest is the list of linear layers in the preflight, 1 MB for a model of 18,000.
@@ -88,6 +87,7 @@ def install(results: Path) -> None:
     store = flower(*_STATE, "store_message_and_object_tree")
     delete = flower(*_STATE, "delete_messages")
     activate_node = flower(*_STATE, "activate_node")
+    get_message_res = flower(*_STATE, "get_message_res")
     create = flower(*_CREATE)
     flower(*_LIMIT)
     for name, check in CHECKS.items():
@@ -95,6 +95,7 @@ def install(results: Path) -> None:
     state.store_message_and_object_tree = orders_first(store)
     state.delete_messages = with_objects(delete)
     state.activate_node = without_lost_orders(activate_node)
+    state.get_message_res = when_whole(get_message_res)
     # Of the Fleet API alone: the module has names of its own for both.
     setattr(import_module(_LIMIT[0]), _LIMIT[1], MAX_CALL_BYTES)
     setattr(import_module(_CREATE[0]), _CREATE[1], telling_unread_calls(create, _log))

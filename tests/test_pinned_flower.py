@@ -80,6 +80,10 @@ CALLED = [
         "flwr.server.superlink.linkstate.sql_linkstate:SqlLinkState.activate_node",
         ["self", "node_id", "heartbeat_interval"],
     ),
+    (
+        "flwr.server.superlink.linkstate.sql_linkstate:SqlLinkState.get_message_res",
+        ["self", "message_ids"],
+    ),
     ("flwr.supercore.grpc:generic_create_grpc_server", ["interceptors"]),
     *(
         (

@@ -196,7 +196,9 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Link]:
     monkeypatch = pytest.MonkeyPatch()
     for name in fleet_door.CHECKS:  # put back what the door replaces
         monkeypatch.setattr(FleetServicer, name, getattr(FleetServicer, name))
-    for name in ("store_message_and_object_tree", "delete_messages", "activate_node"):
+    for name in (
+        "store_message_and_object_tree", "delete_messages", "activate_node", "get_message_res",
+    ):  # fmt: skip
         monkeypatch.setattr(SqlLinkState, name, getattr(SqlLinkState, name))
     for where, name in (fleet_door._LIMIT, fleet_door._CREATE):
         module = fleet_door.flower(where)
@@ -251,6 +253,34 @@ def test_an_honest_exchange_passes_whole_and_again_where_the_network_lost_the_an
     assert back.metadata.message_id == answer.metadata.message_id
     store = link.state.object_store
     assert all(store.get(i) for i in get_all_nested_objects(answer))
+
+
+def test_a_reply_is_handed_out_when_all_of_it_is_there(scene: Scene) -> None:
+    link, run_id, node, other = scene
+    order, others = link.order(node, run_id), link.order(other, run_id)
+    answer = reply(order, content(ADAPTER))
+    pushed = link.push(node, answer)
+    parts = get_all_nested_objects(answer)
+    for object_id in pushed.objects_to_push:
+        assert link.collected(order) == []
+        link.push_object(node, run_id, pushed.session_id, object_id, parts[object_id].deflate())
+    assert link.collected(others) == []
+    (back,) = link.collected(order)
+    assert back.metadata.message_id == answer.metadata.message_id
+    assert not back.has_error()
+
+
+def test_of_a_reply_that_never_becomes_whole_the_serverapp_is_told(scene: Scene) -> None:
+    link, run_id, node, _ = scene
+    order = link.order(node, run_id)
+    answer = reply(order, content(ADAPTER))
+    pushed = link.push(node, answer)
+    assert link.collected(order) == []
+    link.state.query(
+        "UPDATE object_push_sessions SET expires_at = :then WHERE session_id = :id",
+        {"id": pushed.session_id, "then": "2026-01-01 00:00:00.000000"},
+    )
+    assert len(link.collected(order)) == 1  # its objects are asked for in vain
 
 
 def test_an_error_and_an_answer_before_the_adapter_is_known_pass(link: Link) -> None:
@@ -418,7 +448,8 @@ def test_no_other_message_goes_down_with_a_reply(scene: Scene) -> None:
 def test_a_node_has_one_reply_in_store(scene: Scene) -> None:
     link, run_id, node, other = scene
     waiting = link.order(other, run_id)
-    link.push(other, reply(waiting))
+    short = reply(waiting)
+    link.push_objects(other, run_id, short, link.push(other, short))
     orders = [link.order(node, run_id) for _ in range(3)]
     for order in orders:
         answer = reply(order, content(ADAPTER))
