@@ -5,8 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from superlink.onehost.processes import LocalFederation
 from tests.samples import REPOSITORY, ROWS
+
+pytestmark = pytest.mark.faults
 
 
 def test_a_supernode_that_dies_at_its_start_ends_the_demo_with_its_log(

@@ -352,6 +352,7 @@ def test_every_process_is_gone_afterwards(done: Done) -> None:
     assert not [p for p in done.processes if Path(f"/proc/{p}").exists()]
 
 
+@pytest.mark.faults
 def test_ctrl_c_in_the_middle_of_a_run_leaves_no_process_behind(
     models_dir: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

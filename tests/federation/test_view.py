@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from app.config import merged_config
 from superlink.connection import write_connection
 from superlink.onehost.processes import LocalFederation
@@ -13,6 +15,7 @@ from superlink.submit import _flwr, _start
 from tests.samples import REPOSITORY
 from tests.terminal import Terminal
 
+pytestmark = pytest.mark.faults
 OVERRIDES = ["strategy.min-nodes=2 strategy.node-timeout-s=600"]
 
 
