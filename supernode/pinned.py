@@ -167,9 +167,9 @@ def install_refusal() -> None:
 
 def main() -> None:
     if sys.argv[1] == "hash":
-        from flwr.cli.build import build_fab_from_disk
+        from supernode import fab
 
-        return print(app_sha256(build_fab_from_disk(Path(sys.argv[2]))))
+        return print(app_sha256(fab.build(Path(sys.argv[2]))))
     from flwr.supernode.cli import flower_supernode
 
     from supernode import deadline, polling

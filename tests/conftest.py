@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from hypothesis import HealthCheck, settings
 # Hypothesis draws the same examples each time: new ones are looked for at a desk.)
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+# A shell ignores Ctrl-C for what it starts in the background, and so would all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 _CACHE = tempfile.mkdtemp(prefix="fedllm-tests-")
 os.environ |= {  # before any test imports a Hugging Face library
     "HF_HUB_OFFLINE": "1",
@@ -31,8 +34,10 @@ from tests.tiny_model import build_tiny_model  # noqa: E402
 # A file stays with one worker. What takes longest comes first, or one would end up at it alone.
 _LONGEST = [
     f"federation/test_{name}.py"
-    for name in ("resume", "warm", "drill", "codecs", "nodes", "time", "guards", "claims", "door")
-]
+    for name in (
+        "resume", "warm", "drill", "codecs", "nodes", "time", "compare", "guards", "claims", "door",
+    )
+]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "app/site/": ("app.site", "app.wire", "app.config"),
     "app/client_app.py": ("app.site", "app.wire", "app.config"),
     "app/plan.py": ("app.site", "app.wire", "app.config"),
-    "superlink/": ("superlink", "app.config", "supernode.reach"),
+    "superlink/": ("superlink", "app.config", "supernode.fab", "supernode.reach"),
     # Server and sites in one process: on one host, in no image's program.
     "superlink/onehost/rounds.py": ("superlink.onehost", "app", "supernode"),
     "superlink/onehost/deployed.py": ("superlink", "app.config", "app.server", "app.site"),

@@ -8,7 +8,6 @@ from typing import Any
 
 import grpc
 import pytest
-from flwr.cli.build import build_fab_from_disk
 from flwr.common.constant import FAB_MAX_SIZE
 from flwr.proto.control_pb2 import StartRunRequest, StopRunRequest
 from flwr.proto.fab_pb2 import Fab
@@ -25,6 +24,7 @@ from superlink.onehost.processes import free_port
 from superlink.provision import provision
 from superlink.register import register
 from superlink.site_keys import fingerprint, revoke
+from supernode import fab as app_fab
 from tests.full_disk import full_disk
 from tests.samples import REPOSITORY
 
@@ -85,7 +85,7 @@ def test_keys_that_come_and_go_are_recorded_by_their_fingerprints(
 def test_runs_that_are_submitted_and_stopped_are_recorded_and_questions_are_not(
     home: Path, control: Control
 ) -> None:
-    fab = build_fab_from_disk(REPOSITORY)
+    fab = app_fab.build(REPOSITORY)
     app = hashlib.sha256(fab).hexdigest()
     run_id = control._stub.StartRun(StartRunRequest(fab=Fab(hash_str=app, content=fab))).run_id
     control._stub.StopRun(StopRunRequest(run_id=run_id))

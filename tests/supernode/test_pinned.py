@@ -5,10 +5,10 @@ import zipfile
 import zlib
 
 import pytest
-from flwr.cli.build import build_fab_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from supernode import fab as app_fab
 from supernode import pinned
 from supernode.pinned import app_sha256
 from tests.samples import REPOSITORY
@@ -82,7 +82,7 @@ def test_an_app_that_would_fill_the_memory_has_none(monkeypatch: pytest.MonkeyPa
 
 
 def test_one_packed_on_another_system_is_the_same_app() -> None:
-    fab = build_fab_from_disk(REPOSITORY)
+    fab = app_fab.build(REPOSITORY)
     with zipfile.ZipFile(io.BytesIO(fab)) as archive:
         entries = [(e.filename, archive.read(e)) for e in archive.infolist()]
     there = packed(entries, zipfile.ZIP_STORED, system=0)
