@@ -23,6 +23,8 @@ os.environ |= {  # before any test imports a Hugging Face library
     "HF_MODULES_CACHE": _CACHE,
     "TOKENIZERS_PARALLELISM": "false",
     "FLWR_TELEMETRY_ENABLED": "0",
+    # Faster for tiny tensors, whatever else the machine does.
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     # On the CPU, unless somebody names a GPU (as a test with the marker gpu needs).
     "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
 }
@@ -58,9 +60,6 @@ def _remove_the_cache() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny base model as a hub would hold it; not to be changed."""
-    import torch
-
-    torch.set_num_threads(1)  # faster for tiny tensors, whatever else the machine does
     folder = tmp_path_factory.mktemp("hub") / "tiny"
     build_tiny_model(folder)
     return folder
