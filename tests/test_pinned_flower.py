@@ -106,12 +106,15 @@ CALLED = [
 ]
 # Whose words are checked at the door, column by column.
 COLUMNS = {
-    "message_ins": {"message_id", "run_id", "dst_node_id", "message_type", "group_id"},
+    "message_ins": {
+        "message_id", "run_id", "dst_node_id", "message_type", "group_id", "created_at", "ttl",
+    },
     "message_res": {
         "message_id", "reply_to_message_id", "run_id", "src_node_id", "delivered_at",
     },
     "objects": {"object_id", "ref_count"},
     "object_children": {"parent_id", "child_id"},
+    "object_push_sessions": {"session_id", "pending_count", "expires_at"},
     "object_push_session_roots": {"session_id", "root_object_id"},
 }  # fmt: skip
 

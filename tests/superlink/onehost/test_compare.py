@@ -67,8 +67,8 @@ def results(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_stopped_and_resumed_is_as_in_one_go(tmp_path: Path, text: str, models_dir: Path) -> None:
-    one_seed = text.replace("[3, 4]", "[3]")
-    options = [str(written(tmp_path, one_seed)), "--models", str(models_dir)]
+    file = written(tmp_path, text)
+    options = [str(file), "--models", str(models_dir)]
     assert main([*options, "--out", str(tmp_path / "whole")]) == 0
     written(tmp_path, text.replace("[3, 4]", str(list(range(3, 23)))))  # more than get done
     command = [sys.executable, "-m", "superlink.onehost.compare", *options]
@@ -83,7 +83,7 @@ def test_stopped_and_resumed_is_as_in_one_go(tmp_path: Path, text: str, models_d
     whole, lines = results(tmp_path / "whole"), (tmp_path / "tiny.jsonl").read_text().splitlines()
     # As if it had been killed while it wrote the second.
     (tmp_path / "tiny.jsonl").write_text(f"{lines[0]}\n{json.dumps(whole[1])[:40]}")
-    written(tmp_path, one_seed)
+    written(tmp_path, text)
     assert main(options) == 0
     assert results(tmp_path) == whole
     for suffix in (".md", ".svg"):
