@@ -173,23 +173,22 @@ def watch(argv: list[str], env: dict[str, str]) -> int:
     Returns its exit code; EX_TEMPFAIL if it was not activated, 1 if it can never connect or was
     shut out.
     """
-    node = subprocess.Popen(
-        argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+    started: list[subprocess.Popen[str]] = []
     hopeless: list[str] = []
     asked = False
 
     def stop(*_: object) -> None:
         nonlocal asked
         asked = True
-        node.terminate()
-        late = threading.Timer(STOP_AFTER_S, node.kill)
-        late.daemon = True
-        late.start()
+        for node in started:
+            node.terminate()
+            late = threading.Timer(STOP_AFTER_S, node.kill)
+            late.daemon = True
+            late.start()
 
     def forward() -> None:
         joining, away = Joining(), 0
-        for line in map(plain, node.stdout or ()):
+        for line in map(plain, started[0].stdout or ()):
             print(line, end="", flush=True)
             reason = joining.reason(line)
             away += AWAY in line
@@ -202,8 +201,15 @@ def watch(argv: list[str], env: dict[str, str]) -> int:
                     hopeless.append(sign)
                     stop()
 
+    # Before there is a SuperNode: it would outlive this process.
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    node = subprocess.Popen(
+        argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    started.append(node)
+    if asked:
+        stop()
     # In a thread: Flower's child processes keep the pipe open until they see that the SuperNode
     # is gone, and it is gone for them only when it has been waited for.
     reader = threading.Thread(target=forward, daemon=True)

@@ -10,6 +10,10 @@ from app.server.site_list import site_name
 
 REPOSITORY = Path(__file__).parents[1]
 
+# A program that waits for its signal. In one long sleep it would miss a signal that comes between
+# Python's last look and the sleep: Python notes it, and looks again after the sleep.
+IDLE = "import time\nwhile True: time.sleep(0.1)"
+
 _QUESTIONS_AND_ANSWERS = (
     ("Which vessel carries blood from the heart to the lungs?", "The pulmonary artery."),
     ("Which vitamin is made in the skin by sunlight?", "Vitamin D."),

@@ -15,6 +15,7 @@ from superlink import entrypoint, serverapp
 from superlink.entrypoint import arguments
 from superlink.onehost.processes import free_port
 from superlink.provision import provision
+from tests.samples import IDLE
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ import os, subprocess, sys, time
 app = "import signal, sys, time; from pathlib import Path\\n"
 app += "def stop(*_):\\n time.sleep(1)\\n Path('{ended}').rename('{told}')\\n sys.exit()\\n"
 app += "signal.signal(signal.SIGTERM, stop)\\n"
-app += "Path('{up}').touch()\\ntime.sleep(60)"
+app += "Path('{up}').touch()\\n" + {idle!r}
 subprocess.Popen([sys.executable, "-c", app])
 time.sleep(60)
 """
@@ -141,7 +142,9 @@ def test_when_stopped_a_serverapp_has_its_time_to_write_down_how_it_ended(
     before.mkdir()
     (before / "run.json").write_text('{"status": "completed"}')
     superexec = programs / "flower-superexec"
-    superexec.write_text(SUPEREXEC.format(python=sys.executable, ended=ended, told=told, up=up))
+    superexec.write_text(
+        SUPEREXEC.format(python=sys.executable, ended=ended, told=told, up=up, idle=IDLE)
+    )
     superexec.chmod(0o755)
     code = "import sys; from pathlib import Path; from superlink import link_log, serverapp; "
     code += f"link_log.PROGRAMS = Path({str(programs)!r}); sys.exit(serverapp.main())"

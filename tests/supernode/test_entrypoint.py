@@ -33,7 +33,7 @@ from supernode.entrypoint import (
 )
 from supernode.gpus import NoGpuError, choose_gpu, set_gpu, visible_gpus
 from supernode.site_env import SETTINGS, read_site, settings
-from tests.samples import REPOSITORY
+from tests.samples import IDLE, REPOSITORY
 
 PIN = "0123456789abcdef" * 4
 
@@ -499,9 +499,9 @@ def test_a_node_that_is_stopped_and_then_refused_was_stopped(
 ) -> None:
     # Revoked a moment before, it cannot sign off.
     node = (
-        "import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: os._exit(os.EX_NOPERM))"
+        "import os, signal; signal.signal(signal.SIGTERM, lambda *_: os._exit(os.EX_NOPERM))\n"
+        f"os.kill(os.getppid(), signal.SIGTERM)\n{IDLE}"
     )
-    node += "; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
     assert watch(child(node), dict(os.environ)) == 0
     assert capfd.readouterr().err == ""
 

@@ -12,10 +12,11 @@ import pytest
 from superlink.control import ControlError
 from superlink.onehost.processes import REPOSITORY, LocalFederation, free_port
 from supernode.entrypoint import REFUSED
+from tests.samples import IDLE
 
 # As Flower's SuperNode: asked to end, it ends well.
-NODE = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); "
-NODE += "print('up', flush=True); time.sleep(60)"
+NODE = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+NODE += f"print('up', flush=True)\n{IDLE}"
 ENTRYPOINT = "import os, sys; from supernode.entrypoint import watch; "
 ENTRYPOINT += f"sys.exit(watch([sys.executable, '-c', {NODE!r}], dict(os.environ)))"
 
