@@ -30,4 +30,5 @@ SITES: Allowed = (
     'empty, or names of sites with commas between, as "site-03,site-07"',
     lambda v: not v or re.fullmatch(r"site-\d{2,}(,site-\d{2,})*", v) is not None,
 )
+SHARE: Allowed = ("a number above 0, at most 1", lambda v: 0 < v <= 1)
 YES_NO: Allowed = ("true or false", lambda v: True)

@@ -20,6 +20,7 @@ from app.allowed import (
     POSITIVE,
     RUNS,
     SECONDS_TO_A_WEEK,
+    SHARE,
     SITES,
     YES_NO,
     one_of,
@@ -93,6 +94,8 @@ class RunConfig:
 
     lr_max: float = _key("train.learning-rate-max", *POSITIVE)
     lr_min: float = _key("train.learning-rate-min", *FROM_0)
+    # How it falls over the rounds; constant where both are the same.
+    schedule: str = _key("train.learning-rate-schedule", *one_of("cosine", "linear"))
     seq_length: int = _key("train.seq-length", *whole_from(16))
     # A batch of more goes through the model in several passes, of whole rows, and one longer row
     # alone: this decides about a GPU's memory and changes nothing else.
@@ -119,9 +122,7 @@ class RunConfig:
         "strategy.server-lr", "a number above 0, at most 10", lambda v: 0 < v <= 10
     )
     # Sites in a round: fraction of the usable ones, never fewer than min-train-nodes (as Flower).
-    fraction_train: float = _key(
-        "strategy.fraction-train", "a number above 0, at most 1", lambda v: 0 < v <= 1
-    )
+    fraction_train: float = _key("strategy.fraction-train", *SHARE)
     min_train_nodes: int = _key("strategy.min-train-nodes", *whole_from(1))
     # 0 switches evaluation off; otherwise the same sites are evaluated after every round.
     fraction_evaluate: float = _key(
@@ -141,9 +142,7 @@ class RunConfig:
     # A site weighs as many rows as it used in the round, but no more than this share of all. Sites
     # of equal weight never notice; of two in a round each is a half, whatever their sizes. Where
     # it is below 1 / sites, all weigh the same. 1: no limit.
-    max_share: float = _key(
-        "strategy.max-share", "a number above 0, at most 1", lambda v: 0 < v <= 1
-    )
+    max_share: float = _key("strategy.max-share", *SHARE)
     # A reply whose change is longer than this many times the usual one, for its learning rate and
     # steps, takes no part; nor does one longer than max-update-norm.
     max_norm_ratio: float = _key("strategy.max-norm-ratio", *POSITIVE)
@@ -246,12 +245,13 @@ class RunConfig:
         return {f.metadata["key"]: getattr(self, f.name) for f in fields(self)}
 
     def learning_rate(self, server_round: int) -> float:
-        """Learning rate of round 1..num-server-rounds: half a cosine from max down to min.
+        """Learning rate of round 1..num-server-rounds, constant within it; the last one's is min.
 
-        Constant within a round; FlowerTune's schedule, which reaches the minimum in the last.
+        Half a cosine from max down to min, which is FlowerTune's schedule, or a line.
         """
-        phase = math.pi * server_round / self.num_server_rounds
-        return self.lr_min + 0.5 * (self.lr_max - self.lr_min) * (1 + math.cos(phase))
+        part = server_round / self.num_server_rounds
+        left = 0.5 * (1 + math.cos(math.pi * part)) if self.schedule == "cosine" else 1 - part
+        return self.lr_min + (self.lr_max - self.lr_min) * left
 
     @property
     def rows_per_step(self) -> int:

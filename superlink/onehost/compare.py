@@ -4,8 +4,8 @@
 
 Each line with each seed is a run in this process (superlink/onehost/rounds.py), or of a SuperLink
 and SuperNodes of this machine (deployed.py), and leaves a line in FILE.jsonl. Started again, it
-goes on with what is missing there. Then it prints means, spreads and paired differences, and
-writes them as FILE.md and FILE.svg.
+goes on with what is missing there; the adapters are in FILE.adapters, for the evaluation. Then it
+prints means, spreads and paired differences, and writes them as FILE.md and FILE.svg.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import platform
+import shutil
 import signal
 import sys
 import tempfile
@@ -46,7 +47,11 @@ LIBRARIES = (
 )  # fmt: skip
 # The file's own keys: what is allowed, the check, and the default where there is one.
 KEYS: dict[str, tuple[str, Callable[[Any], bool], Any]] = {
-    "rows": ('"bundled", or a file beside this one', lambda v: type(v) is str and v != "", None),
+    "rows": (
+        '"bundled", or a file or folder beside this one',
+        lambda v: type(v) is str and v != "",
+        None,
+    ),
     "model": ("the name of a prepared model", lambda v: type(v) is str and v != "", None),
     "sites": ("a whole number from 1", lambda v: type(v) is int and v > 0, None),
     "seeds": ("a list of different whole numbers from 0", lambda v: _are_seeds(v), None),
@@ -95,8 +100,8 @@ class Plan:
                 said = f"{key} = {given[key]!r}" if key in given else f"{key} is missing"
                 raise CompareError(f"{file}: {said}: it must be {allowed}")
         source = BUNDLED if top["rows"] == "bundled" else file.parent / top["rows"]
-        if not source.is_file():
-            raise CompareError(f"{file}: rows = {top['rows']!r}: there is no file {source}")
+        if not source.exists():
+            raise CompareError(f"{file}: rows = {top['rows']!r}: there is no {source}")
         fixed = {
             "model.name": top["model"], "seed": top["seeds"][0],
             "strategy.min-nodes": top["sites"], "strategy.fraction-evaluate": 1.0,
@@ -106,10 +111,10 @@ class Plan:
         for number, given_line in enumerate(top["line"], 1):
             name = given_line.pop("name", None)
             usable = isinstance(name, str) and name.strip() and name.isprintable()
-            if not usable or "|" in name or name in lines:
+            if not usable or {"|", "/"} & {*name} or name in lines:
                 raise CompareError(
                     f"{file}: [[line]] {number}: name = {name!r}: it must be a text without line "
-                    "breaks and |, and no other line's"
+                    "breaks, | and /, and no other line's"
                 )
             own = _keys(file, f"line {name!r}", given_line, FOLLOW | SHARED)
             try:
@@ -191,9 +196,11 @@ def compare(plan: Plan, models: Path, out: Path, way: type[Federation] = Federat
         if missing := [key for key in wanted if key not in found]:
             with federation.sites():
                 for name, seed in missing:
+                    adapter = _empty(path.with_suffix(".adapters") / f"{name}, seed {seed}")
                     try:
-                        run = federation.run(plan.config(name, seed), plan.every_round)
+                        run = federation.run(plan.config(name, seed), plan.every_round, adapter)
                     except RoundError as err:
+                        shutil.rmtree(adapter)
                         say(f"{name}, seed {seed}: failed, and no result: {err}")
                         failed = 1
                         continue
@@ -208,6 +215,12 @@ def compare(plan: Plan, models: Path, out: Path, way: type[Federation] = Federat
                     say(f"{name}, seed {seed}: loss {run['loss']:.4f}, {run['mib']:.2f} MiB")
     _tell(plan, found, path)
     return failed
+
+
+def _empty(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def _alone(file: IO[str], path: Path) -> None:

@@ -46,8 +46,8 @@ class DeployedFederation(Federation):
             self._control = local.start()
             yield
 
-    def run(self, config: RunConfig, every_round: bool) -> dict[str, Any]:
-        """Submit a run of this config, and what it scored; its folder is not kept.
+    def run(self, config: RunConfig, every_round: bool, folder: Path) -> dict[str, Any]:
+        """Submit a run of this config, and what it scored; of its results the last adapter is kept.
 
         Raises:
             RoundError: it fails, or not every site gives a score.
@@ -61,8 +61,11 @@ class DeployedFederation(Federation):
         newest = control.runs()[0]  # nobody else submits here
         run = local.results, str(newest.run_id)
         facts, lines = run_files.facts(*run), run_files.lines(*run)
-        for folder in local.results.glob("*"):  # many lines' checkpoints could fill the disk
-            shutil.rmtree(folder, ignore_errors=True)
+        last = Path(*run) / f"peft_{config.num_server_rounds}"
+        if last.is_dir():
+            shutil.copytree(last, folder, dirs_exist_ok=True)
+        for left in local.results.glob("*"):  # many lines' checkpoints could fill the disk
+            shutil.rmtree(left, ignore_errors=True)
         if failed:
             raise RoundError(facts.get("error") or newest.state.details)
         return recorded(lines, config.num_server_rounds, every_round)

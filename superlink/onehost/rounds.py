@@ -23,7 +23,7 @@ from app.config import MIB, RunConfig
 from app.server.preflight import Sites, preflight
 from app.server.strategy import RoundError, Strategy
 from app.site import base_model
-from app.wire.adapter import Layout, Vector, initial_adapter
+from app.wire.adapter import Layout, Vector, initial_adapter, save_peft
 from superlink.onehost.grid import InProcessGrid
 from supernode.download import PrepareError
 from supernode.partitions import Split, prepare_data
@@ -45,9 +45,13 @@ class Federation:
     def __init__(
         self, work: Path, source: Path, sites: int, held_out_rows: int, base: base_model.BaseModel
     ) -> None:
-        """``held_out_rows``: of each site, at most. Raises PrepareError, SiteError."""
+        """``source``: a file to be dealt out, or a folder with one a site. ``held_out_rows``: of
+
+        each site, at most. Raises PrepareError, SiteError.
+        """
         self._work, self._num_sites, self.base = work, sites, base
-        split = Split(str(source), sites, holdout_rows=held_out_rows)
+        dealt = "files" if source.is_dir() else "iid"
+        split = Split(str(source), sites, dealt, holdout_rows=held_out_rows)
         self.notes = [x for x in prepare_data(work, split) if not x.startswith("site-")]
         files = json.loads((work / "prepared" / "data.json").read_text())["files"]
         if not any(f["rows"] for name, f in files.items() if "/holdout." in name):
@@ -84,12 +88,13 @@ class Federation:
             os.environ.clear()
             os.environ.update(environment)
 
-    def run(self, config: RunConfig, every_round: bool) -> dict[str, Any]:
+    def run(self, config: RunConfig, every_round: bool, folder: Path) -> dict[str, Any]:
         """The rounds of one run, and what the adapter scores on the rows that all sites hold out.
 
         Args:
             config: of the same model, sites and train.seq-length in every call.
             every_round: score it after each of them, not only before the first and after the last.
+            folder: for the last round's adapter, as PEFT writes it.
 
         Returns:
             "loss" and "accuracy" (by answer token) and "mib" (adapters of the training, both ways)
@@ -118,6 +123,7 @@ class Federation:
                 scored = _score(strategy, server_round, adapter)
                 sent = sum(x["bytes_down"] + x["bytes_up"] for x in lines)
                 curve.append([sent / MIB, scored["eval_loss"]])
+        save_peft(folder, layout, adapter, config)
         return {
             "loss": scored["eval_loss"],
             "accuracy": scored["eval_token_accuracy"],

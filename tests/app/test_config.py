@@ -299,14 +299,27 @@ def test_the_learning_rate_is_flowertunes_cosine() -> None:
     assert config.learning_rate(1) == pytest.approx(4.88008848e-5, rel=1e-6)  # by hand: cos 18°
 
 
+def test_it_falls_along_a_line_where_one_says_so() -> None:
+    config = run_config(lr_max=11e-5, lr_min=1e-5, num_server_rounds=4, schedule="linear")
+    rates = [config.learning_rate(server_round) for server_round in (1, 2, 3, 4)]
+    assert rates == pytest.approx([8.5e-5, 6e-5, 3.5e-5, 1e-5])
+    with pytest.raises(ConfigError, match=r"learning-rate-schedule = 'step' must be .*linear"):
+        run_config(schedule="step")
+
+
 @settings(max_examples=60)
 @given(
-    st.integers(1, 200), st.floats(1e-6, 1), st.floats(0, 1).filter(lambda f: f == 0 or f > 1e-6)
+    st.integers(1, 200),
+    st.floats(1e-6, 1),
+    st.floats(0, 1).filter(lambda f: f == 0 or f > 1e-6),
+    st.sampled_from(["cosine", "linear"]),
 )
 def test_the_learning_rate_falls_from_below_its_maximum_to_its_minimum(
-    rounds: int, lr_max: float, fraction: float
+    rounds: int, lr_max: float, fraction: float, schedule: str
 ) -> None:
-    config = run_config(num_server_rounds=rounds, lr_max=lr_max, lr_min=lr_max * fraction)
+    config = run_config(
+        num_server_rounds=rounds, lr_max=lr_max, lr_min=lr_max * fraction, schedule=schedule
+    )
     rates = [config.learning_rate(r) for r in range(1, rounds + 1)]
     assert rates[-1] == pytest.approx(config.lr_min)
     assert rates == sorted(rates, reverse=True)

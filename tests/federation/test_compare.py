@@ -81,7 +81,10 @@ def test_a_deployment_learns_what_one_process_does(
 
     file.write_text(text)
     assert "compare: 0 of 2 results are there" in said()  # in one process
+    adapters = {path: path.read_bytes() for path in tmp_path.glob("tiny.adapters/*/*.safetensors")}
+    assert len(adapters) == 2
     assert "submit: run " in said("--deployment")
+    assert adapters == {path: path.read_bytes() for path in adapters}
     alone, found = (results(tmp_path / "tiny.jsonl", deployed) for deployed in (False, True))
     assert sorted(alone) == sorted(found) == ["fp32", "int4"]
     for line in alone:

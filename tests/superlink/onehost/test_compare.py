@@ -66,6 +66,11 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k not in ("seconds", "date", "commit")} for r in found]
 
 
+def adapters(folder: Path) -> dict[str, bytes]:
+    found = sorted((folder / "tiny.adapters").iterdir())
+    return {path.name: (path / "adapter_model.safetensors").read_bytes() for path in found}
+
+
 def test_stopped_and_resumed_is_as_in_one_go(tmp_path: Path, text: str, models_dir: Path) -> None:
     file = written(tmp_path, text)
     options = [str(file), "--models", str(models_dir)]
@@ -86,6 +91,10 @@ def test_stopped_and_resumed_is_as_in_one_go(tmp_path: Path, text: str, models_d
     written(tmp_path, text)
     assert main(options) == 0
     assert results(tmp_path) == whole
+    assert adapters(tmp_path) == adapters(tmp_path / "whole")
+    assert [*adapters(tmp_path)] == [
+        f"{line}, seed {seed}" for line in ("fedavg", "int4") for seed in (3, 4)
+    ]
     for suffix in (".md", ".svg"):
         assert (tmp_path / f"tiny{suffix}").stat().st_size
 
@@ -100,6 +109,7 @@ def test_every_line_has_the_same_rows_and_sites(
     assert "compare: too fast, seed 4: failed, and no result: round 1" in capsys.readouterr().out
     found = {(r["line"], r["seed"]): r for r in results(tmp_path)}
     assert [*found] == [(line, seed) for seed in (3, 4) for line in ("fedavg", "int4")]
+    assert len(adapters(tmp_path)) == len(found)
     for seed in (3, 4):
         a, b = found["fedavg", seed], found["int4", seed]
         assert a["sites"] == b["sites"]
@@ -131,7 +141,9 @@ def test_a_model_that_stays_loaded_learns_what_a_fresh_one_does(
     def losses(name: str) -> Any:
         federation = Federation(tmp_path / name, plan.rows, plan.sites, 8, base)
         with federation.sites():
-            return federation.run(plan.config("int4", 3), every_round=True)["curve"]
+            (tmp_path / "adapter").mkdir(exist_ok=True)
+            run = federation.run(plan.config("int4", 3), True, tmp_path / "adapter")
+            return run["curve"]
 
     kept = losses("kept")
     loads = []
@@ -164,7 +176,7 @@ def test_what_a_training_wraps_a_model_in_is_gone_before_the_next(
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('"rows.jsonl"', '"no.jsonl"', "rows = 'no.jsonl': there is no file"),
+        ('"rows.jsonl"', '"no.jsonl"', "rows = 'no.jsonl': there is no /"),
         ("sites = 2", "sites = 0", "sites = 0: it must be a whole number from 1"),
         ("sites = 2", "", "sites is missing: it must be a whole number from 1"),
         ("sites = 2", "sites = 2\nround = 3", "unknown key round; known: rows, model, sites"),
@@ -174,6 +186,7 @@ def test_what_a_training_wraps_a_model_in_is_gone_before_the_next(
         ("every-round = true", "every-round = 1", "every-round = 1: it must be true or false"),
         ('name = "int4"', "", "[[line]] 2: name = None: it must be a text"),
         ('name = "int4"', 'name = "a|b"', "[[line]] 2: name = 'a|b': it must be a text"),
+        ('name = "int4"', 'name = "../b"', "[[line]] 2: name = '../b': it must be a text"),
         ('name = "int4"', 'name = "fedavg"', "name = 'fedavg': it must be a text without"),
         ('codec = "int4"', 'codec = "int5"', "line 'int4': run config: communication.codec = 'int"),
         ('codec = "int4"', 'codecs = "int4"', "line 'int4': run config: unknown key communicat"),
@@ -196,6 +209,25 @@ def test_what_cannot_work_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"compare: ERROR: {file}")
     assert said in line
+
+
+def test_a_folder_gives_each_site_its_own_file(
+    tmp_path: Path, text: str, models_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = text.replace("rows.jsonl", "sites").replace("[3, 4]", "[3]").split("\n[[line]]")[0]
+    file = written(tmp_path, text + '\n[[line]]\nname = "fedavg"\n')
+    (tmp_path / "sites").mkdir()
+    write_jsonl(tmp_path / "sites" / "site-00.jsonl", ROWS[:10])
+    assert main([str(file), "--models", str(models_dir)]) == 1
+    assert "exactly one of site-01.jsonl" in capsys.readouterr().err
+    write_jsonl(tmp_path / "sites" / "site-01.jsonl", ROWS[10:])
+    plan = Plan.read(file)
+    base = find(models_dir, plan.lines["fedavg"].model_name, 0)
+    Federation(tmp_path / "work", plan.rows, plan.sites, 8, base)
+    for number, rows in enumerate((ROWS[:10], ROWS[10:])):
+        data = tmp_path / "work" / f"site-{number:02d}" / "data"
+        read = [line for path in data.iterdir() for line in path.read_text().splitlines()]
+        assert len(read) == len(rows)
 
 
 def test_a_base_model_without_a_chat_template_is_refused_before_any_training(
