@@ -286,7 +286,7 @@ def test_who_calls_the_fleet_without_a_key_gets_nothing(scene: Scene) -> None:
     address = f"localhost:{scene.federation.fleet_port}"
     with grpc.secure_channel(address, grpc.ssl_channel_credentials(ca)) as channel:
         with pytest.raises(grpc.RpcError) as caught:
-            FleetStub(channel).PullMessages(PullMessagesRequest(node=Node(node_id=1)), timeout=10)
+            FleetStub(channel).PullMessages(PullMessagesRequest(node=Node(node_id=1)), timeout=60)
         assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
@@ -297,9 +297,9 @@ def test_plaintext_gets_no_answer(scene: Scene, port: str) -> None:
         fleet = port == "fleet_port"
         call = FleetStub(channel).PullMessages if fleet else ControlStub(channel).ListNodes
         with pytest.raises(grpc.RpcError) as caught:
-            call(PullMessagesRequest() if fleet else ListNodesRequest(), timeout=10)
+            call(PullMessagesRequest() if fleet else ListNodesRequest(), timeout=60)
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-    with socket.create_connection(address, timeout=10) as plain:
+    with socket.create_connection(address, timeout=60) as plain:
         plain.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         answer = b""
         with suppress(ConnectionResetError):

@@ -45,7 +45,7 @@ def test_all_that_was_started_for_an_order_ends_and_what_was_there_before_stays(
         workers.order_received()  # the next: what is left of the last one's is no lasting process
         workers.end()
         assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
-        assert deaf.wait(5) == -9
+        assert deaf.wait(60) == -9
     assert lasting.poll() is None
     assert len(psutil.Process(lasting.pid).children()) == 1
 
