@@ -36,7 +36,7 @@ from superlink.onehost.compare_results import CompareError, Key, fitting, known
 from superlink.onehost.comparison import Results, commit, machine, plot, rows, table
 from superlink.onehost.deployed import DeployedFederation
 from superlink.onehost.processes import REPOSITORY
-from superlink.onehost.rounds import Federation, device
+from superlink.onehost.rounds import Federation, arithmetic
 from superlink.provision import ProvisionError
 from supernode.download import PrepareError
 from supernode.partitions import BUNDLED
@@ -170,7 +170,7 @@ def made_of(plan: Plan, federation: Federation, name: str, seed: int) -> dict[st
         "fingerprint of the model": federation.base.fingerprint,
         "SHA-256 of the code": hashlib.sha256(b"".join(p.read_bytes() for p in code)).hexdigest(),
         "versions": {p: version(p) for p in LIBRARIES} | {"python": platform.python_version()},
-        "machine": f"{device()}, {machine()}",
+        "machine": f"{arithmetic()}, {machine()}",
         **({"deployment": True} if deployed else {}),
     }
 

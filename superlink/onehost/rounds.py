@@ -9,12 +9,15 @@ import hashlib
 import json
 import logging
 import os
+import platform
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
@@ -31,6 +34,7 @@ from supernode.verify import verify
 
 logger = logging.getLogger("app")
 Load = Callable[..., tuple[Any, Any]]
+_CPU = Path("/proc/cpuinfo")
 
 
 class Federation:
@@ -161,6 +165,21 @@ class Federation:
 
 def device() -> str:
     return os.environ.get("DEVICE", "cpu")
+
+
+def arithmetic() -> str:
+    """What the last digits of a CPU's sums depend on: its model, and how many threads add.
+
+    They grow: after 6 rounds at a high rate two models' losses were 0.003 apart.
+    """
+    if device() != "cpu":
+        return device()
+    try:
+        facts = re.findall(r"^(cpu family|model|stepping)\s*: (\d+)$", _CPU.read_text(), re.M)[:3]
+    except OSError:  # not Linux
+        facts = []
+    model = " ".join([platform.machine(), *(f"{name} {number}" for name, number in facts)])
+    return f"{model}, threads {torch.get_num_threads()}"
 
 
 def _score(strategy: Strategy, server_round: int, adapter: Vector) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from app.site.base_model import find, load_with_lora
 from app.wire.adapter import Layout, initial_adapter
 from superlink.onehost import rounds
 from superlink.onehost.compare import Plan, main
 from superlink.onehost.compare_results import CompareError, fitting, known
-from superlink.onehost.rounds import Federation
+from superlink.onehost.rounds import Federation, arithmetic
 from tests.samples import REPOSITORY, ROWS, write_jsonl
 
 TEXT = """
@@ -267,6 +269,25 @@ def test_a_model_that_does_not_fit_is_one_line(
     assert "line 'int4': " in capsys.readouterr().err
     assert main([str(written(tmp_path, text.replace("model = ", "model = 'x' #"))), *models]) == 1
     assert "no base model x (0 bits) among the prepared ones" in capsys.readouterr().err
+
+
+def test_another_cpu_or_number_of_threads_is_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEVICE", "cpu")
+    here, threads = arithmetic(), torch.get_num_threads()
+    assert here.endswith(f", threads {threads}")
+    try:
+        torch.set_num_threads(threads + 1)
+        assert arithmetic() == here.replace(f"threads {threads}", f"threads {threads + 1}")
+    finally:
+        torch.set_num_threads(threads)
+    told = "processor\t: 0\nvendor_id\t: X\ncpu family\t: 6\nmodel\t\t: 207\nmodel name\t: X 7\n"
+    (tmp_path / "cpuinfo").write_text((told + "stepping\t: 8\n\n") * 2)
+    monkeypatch.setattr(rounds, "_CPU", tmp_path / "cpuinfo")
+    assert "cpu family 6 model 207 stepping 8, threads" in arithmetic()
+    monkeypatch.setattr(rounds, "_CPU", tmp_path / "none")
+    assert arithmetic() == f"{platform.machine()}, threads {threads}"
 
 
 def test_results_of_something_else_are_named_and_not_mixed_in() -> None:
