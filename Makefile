@@ -5,6 +5,7 @@ SITES  ?= 4
 # Tests of a file share models and federations: a file stays with one worker. On two cores a third
 # one computes while others wait.
 SHARED := -n 3 --dist loadfile --no-loadscope-reorder
+SLOWEST := --durations=15 --durations-min=10
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
 BUNDLE ?= bundle
 # The hub of tests/hub: another FastAPI than Flower's, so a Python and a lock of its own.
@@ -51,7 +52,7 @@ lint: install
 # Real federations (processes) under attack and failure, and a real hub: a quarter of an hour on two
 # cores.
 test-faults: install
-	$(PY) -m pytest $(SHARED) -m faults tests/federation tests/hub
+	$(PY) -m pytest $(SHARED) $(SLOWEST) -m faults tests/federation tests/hub
 
 # Faults, one after the other, in one run that has to end as if nothing had been; prints a table.
 drill: install
@@ -63,7 +64,7 @@ test-gpu: install
 
 # Needs a Docker engine with compose v2; starts all 20 SuperNodes on the CPU.
 test-containers: install
-	$(PY) -m pytest -n 2 --dist loadscope -m docker tests/containers
+	$(PY) -m pytest -n 2 --dist loadscope $(SLOWEST) -m docker tests/containers
 
 images:
 	docker compose --profile eval build
