@@ -91,7 +91,7 @@ def wait_for_nodes(
             stalled_at = math.inf
             _say(
                 f"not online: {', '.join(missing)}; the log of each one's SuperNode says why "
-                f"(docker compose logs {missing[0].replace('site', 'supernode')}); waiting"
+                f"(compose: docker compose logs {missing[0].replace('site', 'supernode')}); waiting"
             )
         if time.monotonic() > deadline:
             raise ControlError(

@@ -214,7 +214,12 @@ def watch(argv: list[str], env: dict[str, str]) -> int:
     # is gone, and it is gone for them only when it has been waited for.
     reader = threading.Thread(target=forward, daemon=True)
     reader.start()
-    code = node.wait()
+    # Nor in one wait here: a signal that comes just before it would be looked at after it.
+    waiting = threading.Thread(target=node.wait, daemon=True)
+    waiting.start()
+    while waiting.is_alive():
+        waiting.join(1)
+    code = node.returncode
     reader.join(timeout=2)  # with STOP_AFTER_S well within a container's 15 s
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -160,8 +160,7 @@ def _base(plan: Plan, models: Path) -> BaseModel:
 
 def made_of(plan: Plan, federation: Federation, name: str, seed: int) -> dict[str, Any]:
     """All that a result depends on. Where one of these is another, it is another result."""
-    deployed = isinstance(federation, DeployedFederation)
-    ours = ("rounds.py", "deployed.py") if deployed else ("rounds.py",)
+    ours = ("rounds.py", "deployed.py") if federation.deployed else ("rounds.py",)
     code = [*sorted((REPOSITORY / "app").rglob("*.py")), *map(Path(__file__).with_name, ours)]
     return {
         **plan.config(name, seed).flat(),
@@ -171,7 +170,7 @@ def made_of(plan: Plan, federation: Federation, name: str, seed: int) -> dict[st
         "SHA-256 of the code": hashlib.sha256(b"".join(p.read_bytes() for p in code)).hexdigest(),
         "versions": {p: version(p) for p in LIBRARIES} | {"python": platform.python_version()},
         "machine": f"{arithmetic()}, {machine()}",
-        **({"deployment": True} if deployed else {}),
+        **({"deployment": True} if federation.deployed else {}),
     }
 
 
@@ -189,7 +188,8 @@ def compare(plan: Plan, models: Path, out: Path, way: type[Federation] = Federat
             (name, seed): made_of(plan, federation, name, seed)
             for seed in plan.seeds for name in plan.lines
         }  # fmt: skip
-        found, others = fitting(known(path), wanted)
+        records = [r for r in known(path) if ("deployment" in r["made_of"]) is federation.deployed]
+        found, others = fitting(records, wanted)
         for why, results in others.items():
             say(f"{path.name}: not used: {'; '.join(results)}: {why}")
         say(f"{len(found)} of {len(wanted)} results are there")

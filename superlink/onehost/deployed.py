@@ -24,6 +24,8 @@ from superlink.submit import submit
 class DeployedFederation(Federation):
     """The sites of a data set, each with a SuperNode of its own."""
 
+    deployed = True
+
     def __init__(
         self, work: Path, source: Path, sites: int, held_out_rows: int, base: BaseModel
     ) -> None:

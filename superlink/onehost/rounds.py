@@ -17,7 +17,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
@@ -45,6 +44,8 @@ class Federation:
         base: the base model that they share.
         notes: what became of the data set's rows.
     """
+
+    deployed = False
 
     def __init__(
         self, work: Path, source: Path, sites: int, held_out_rows: int, base: base_model.BaseModel
@@ -179,7 +180,7 @@ def arithmetic() -> str:
     except OSError:  # not Linux
         facts = []
     model = " ".join([platform.machine(), *(f"{name} {number}" for name, number in facts)])
-    return f"{model}, threads {torch.get_num_threads()}"
+    return f"{model}, threads {os.environ.get('OMP_NUM_THREADS') or os.cpu_count()}"
 
 
 def _score(strategy: Strategy, server_round: int, adapter: Vector) -> dict[str, Any]:

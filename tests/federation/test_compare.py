@@ -83,7 +83,8 @@ def test_a_deployment_learns_what_one_process_does(
     assert "compare: 0 of 2 results are there" in said()  # in one process
     adapters = {path: path.read_bytes() for path in tmp_path.glob("tiny.adapters/*/*.safetensors")}
     assert len(adapters) == 2
-    assert "submit: run " in said("--deployment")
+    assert "submit: run " in (deployed := said("--deployment"))
+    assert "not used" not in deployed  # what one process found is left as it is
     assert adapters == {path: path.read_bytes() for path in adapters}
     alone, found = (results(tmp_path / "tiny.jsonl", deployed) for deployed in (False, True))
     assert sorted(alone) == sorted(found) == ["fp32", "int4"]

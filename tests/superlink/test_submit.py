@@ -253,7 +253,7 @@ def test_who_waits_for_sites_is_told_where_to_look_long_before_the_time_is_up(
         submit.wait_for_nodes(Sites(public, clock, {"site-01": 50.0}), public, 3, 600)
     advice = (
         "not online: site-00, site-02; the log of each one's SuperNode says why "
-        "(docker compose logs supernode-00); waiting"
+        "(compose: docker compose logs supernode-00); waiting"
     )
     assert [text for _, text in told] == [
         "0 of 3 SuperNodes online", "1 of 3 SuperNodes online", advice,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from app.site.base_model import find, load_with_lora
 from app.wire.adapter import Layout, initial_adapter
@@ -275,19 +274,15 @@ def test_another_cpu_or_number_of_threads_is_another_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DEVICE", "cpu")
-    here, threads = arithmetic(), torch.get_num_threads()
-    assert here.endswith(f", threads {threads}")
-    try:
-        torch.set_num_threads(threads + 1)
-        assert arithmetic() == here.replace(f"threads {threads}", f"threads {threads + 1}")
-    finally:
-        torch.set_num_threads(threads)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert arithmetic().endswith(f", threads {os.cpu_count()}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "99")
     told = "processor\t: 0\nvendor_id\t: X\ncpu family\t: 6\nmodel\t\t: 207\nmodel name\t: X 7\n"
     (tmp_path / "cpuinfo").write_text((told + "stepping\t: 8\n\n") * 2)
     monkeypatch.setattr(rounds, "_CPU", tmp_path / "cpuinfo")
-    assert "cpu family 6 model 207 stepping 8, threads" in arithmetic()
+    assert "cpu family 6 model 207 stepping 8, threads 99" in arithmetic()
     monkeypatch.setattr(rounds, "_CPU", tmp_path / "none")
-    assert arithmetic() == f"{platform.machine()}, threads {threads}"
+    assert arithmetic() == f"{platform.machine()}, threads 99"
 
 
 def test_results_of_something_else_are_named_and_not_mixed_in() -> None:
