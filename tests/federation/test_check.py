@@ -14,6 +14,7 @@ from superlink.onehost.processes import LocalFederation
 from superlink.register import register
 from supernode.superlink_check import LinkError, ask
 from tests.connect_proxy import connect_proxy
+from tests.federation.drill import until
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,10 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LocalFeder
     work = tmp_path_factory.mktemp("check")
     with LocalFederation(work, work / "models", work / "results", 2) as federation:
         federation.provision()
-        yield federation, federation.start_superlink()
+        control = federation.start_superlink()
+        # Its processes have said what they say of themselves.
+        until(lambda: "Starting Flower SuperExec" in log(federation), 120, "the SuperExec")
+        yield federation, control
 
 
 def key(federation: LocalFederation, number: int) -> Key:
