@@ -50,9 +50,9 @@ class Federation:
     def __init__(
         self, work: Path, source: Path, sites: int, held_out_rows: int, base: base_model.BaseModel
     ) -> None:
-        """``source``: a file to be dealt out, or a folder with one a site. ``held_out_rows``: of
+        """``source``: a file to be dealt out, or a folder with one a site.
 
-        each site, at most. Raises PrepareError, SiteError.
+        ``held_out_rows``: of each site, at most. Raises PrepareError, SiteError.
         """
         self._work, self._num_sites, self.base = work, sites, base
         dealt = "files" if source.is_dir() else "iid"

@@ -166,7 +166,7 @@ def test_waiting_ends_when_an_adapter_appears(tmp_path: Path, name: str | None) 
         assert choose_run(results, name, 3) == results / "7"
     finally:
         writer.join()
-    assert 0.3 <= time.monotonic() - started < 300
+    assert 0.3 <= time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize("name", [None, "7"])
@@ -174,14 +174,14 @@ def test_waiting_ends_with_the_error_after_its_time(tmp_path: Path, name: str | 
     started = time.monotonic()
     with pytest.raises(EvalError, match="no complete adapter"):
         choose_run(tmp_path, name, 0.3)
-    assert time.monotonic() - started >= 0.3
+    assert 0.3 <= time.monotonic() - started < 60
 
 
 def test_what_is_there_is_not_waited_for(tmp_path: Path) -> None:
     run = save(tmp_path, 7, 1)
     started = time.monotonic()
     assert choose_run(tmp_path, None, 600) == choose_run(tmp_path, "7", 600) == run
-    assert time.monotonic() - started < 300
+    assert time.monotonic() - started < 60
 
 
 def test_metrics_are_a_line_a_round(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_a_supernode_that_is_killed_at_work_leaves_nobody_behind(setting: Settin
         assert len(server.children()) == 1
         next(p for p, words in processes.items() if what in words).kill()
         setting.federation.processes.pop(f"site-{number:02d}").wait(30)
-        _, alive = psutil.wait_procs(list(processes), timeout=60)
+        _, alive = psutil.wait_procs(list(processes), timeout=15)
         assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
     setting.control._stub.StopRun(StopRunRequest(run_id=setting.control.runs()[0].run_id))
     follow.join(timeout=60)
