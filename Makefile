@@ -64,7 +64,7 @@ test-gpu: install
 
 # Needs a Docker engine with compose v2; starts all 20 SuperNodes on the CPU.
 test-containers: install
-	$(PY) -m pytest -n 2 --dist loadscope $(SLOWEST) -m docker tests/containers
+	$(PY) -m pytest -n 3 --dist loadscope $(SLOWEST) -m docker tests/containers
 
 images:
 	docker compose --profile eval build

@@ -179,24 +179,28 @@ def federation(images: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         made.compose("--profile", "*", "down", "-v")
 
 
-class BySites(LoadScopeScheduling):  # type: ignore[misc]
-    """One worker has the federation of twenty sites, the other that of two.
+# Each has a federation of its own, and so a worker; all others share that of twenty sites.
+APART = ("test_kit.py", "test_two_sites.py")
+
+
+class ByFederation(LoadScopeScheduling):  # type: ignore[misc]
+    """A worker for each federation.
 
     Not by the marker ``xdist_group``: pytest 9.2 passes it over in silence
     (https://github.com/pytest-dev/pytest-xdist/issues/1386).
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return "two sites" if "/test_two_sites.py::" in nodeid else "twenty sites"
+        return next((name for name in APART if f"/{name}::" in nodeid), "twenty sites")
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    return BySites(config, log)
+    return ByFederation(config, log)
 
 
-def two_sites_have_ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file that says so to the other worker, where there are two."""
-    return tmp_path_factory.getbasetemp().parent / "two-sites-have-ended"
+def ended(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that says to the other workers that this one of APART has ended."""
+    return tmp_path_factory.getbasetemp().parent / f"{name}-has-ended"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

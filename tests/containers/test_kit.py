@@ -20,7 +20,7 @@ from eval.benchmarks import BENCHMARKS
 from superlink.control import Control, public_keys
 from superlink.onehost.processes import free_port
 from supernode.entrypoint import HOPELESS, NOT_ACTIVATED, REFUSED
-from tests.containers.conftest import ONLINE_TIMEOUT_S, Federation, wait
+from tests.containers.conftest import ONLINE_TIMEOUT_S, Federation, ended, wait
 from tests.containers.hospitals import DEAD, SUPERNODE, TAG, Hospital, Scene, as_root, bundled
 from tests.containers.laptop import laptop
 from tests.samples import ROWS, write_jsonl
@@ -75,6 +75,7 @@ def scene(images: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sc
         as_root("sh", "-c", "rm -rf /kit/*", mounts=(f"{made.work}:/kit",))
         next_image = ["docker", "rmi", SUPERNODE_NEXT]
         subprocess.run(next_image, check=False, capture_output=True)
+        ended(Path(__file__).name, tmp_path_factory).touch()
 
 
 @pytest.fixture(scope="module")

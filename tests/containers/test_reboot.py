@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from tests.containers.conftest import (
+    APART,
     NODES,
     REPOSITORY,
     RUN_TIMEOUT_S,
     Federation,
-    two_sites_have_ended,
+    ended,
     wait,
 )
 
@@ -41,9 +42,9 @@ def power(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         why = "this engine is not .ci/docker-engine's: it may have other containers"
         assert not os.environ.get("REQUIRE_DOCKER"), why
         pytest.skip(why)
-    others = any(item.path.name == "test_two_sites.py" for item in request.session.items)
-    if others and "PYTEST_XDIST_WORKER" in os.environ:  # at the same time, on this very engine
-        assert wait(two_sites_have_ended(tmp_path_factory).exists, RUN_TIMEOUT_S)
+    if "PYTEST_XDIST_WORKER" in os.environ:  # at the same time, on this very engine
+        for other in {item.path.name for item in request.session.items} & {*APART}:
+            assert wait(ended(other, tmp_path_factory).exists, RUN_TIMEOUT_S)
     return pid
 
 

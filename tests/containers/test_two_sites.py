@@ -17,10 +17,10 @@ from tests.containers.conftest import (
     RUN_TIMEOUT_S,
     Federation,
     crash,
+    ended,
     is_back,
     online_since,
     restarts,
-    two_sites_have_ended,
     wait,
 )
 
@@ -43,7 +43,7 @@ def few(images: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fede
         yield made
     finally:
         made.compose("down", "-v")
-        two_sites_have_ended(tmp_path_factory).touch()
+        ended(Path(__file__).name, tmp_path_factory).touch()
 
 
 def test_a_full_results_volume_ends_the_run_with_one_line(few: Federation) -> None:
