@@ -182,7 +182,7 @@ def main() -> None:
     install_refusal()
     if socket := os.environ.get("WARM_SOCKET"):
         orders.install(Path(socket), float(os.environ["WARM_S"]))
-        lost.install(Path(socket).parent)
+    lost.install(Path(os.environ["APPS_SEEN"]).parent)
     deadline.install(site)
     polling.install()
     sys.argv = ["flower-supernode", *sys.argv[4:]]

@@ -1,12 +1,14 @@
 """A ClientApp that ends without having said so is missed at once.
 
 Flower 1.36 waits a minute for its next heartbeat. SuperExec, whose child it is, knows better, and
-leaves a file of the ClientApp's token beside the socket; the SuperNode then takes the
-minute for over, and what follows is Flower's own: the order is answered with an error.
+leaves a file of the ClientApp's token in the SuperNode's own folder; the SuperNode then takes the
+minute for over, and what follows is Flower's own: the order is answered with an error. (With
+WARM_S=0 SuperExec is Flower's, and tells nobody.)
 
 Nor does Flower wait more than 30 s for one that has been started to say so; then it starts another
-for the same order. The libraries may take longer on a busy host, so that each gets ``STARTS_IN_S``,
-unless it is known to have ended.
+for the same order. On a busy host it may take longer, and the others make the host busier: 50 sites
+of one host had 304 of them when its memory was full. So each gets ``STARTS_IN_S``, unless it is
+known to have ended.
 """
 
 import hashlib

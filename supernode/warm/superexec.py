@@ -58,8 +58,8 @@ def reap(*_: object) -> None:
         with suppress(ChildProcessError):  # another signal amid this one was faster
             ended, status = os.waitpid(child, os.WNOHANG)
             token = _tokens.pop(child) if ended else ""
-            if token and status and (path := os.environ.get("WARM_SOCKET")):
-                lost.tell(Path(path).parent, token)
+            if token and status:
+                lost.tell(Path(os.environ["APPS_SEEN"]).parent, token)
 
 
 def work(command: list[str]) -> NoReturn:

@@ -1,5 +1,8 @@
 """A ClientApp that was killed, as the SuperNode's own state of Flower sees it."""
 
+import os
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -12,8 +15,27 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
 from supernode.warm import lost
+from tests.samples import REPOSITORY
 
 RUN = 7
+# A SuperNode's process, but for its work: what it would wait for a ClientApp to start.
+STARTED = """
+from datetime import UTC, datetime
+from flwr.supernode import cli
+
+def flower_supernode():
+    from flwr.supercore.constant import TaskType
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
+    state = InMemoryNodeState(ObjectStoreFactory().store())
+    number = state.create_task(TaskType.CLIENT_APP, 7)
+    state.claim_task(number)
+    print((state.task_token_store[number].active_until - datetime.now(UTC)).total_seconds())
+
+cli.flower_supernode = flower_supernode
+from supernode import pinned
+pinned.main()
+"""
 
 
 @pytest.fixture
@@ -85,6 +107,20 @@ def test_one_that_takes_long_to_start_is_waited_for(
     after(seconds, monkeypatch)
     assert state.activate_task(number) == waited_for
     assert (state.claim_task(number) is None) == waited_for  # or another takes its place
+
+
+@pytest.mark.parametrize("warm", [{}, {"WARM_SOCKET": "/nowhere/warm.socket", "WARM_S": "60"}])
+def test_so_it_is_whether_or_not_clientapps_are_warm(tmp_path: Path, warm: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED, "start", "0" * 64, "site-00"],
+        env={
+            "PATH": os.defpath, "SITE_DIR": str(tmp_path), "FLWR_TELEMETRY_ENABLED": "0",
+            "APPS_SEEN": str(tmp_path / "apps-seen.json"), **warm,
+        },
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 290 < float(done.stdout) <= 300
 
 
 @pytest.mark.parametrize(("seconds", "waited_for"), [(20, True), (40, False)])

@@ -56,7 +56,8 @@ def run(tmp_path: Path, **env: str) -> list[str]:
         [sys.executable, "-c", CODE, "--insecure", "--parent-pid", str(os.getpid())],
         env={
             "PATH": f"{tmp_path}:/usr/bin:/bin", "FLWR_TELEMETRY_ENABLED": "0",
-            "LOST": str(tmp_path), "WARM_SOCKET": str(tmp_path / "nobody.socket"),
+            "LOST": str(tmp_path), "APPS_SEEN": str(tmp_path / "apps-seen.json"),
+            "WARM_SOCKET": str(tmp_path / "nobody.socket"),
         } | env,
         cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
