@@ -7,7 +7,8 @@ the pinned app; the app is the real one, but its sites do not train (tests/bench
 travels is an adapter of Llama-3 8B's shape in fp32 (``--lora-r 1``: a 32nd of it). Seconds of a
 round are those of metrics.jsonl, from the sampling to the aggregated adapter, medians; CPU is that
 of all processes of a side, the ClientApps' with the SuperNodes'. Each SuperNode
-takes about 200 MiB, and its ClientApp comes on top: 50 need a host of 20 GB. Ratio last.
+takes about 200 MiB, and its ClientApp comes on top: of 50, a host of 24 GB holds 10 that are asked,
+not 20. Ratio last.
 """
 
 import argparse
