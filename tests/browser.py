@@ -27,6 +27,7 @@ FLAGS = (
     "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
     "disable-component-update disable-sync hide-scrollbars remote-debugging-port=0"
 )
+BROKEN_OFF = "net::ERR_NETWORK_CHANGED"
 # No text may be cut off by its picture, no page wider than its window, no picture without size.
 MISPLACED = """(() => {
   const wrong = [], root = document.documentElement;
@@ -47,6 +48,10 @@ MISPLACED = """(() => {
 class Browser:
     """One tab; use as a context manager.
 
+    A network interface of this host that comes or goes, such as a container's, has Chromium break
+    off what it is loading, from this host as well (https://issues.chromium.org/issues/41465264).
+    That says nothing of a page: it is opened again, and what it asks for later it asks for anew.
+
     Attributes:
         complaints: errors of scripts, and what a Content-Security-Policy has refused.
         asked: the addresses that its pages have asked for.
@@ -56,7 +61,7 @@ class Browser:
         assert BROWSER, "no chromium or google-chrome here"
         self.complaints: list[str] = []
         self.asked: list[str] = []
-        self._timeout_s, self._calls = timeout_s, 0
+        self._timeout_s, self._calls, self._broken_off = timeout_s, 0, False
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         flags = [f"--{flag}" for flag in [*FLAGS.split(), f"user-data-dir={self._profile.name}"]]
         self._process = subprocess.Popen(
@@ -106,16 +111,22 @@ class Browser:
         if said.get("method") == "Runtime.exceptionThrown":
             self.complaints.append(about["exceptionDetails"]["text"])
         elif said.get("method") == "Log.entryAdded" and about["entry"]["level"] == "error":
-            self.complaints.append(about["entry"]["text"])
+            if BROKEN_OFF not in about["entry"]["text"]:
+                self.complaints.append(about["entry"]["text"])
+        elif said.get("method") == "Network.loadingFailed":
+            self._broken_off |= about["errorText"] == BROKEN_OFF
         elif said.get("method") == "Network.requestWillBeSent":
             self.asked.append(about["request"]["url"])
         return said
 
     def open(self, address: str) -> None:
         """Go there, and wait until it is there."""
-        self.call("Page.navigate", url=address)
-        while self._read().get("method") != "Page.loadEventFired":
-            pass
+        self._broken_off = True
+        while self._broken_off:
+            self._broken_off = False
+            self.call("Page.navigate", url=address)
+            while self._read().get("method") != "Page.loadEventFired":
+                pass
 
     def value(self, script: str) -> Any:
         """What this expression gives in the page; of a promise what it comes to."""
