@@ -1,8 +1,14 @@
 """The page in a browser: it follows the files without a reload, and shows whatever they hold."""
 
 import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+
+from superlink.onehost.processes import free_port
 from tests.browser import MISPLACED, Browser, in_browser
 from tests.superlink.page.made_runs import NEWEST, OTHER, events, facts, line, two_runs, write
 from tests.superlink.page.served import page_of, right_at_both_widths
@@ -66,3 +72,31 @@ def test_what_finds_a_page_that_does_not_fit_can_find_one(tmp_path: Path) -> Non
         wide, clipped = browser.value(MISPLACED)
         assert "wide" in wide
         assert "clipped" in clipped
+
+
+def test_what_the_host_has_broken_off_is_opened_again_and_is_no_complaint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An error that can be had here, in the place of the one that another's network interface makes.
+    monkeypatch.setattr("tests.browser.BROKEN_OFF", "net::ERR_CONNECTION_REFUSED")
+    (tmp_path / "index.html").write_text("<link rel=icon href='data:,'><p>here")
+    port, servers = free_port(), list[ThreadingHTTPServer]()
+
+    def serve() -> None:
+        handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+        servers.append(ThreadingHTTPServer(("127.0.0.1", port), handler))
+        servers[0].serve_forever()
+
+    later = threading.Timer(1, serve)
+    with Browser(30) as browser:
+        later.start()
+        try:
+            browser.open(f"http://127.0.0.1:{port}/index.html")
+            assert browser.text() == "here"
+            assert len(browser.asked) > 1
+            assert browser.complaints == []
+        finally:
+            later.cancel()
+            for server in servers:
+                server.shutdown()
+                server.server_close()
